@@ -1,0 +1,66 @@
+# Everything runs in .venv, which is made and brought up to date as needed. A stamp file says what is in it.
+#   make drill DRILL="--compare"      make test TEST="tests/test_settings.py -x"      PYTHON=python3.12 make test
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TEST ?=
+DRILL ?=
+BENCH ?=
+
+.PHONY: help drill test lint format bench chaos frameworks gpu wheel clean
+
+help:
+	@echo "make drill        evict a rank of a real training job here, and see what happens"
+	@echo "make test         the tests"
+	@echo "make lint         ruff and mypy          make format   let ruff fix what it can"
+	@echo "make bench        what the agent costs   make chaos    long randomized fault injection"
+	@echo "make frameworks   tests with real Ray, Lightning, ...   make gpu   tests that need a GPU"
+	@echo "make wheel        build dist/*.whl       make clean    remove .venv and caches"
+
+drill: $(VENV)/.has-drill
+	$(BIN)/autoteardown drill $(DRILL)
+
+test: $(VENV)/.has-test
+	$(BIN)/python -m pytest $(TEST)
+
+lint: $(VENV)/.has-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.has-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.has-test
+	$(BIN)/python -m benchmarks $(BENCH)
+
+chaos: $(VENV)/.has-test
+	$(BIN)/python -m pytest -m chaos $(TEST)
+
+frameworks: $(VENV)/.has-frameworks
+	$(BIN)/python -m pytest -m frameworks $(TEST)
+
+gpu: $(VENV)/.has-test
+	$(BIN)/python -m pytest -m gpu $(TEST)
+
+wheel: $(VENV)/.has-build
+	$(BIN)/python -m build --wheel --outdir dist .
+
+# Debian's Python can lack ensurepip (python3-venv); its pip can still fill the environment.
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV) || { $(PYTHON) -m venv --clear --without-pip $(VENV) && \
+		$(PYTHON) -m pip --python $(BIN)/python install -q pip; }
+
+EXTRAS_drill := torch,drill
+EXTRAS_test := torch,drill,test
+EXTRAS_frameworks := torch,drill,test,frameworks
+EXTRAS_dev := dev
+EXTRAS_build := build
+
+$(VENV)/.has-%: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[$(EXTRAS_$*)]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

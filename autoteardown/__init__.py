@@ -1,0 +1,24 @@
+"""Tears torch.distributed ranks down cleanly when the platform evicts them.
+
+Set `AUTOTEARDOWN=1` where this package is installed; no code has to change. The functions here are for programs that
+want more say. All of them are safe to call anywhere, import no torch, and do nothing while the agent is off.
+"""
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from autoteardown.api import arm, disarm, on_teardown, protect, status
+
+__version__ = "0.1.0"
+__all__ = ["arm", "disarm", "on_teardown", "protect", "status"]
+
+
+def __getattr__(name: str) -> object:
+    if name in __all__:
+        from autoteardown import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,10 @@
+"""`python -m autoteardown`: the same as the console script."""
+
+from __future__ import annotations
+
+import sys
+
+from autoteardown.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

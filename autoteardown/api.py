@@ -1,0 +1,106 @@
+"""The Python API. Optional: nothing in it has to be called for a rank to be guarded."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, Callable
+
+from autoteardown import startup
+
+
+def status() -> dict[str, Any]:
+    """What the agent is doing in this process.
+
+    Returns:
+        `active` (the switch is on here), `state` (`off`, `idle`, `armed`, `stopping`), and for an armed rank `rank`,
+        `world_size`, `backend` and `steps`, the optimizer steps counted so far.
+    """
+    from autoteardown import training
+
+    if not startup.active():
+        return {"active": False, "state": "off", "reason": startup.why_off or "AUTOTEARDOWN is not set"}
+    guard = _guard()
+    if guard is None or not guard.tap.armed:
+        return {"active": True, "state": "idle"}
+    stopping = guard.teardown is not None
+    return {
+        "active": True,
+        "state": "stopping" if stopping else "armed",
+        "rank": guard.rank,
+        "world_size": guard.world_size,
+        "backend": guard.backend,
+        "steps": training.gate.count,
+    }
+
+
+def arm() -> bool:
+    """Switch the agent on from code, with or without the environment variable, before or after torch's import.
+
+    A process group that exists already is guarded from here on.
+
+    Returns:
+        Whether the agent is active now.
+    """
+    if not startup.activate():
+        return False
+    from autoteardown import instrument
+
+    instrument.disarmed = False
+    c10d = sys.modules.get("torch.distributed.distributed_c10d")
+    if c10d is not None and c10d.is_initialized():
+        instrument.adopt()
+    return True
+
+
+def disarm() -> None:
+    """Take the guard off this process, for good: handlers, threads and registry entry go."""
+    if not startup.active():
+        return
+    from autoteardown import instrument
+
+    instrument.disarmed = True
+    guard = _guard()
+    if guard is not None:
+        guard.leave()
+
+
+class protect:  # noqa: N801 (reads as a statement)
+    """Do not stop this thread inside this block while time is left. For saves that are not `torch.save`.
+
+    >>> with autoteardown.protect():
+    ...     write_checkpoint()
+    """
+
+    def __enter__(self) -> None:
+        """Begin the block; a thread that should have stopped by now stops here."""
+        from autoteardown import training
+
+        self._gate = training.gate
+        self._gate.enter_save()
+
+    def __exit__(self, *exc_info: object) -> None:
+        """End it; a thread that should have stopped inside stops here."""
+        self._gate.leave_save()
+
+
+def on_teardown(callback: Callable[[], object]) -> Callable[[], object]:
+    """Have `callback` called, without arguments, in a teardown, after the drain; usable as a decorator.
+
+    It runs on a thread of the agent's, while the training thread is stopped. Its time is what the grace period leaves:
+    about 15 s of the default 25 if the stop itself is quick. What it raises is logged and goes no further.
+
+    Raises:
+        TypeError: not callable.
+    """
+    if not callable(callback):
+        raise TypeError(f"on_teardown() takes a callable, not {callback!r}")
+    if startup.active():
+        from autoteardown import guard
+
+        guard.callbacks.append(callback)
+    return callback
+
+
+def _guard() -> Any:
+    module = sys.modules.get("autoteardown.guard")
+    return module.guard if module is not None else None

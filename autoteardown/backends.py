@@ -1,0 +1,161 @@
+"""Drain, destroy and abort: every difference between torch versions and communication backends lives here.
+
+Shapes that differ (each is tested for, none is looked up by version): `torch.accelerator` (2.6 and later),
+`ProcessGroup.abort` (2.7 and later), `_abort_process_group` (2.6, where `group=None` means the default group only),
+neither (2.4 and 2.5, where `destroy_process_group` is an abort).
+"""
+
+from __future__ import annotations
+
+import _thread
+import sys
+from typing import Any, Callable, NamedTuple, Optional
+
+# Their abort does nothing: a blocked operation stays blocked until the peer's socket closes.
+_WITHOUT_ABORT = frozenset({"gloo", "mpi", "ucc", "fake"})
+_DEVICE_MODULES = ("cuda", "xpu", "npu", "hpu", "mlu", "musa")
+
+Problem = Optional[str]
+
+
+class World(NamedTuple):
+    """The default process group, as this rank sees it."""
+
+    rank: int
+    size: int
+    backend: str
+    store: Any
+
+
+def _c10d() -> Any:
+    return sys.modules["torch.distributed.distributed_c10d"]
+
+
+def world() -> World | None:
+    """The default process group; None if there is none."""
+    c10d = _c10d()
+    if not c10d.is_initialized():
+        return None
+    try:
+        store = c10d._get_default_store()
+    except Exception:  # MPI has none
+        store = None
+    return World(c10d.get_rank(), c10d.get_world_size(), str(c10d.get_backend()), store)
+
+
+def accelerators() -> list[str]:
+    """The device modules of torch that this process has initialised. Asking initialises nothing (F4)."""
+    torch = sys.modules.get("torch")
+    found = []
+    for name in _DEVICE_MODULES:
+        initialized = getattr(getattr(torch, name, None), "is_initialized", None)
+        try:
+            if initialized is not None and initialized():
+                found.append(name)
+        except Exception:
+            continue
+    return found
+
+
+def drain() -> Problem:
+    """Wait until every device that this process uses is idle. Has no time-out of its own: call it on a thread.
+
+    Returns:
+        What went wrong, or None.
+    """
+    torch = sys.modules["torch"]
+    problems = []
+    for name in accelerators():
+        module = getattr(torch, name)
+        for device in _devices_in_use(torch, name, module):
+            try:
+                module.synchronize(device)
+            except Exception as error:
+                problems.append(f"{name}: {_line(error)}")
+    return "; ".join(problems) or None
+
+
+def _devices_in_use(torch: Any, name: str, module: Any) -> list[Optional[int]]:
+    # To synchronise a device is to make a context on it, and that takes memory from whoever uses it.
+    has_context = getattr(torch._C, f"_{name}_hasPrimaryContext", None)
+    if has_context is None:
+        return [None]
+    in_use: list[Optional[int]] = [index for index in range(module.device_count()) if has_context(index)]
+    return in_use or [None]
+
+
+def groups() -> list[Any]:
+    """Every process group, those without an `init_process_group` of their own included."""
+    c10d = _c10d()
+    names = c10d._world.pg_names
+    # The order in which torch itself shuts them down.
+    return sorted(names, key=lambda group: str(names[group]), reverse=True)
+
+
+def can_abort() -> bool:
+    """Whether some group of this process has communicators that an abort releases."""
+    return any(_abort_of(group) is not None for group in groups())
+
+
+def _abort_of(group: Any) -> Callable[[], object] | None:
+    c10d = _c10d()
+    try:
+        configured = str(c10d._world.pg_backend_config[group])
+    except Exception:
+        configured = ""
+    # "cpu:gloo,cuda:nccl", or "gloo"
+    backends = {part.rpartition(":")[2].lower() for part in configured.split(",") if part}
+    if backends and backends <= _WITHOUT_ABORT:
+        return None
+    abort: Callable[[], object] | None = getattr(group, "abort", None)
+    if abort is not None:
+        return abort
+    if hasattr(c10d, "_abort_process_group"):
+        return lambda: c10d._abort_process_group(group)
+    destroy = getattr(c10d.destroy_process_group, "__wrapped__", c10d.destroy_process_group)
+    return lambda: destroy(group)
+
+
+def abort(done: Callable[[Problem], object]) -> None:
+    """Abort every process group, each on a thread of its own and all at once: one after the other can deadlock
+    (pytorch/pytorch#119797), and a parent's abort does not release the groups split off it (NVIDIA-NeMo/RL#3591).
+
+    Args:
+        done: called once, with what went wrong or None, when the last abort has returned. It may never be.
+    """
+    aborts = [function for function in map(_abort_of, groups()) if function is not None]
+    problems: list[str] = []
+    pending = list(range(len(aborts)))
+
+    def run(function: Callable[[], object]) -> None:
+        try:
+            function()
+        except BaseException as error:
+            problems.append(_line(error))
+        pending.pop()
+        if not pending:
+            done("; ".join(problems) or None)
+
+    if not aborts:
+        done(None)
+    for function in aborts:
+        _thread.start_new_thread(run, (function,))
+
+
+def destroy(real: Callable[[], object]) -> Problem:
+    """Release the default process group and all others. May never return: call it on a thread.
+
+    Args:
+        real: torch's own `destroy_process_group`.
+    """
+    if not _c10d().is_initialized():
+        return None  # the program was faster
+    try:
+        real()
+    except Exception as error:
+        return _line(error)
+    return None
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

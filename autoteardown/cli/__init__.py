@@ -1,0 +1,48 @@
+"""The command line: `autoteardown COMMAND …`, the same as `python -m autoteardown COMMAND …`.
+
+A command is a module of this package with `configure(parser)` and `run(args) -> int`, imported when it is asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+import autoteardown
+
+COMMANDS = {
+    "doctor": "is the agent active here, and if not, why",
+    "ps": "the armed ranks on this node",
+    "drain": "signal every armed rank on this node and wait for them",
+    "drill": "evict a rank of a small training job started here, and show what happens",
+    "timeline": "draw the reports of a job",
+    "path": "print the folder to put on PYTHONPATH where the agent cannot be installed",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; its exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog="autoteardown", description=autoteardown.__doc__.splitlines()[0])
+    parser.add_argument("--version", action="version", version=f"autoteardown {autoteardown.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    # The parser itself takes no option with a value, so the first plain word is the command.
+    chosen = next((word for word in words if not word.startswith("-")), None)
+    for name, summary in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        if name == chosen:
+            importlib.import_module(f"autoteardown.cli.{name}").configure(command)
+    args = parser.parse_args(words)
+    try:
+        status = importlib.import_module(f"autoteardown.cli.{args.command}").run(args)
+        sys.stdout.flush()
+        return int(status)
+    except BrokenPipeError:
+        # `autoteardown ps | head`: nobody reads on. Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except KeyboardInterrupt:
+        return 130

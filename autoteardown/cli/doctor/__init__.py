@@ -1,0 +1,87 @@
+"""`autoteardown doctor`: is the agent active in this interpreter and this image, and if not, why.
+
+`activation` starts a child and looks; `configuration` checks what this installation and its environment add up to;
+`surroundings` tells what the platform around it will do on an eviction.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+
+import autoteardown
+from autoteardown import settings
+from autoteardown.cli.doctor import activation, configuration, surroundings
+from autoteardown.cli.doctor.finding import NOTE, OK, PROBLEM, WARNING, Finding
+
+_MARKS = {OK: "ok", NOTE: "note", WARNING: "WARNING", PROBLEM: "PROBLEM"}
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object, for the CI of an image")
+    parser.epilog = "Exit status: 0 when the agent is active and nothing is wrong, 1 otherwise."
+
+
+def run(args: argparse.Namespace) -> int:
+    """Examine, print, and say by the exit status whether anything is wrong."""
+    environ = dict(os.environ)
+    process = activation.look(environ)
+    found, refused = settings.load(environ)
+    findings = [
+        *activation.check(environ, process),
+        *configuration.check(environ, found, refused, process),
+        *surroundings.check(environ, found),
+    ]
+    bad = any(finding.level == PROBLEM for finding in findings)
+    if args.json:
+        print(json.dumps(_as_dict(process, found, findings), indent=2))
+    else:
+        print("\n".join(_as_text(process, found, refused, findings)))
+    return 1 if bad else 0
+
+
+def _as_dict(
+    process: activation.Process, found: settings.Settings, findings: list[Finding]
+) -> dict[str, object]:
+    return {
+        "schema": 1,
+        "version": autoteardown.__version__,
+        "python": platform.python_version(),
+        "executable": sys.executable,
+        "active": process.active,
+        "started_by": process.started_by,
+        "problems": _count(findings, PROBLEM),
+        "warnings": _count(findings, WARNING),
+        "findings": [finding._asdict() for finding in findings],
+        "settings": {
+            variable: {"given": given, "effective": configuration.shown(variable, effective)}
+            for variable, (given, effective) in found.sources.items()
+        },
+    }
+
+
+def _as_text(
+    process: activation.Process, found: settings.Settings, refused: list[str], findings: list[Finding]
+) -> list[str]:
+    state = f"ACTIVE, started by {process.started_by}" if process.active else "NOT ACTIVE"
+    version = (
+        f"autoteardown {autoteardown.__version__}, Python {platform.python_version()} ({sys.executable})"
+    )
+    lines = [version, f"New processes of this interpreter: {state}", ""]
+    area_width = max(len(finding.area) for finding in findings)
+    for finding in findings:
+        lines.append(f"{_MARKS[finding.level]:<8} {finding.area:<{area_width}}  {finding.text}")
+        if finding.advice:
+            lines.append(f"{'':<8} {'':<{area_width}}  -> {finding.advice}")
+    lines += ["", *configuration.table(found, refused), ""]
+    problems, warnings = _count(findings, PROBLEM), _count(findings, WARNING)
+    lines.append(f"{problems} problem{'s' * (problems != 1)}, {warnings} warning{'s' * (warnings != 1)}")
+    return lines
+
+
+def _count(findings: list[Finding], level: str) -> int:
+    return sum(finding.level == level for finding in findings)

@@ -1,0 +1,241 @@
+"""Is the agent active? A child of this interpreter, with this environment, is started and looked into."""
+
+from __future__ import annotations
+
+import json
+import os
+import site
+import subprocess
+import sys
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from autoteardown import startup
+from autoteardown.cli import path
+from autoteardown.cli.doctor.finding import NOTE, OK, PROBLEM, WARNING, Finding
+
+# Two lines of JSON: what start-up has left, and, if that is the agent, what an import of torch makes of it. The second
+# line never comes from a process in which torch crashes or hangs.
+_PROBE = """
+import sys
+startup = sys.modules.get("autoteardown.startup")
+customize = sys.modules.get("sitecustomize")
+active = startup is not None and startup.active()
+import json
+print(json.dumps(dict(active=active, started_by=startup and startup.started_by, why_off=startup and startup.why_off,
+    package=startup and startup.__file__, customize=getattr(customize, "__file__", None))), flush=True)
+if active:
+    import signal
+    found = dict(tap=getattr(sys.modules.get("autoteardown.signals"), "tap", None) is not None)
+    try:
+        import torch.distributed as distributed
+    except ImportError as error:
+        found["missing"] = str(error)
+    except Exception as error:
+        found["broken"] = repr(error)
+    else:
+        c10d = sys.modules.get("torch.distributed.distributed_c10d")
+        found["distributed"] = distributed.is_available()
+        found["hooked"] = all(hasattr(getattr(module, "init_process_group", None), "_autoteardown_wrapped")
+            for module in (distributed, c10d))
+        group = getattr(distributed, "ProcessGroup", None)
+        found["abort"] = ("ProcessGroup.abort" if hasattr(group, "abort") else "_abort_process_group"
+            if hasattr(c10d, "_abort_process_group") else "destroy_process_group")
+        found["clone"] = hasattr(getattr(distributed, "Store", None), "clone")
+        try:
+            found["nccl"] = ".".join(map(str, distributed.torch.cuda.nccl.version()))
+        except Exception:
+            found["nccl"] = None
+    print(json.dumps(found), flush=True)
+"""
+_PATIENCE = 120.0  # seconds; torch from a cold network file system takes its time
+
+
+class Process:
+    """What a new process of this interpreter turned out to be."""
+
+    def __init__(self, lines: list[str], said: str, ended: str | None) -> None:
+        parts: list[dict[str, Any]] = [json.loads(line) for line in lines[:2]]
+        self.start: dict[str, Any] = parts[0] if parts else {}
+        self.torch: dict[str, Any] = parts[1] if len(parts) > 1 else {}
+        self.said = said.strip()
+        self.ended = ended
+        self.active: bool = bool(self.start.get("active"))
+        self.started_by: str | None = self.start.get("started_by")
+
+
+def look(environ: Mapping[str, str]) -> Process:
+    """Start one and see."""
+    command = [sys.executable, *_flags(), "-c", _PROBE]
+    try:
+        done = subprocess.run(
+            command, env=environ, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_PATIENCE
+        )
+    except subprocess.TimeoutExpired as error:
+        output = error.stdout or b""
+        text = output.decode(errors="replace") if isinstance(output, bytes) else output
+        return Process(_json_lines(text), "", f"it was not done after {_PATIENCE:.0f} s")
+    ended = f"it ended with status {done.returncode}" if done.returncode else None
+    return Process(_json_lines(done.stdout), done.stderr, ended)
+
+
+def check(environ: Mapping[str, str], process: Process) -> list[Finding]:
+    """The findings on the switch, the vehicles and the hooks."""
+    return [
+        *_switch(environ),
+        *_active(environ, process),
+        *_hooks(process),
+        *_vehicles(environ),
+        *_shadows(environ, process),
+    ]
+
+
+def _json_lines(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("{")]
+
+
+def _flags() -> list[str]:
+    """The flags of this interpreter that decide what start-up does."""
+    if sys.flags.isolated:
+        return ["-I"] + ["-S"] * sys.flags.no_site
+    return (
+        ["-E"] * sys.flags.ignore_environment + ["-s"] * sys.flags.no_user_site + ["-S"] * sys.flags.no_site
+    )
+
+
+def _switch(environ: Mapping[str, str]) -> list[Finding]:
+    on, problem = startup.switch(environ)
+    value = environ.get(startup.SWITCH)
+    advice = f"set {startup.SWITCH}=1 in the image (ENV) or in the job's environment"
+    if problem is not None:
+        found = Finding("switch", PROBLEM, problem, advice)
+    elif not on:
+        what = (
+            f"{startup.SWITCH} is not set" if value is None else f"{startup.SWITCH}={value!r} switches it off"
+        )
+        found = Finding("switch", PROBLEM, what, advice)
+    else:
+        found = Finding("switch", OK, f"{startup.SWITCH}={value}")
+    skip = environ.get("AUTOTEARDOWN_SKIP", "").strip()
+    if not skip:
+        return [found]
+    return [found, Finding("switch", NOTE, f"programs that match AUTOTEARDOWN_SKIP={skip} are not guarded")]
+
+
+def _active(environ: Mapping[str, str], process: Process) -> list[Finding]:
+    findings = []
+    if process.active:
+        package = Path(process.start["package"]).parent
+        findings.append(Finding("start-up", OK, f"started by {process.started_by}, from {package}"))
+    elif not process.start:
+        text = f"a new process of {sys.executable} could not be looked into: {process.ended}"
+        findings.append(
+            Finding("start-up", PROBLEM, text, process.said.splitlines()[-1] if process.said else None)
+        )
+    elif startup.switch(environ)[0]:
+        reason, advice = _why(environ, process)
+        findings.append(Finding("start-up", PROBLEM, f"switched on, but not active: {reason}", advice))
+    if process.said and process.start:
+        level = PROBLEM if "autoteardown" in process.said else NOTE
+        for line in process.said.splitlines()[-3:]:
+            findings.append(Finding("start-up", level, f"a new process says: {line}"))
+    return findings
+
+
+def _why(environ: Mapping[str, str], process: Process) -> tuple[str, str | None]:
+    if process.start.get("why_off"):
+        return str(process.start["why_off"]), None
+    if sys.flags.no_site:
+        return "the interpreter runs with -S, which switches all start-up code off", "leave -S out"
+    folder, package = path.injection_folder(), Path(startup.__file__).parent.parent
+    inject = f'PYTHONPATH="{folder}"'
+    on_path = folder is not None and str(folder) in environ.get("PYTHONPATH", "").split(os.pathsep)
+    if on_path and (sys.flags.isolated or sys.flags.ignore_environment):
+        return (
+            "the interpreter runs with -I or -E, which ignore PYTHONPATH",
+            "install the package with pip instead",
+        )
+    if on_path:
+        first = process.start.get("customize")
+        return (
+            f"{first} hides the sitecustomize in {folder}, and does not import the next one",
+            f"put {folder} first on PYTHONPATH",
+        )
+    if (package / "autoteardown.pth").is_file() and package not in _site_folders():
+        return f"{package} is no site-packages folder, so its .pth files are not read", f"set {inject}"
+    if any((folder / "autoteardown.pth").is_file() for folder in _site_folders()):
+        return "autoteardown.pth is there, but did not start it", "pip install --force-reinstall autoteardown"
+    return "no autoteardown.pth in any site-packages folder", f"pip install autoteardown, or set {inject}"
+
+
+def _hooks(process: Process) -> list[Finding]:
+    if not process.active:
+        return []
+    found = process.torch
+    if not found:
+        return [
+            Finding(
+                "hook",
+                PROBLEM,
+                f"importing torch.distributed in a new process failed: {process.ended or 'no answer'}",
+            )
+        ]
+    findings = []
+    if not found["tap"]:
+        findings.append(Finding("hook", PROBLEM, "the signal tap is not in place once `signal` is imported"))
+    if "broken" in found:
+        findings.append(Finding("hook", PROBLEM, f"torch.distributed cannot be imported: {found['broken']}"))
+    elif "missing" not in found and not found["distributed"]:
+        findings.append(
+            Finding("hook", PROBLEM, "this torch is built without torch.distributed: nothing to guard")
+        )
+    elif "missing" not in found and not found["hooked"]:
+        findings.append(Finding("hook", PROBLEM, "init_process_group is not wrapped once torch is imported"))
+    elif "missing" not in found:
+        findings.append(Finding("hook", OK, "the signal tap is in place, and init_process_group is wrapped"))
+    return findings
+
+
+def _site_folders() -> list[Path]:
+    folders = [*site.getsitepackages(), *([site.getusersitepackages()] if site.ENABLE_USER_SITE else [])]
+    return [Path(folder) for folder in folders]
+
+
+def _vehicles(environ: Mapping[str, str]) -> list[Finding]:
+    """What could start the agent here, besides what did."""
+    findings = []
+    for folder in _site_folders():
+        names = [name for name in ("autoteardown.pth", "autoteardown.start") if (folder / name).is_file()]
+        if names:
+            findings.append(Finding("vehicle", OK, f"{' and '.join(names)} in {folder}"))
+            if len(names) == 1:
+                text = f"one of autoteardown.pth and autoteardown.start is missing in {folder}"
+                findings.append(
+                    Finding("vehicle", WARNING, text, "pip install --force-reinstall autoteardown")
+                )
+    inject = path.injection_folder()
+    if inject is not None and str(inject) in environ.get("PYTHONPATH", "").split(os.pathsep):
+        findings.append(Finding("vehicle", OK, f"injection by PYTHONPATH: {inject}"))
+    if not site.ENABLE_USER_SITE and (Path(site.getusersitepackages()) / "autoteardown.pth").is_file():
+        text = f"{site.getusersitepackages()} has autoteardown.pth, but this interpreter does not read that folder"
+        findings.append(Finding("vehicle", WARNING, text, "install into the environment that trains"))
+    return findings
+
+
+def _shadows(environ: Mapping[str, str], process: Process) -> list[Finding]:
+    """Second copies, and other code that runs at start-up."""
+    findings = []
+    copies = sorted({str(each.locate_file("")) for each in metadata.distributions(name="autoteardown")})
+    if len(copies) > 1:
+        text = f"installed {len(copies)} times, the first on the path wins: {', '.join(copies)}"
+        findings.append(Finding("vehicle", WARNING, text, "uninstall all but one"))
+    used = process.start.get("package")
+    if used and Path(used).resolve() != Path(startup.__file__).resolve():
+        text = f"new processes use {Path(used).parent}, this doctor is from {Path(startup.__file__).parent}"
+        findings.append(Finding("vehicle", WARNING, text, "run that installation's doctor"))
+    customize = process.start.get("customize")
+    if customize and Path(customize).parent != path.injection_folder():
+        findings.append(Finding("start-up", NOTE, f"{customize} runs at start-up too"))
+    return findings

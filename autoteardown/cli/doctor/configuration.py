@@ -1,0 +1,154 @@
+"""What the installation and the environment add up to: settings, folders, torch, wrapt."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+
+from autoteardown import folder, registry, settings
+from autoteardown.cli.doctor.activation import Process
+from autoteardown.cli.doctor.finding import NOTE, OK, PROBLEM, WARNING, Finding
+
+_OLDEST_WRAPT, _FIRST_WRAPT_TOO_NEW = (1, 14), (3,)
+_OLDEST_TORCH = (2, 4)
+_ABORT_WORKS = (2, 26, 2)  # NCCL 2.25.1 hangs in an abort (pytorch/pytorch#149153)
+
+
+def check(
+    environ: Mapping[str, str], found: settings.Settings, refused: list[str], process: Process
+) -> list[Finding]:
+    """The findings on all of them."""
+    return [
+        *_settings(environ, found, refused),
+        *_folders(found),
+        *_wrapt(),
+        *_torch(process),
+    ]
+
+
+def shown(variable: str, value: object) -> object:
+    """A setting as it is written in the environment."""
+    if variable == "AUTOTEARDOWN_SIGNALS" and isinstance(value, tuple):
+        return ",".join(map(settings.signal_name, value))
+    if value is None:
+        return "signal" if variable == "AUTOTEARDOWN_EXIT_CODE" else None
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return round(value, 3) if isinstance(value, float) else value
+
+
+def table(found: settings.Settings, refused: list[str]) -> list[str]:
+    """The effective settings, and where each comes from."""
+    bad = {line.partition("=")[0] for line in refused}
+    rows = [("setting", "in force", "from")]
+    for variable, default, _ in settings.VARIABLES:
+        given, effective = found.sources[variable]
+        text = shown(variable, effective)
+        source = "default" if given is None or not given.strip() else f"environment: {given}"
+        if variable in bad:
+            source = f"default, {given!r} is not allowed"
+        if found.scaled < 1 and variable.endswith("_TIMEOUT"):
+            source += f", scaled to fit (default {default})" if source[:7] == "default" else ", scaled to fit"
+        text = f"{text:g}" if isinstance(text, float) else "off" if text is None else str(text)
+        rows.append((variable, text, source))
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    return [f"{name:<{widths[0]}}  {value:<{widths[1]}}  {source}" for name, value, source in rows]
+
+
+def _settings(environ: Mapping[str, str], found: settings.Settings, refused: list[str]) -> list[Finding]:
+    findings = [Finding("settings", PROBLEM, line, "correct it or take it out") for line in refused]
+    for variable in sorted(environ):
+        if variable.startswith("AUTOTEARDOWN") and not settings.known(variable):
+            text = f"{variable} means nothing: it is none of our variables"
+            findings.append(Finding("settings", WARNING, text, "check its spelling against the table below"))
+    if found.scaled < 1:
+        text = f"the time-outs add up to more than the {found.hard:g} s there are: all scaled to {found.scaled:.0%}"
+        findings.append(
+            Finding("settings", NOTE, text, "raise AUTOTEARDOWN_GRACE if the platform gives more time")
+        )
+    if not findings:
+        findings.append(Finding("settings", OK, f"gone at most {found.hard:g} s after the signal"))
+    return findings
+
+
+def _folders(found: settings.Settings) -> list[Finding]:
+    findings = []
+    try:
+        os.close(folder.open_own(folder.absolute(found.runtime_dir)))
+        armed = len(registry.read(found.runtime_dir))
+        findings.append(Finding("registry", OK, f"{found.runtime_dir}, armed ranks on this node: {armed}"))
+    except FileNotFoundError:
+        findings.append(_creatable("registry", Path(found.runtime_dir), "AUTOTEARDOWN_RUNTIME_DIR"))
+    except OSError as error:
+        text = f"{found.runtime_dir} cannot be used: {error}"
+        advice = "remove it, or set AUTOTEARDOWN_RUNTIME_DIR; without it `ps` and `drain` see no ranks"
+        findings.append(Finding("registry", PROBLEM, text, advice))
+    if found.report_dir is not None:
+        findings.append(_creatable("reports", Path(found.report_dir), "AUTOTEARDOWN_REPORT_DIR"))
+    return findings
+
+
+def _creatable(area: str, path: Path, variable: str) -> Finding:
+    nearest = next(parent for parent in (path, *path.parents) if parent.exists())
+    if nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK):
+        return Finding(area, OK, f"{path}{'' if nearest == path else ' (made when needed)'}")
+    what = "cannot be written to" if nearest.is_dir() else "is no folder"
+    return Finding(
+        area, PROBLEM, f"{path} cannot be used: {nearest} {what}", f"set {variable} to another folder"
+    )
+
+
+def _wrapt() -> list[Finding]:
+    version = _version("wrapt")
+    if version is None:
+        return [Finding("wrapt", PROBLEM, "wrapt is not installed", "pip install 'wrapt>=1.14,<3'")]
+    if not _OLDEST_WRAPT <= numbers(version) < _FIRST_WRAPT_TOO_NEW:
+        return [Finding("wrapt", WARNING, f"wrapt {version} is untested", "pip install 'wrapt>=1.14,<3'")]
+    return [Finding("wrapt", OK, version)]
+
+
+def _torch(process: Process) -> list[Finding]:
+    version = _version("torch")
+    if version is None:
+        text = "torch is not installed for this interpreter: there is nothing to guard"
+        return [Finding("torch", PROBLEM, text, "run doctor with the interpreter that trains")]
+    findings = [Finding("torch", OK, f"{version}{_path_taken(process)}")]
+    if numbers(version) < _OLDEST_TORCH:
+        findings.append(
+            Finding("torch", WARNING, f"{version} is untested", "2.4 is the oldest that was looked at")
+        )
+    nccl = process.torch.get("nccl")
+    if nccl and numbers(nccl) < _ABORT_WORKS:
+        text = f"NCCL {nccl} can hang when a wedged rank is aborted; the exit then comes at the time-out"
+        findings.append(
+            Finding("torch", WARNING, text, "2.26.2 or later does not (comes with torch 2.8 and later)")
+        )
+    return findings
+
+
+def _path_taken(process: Process) -> str:
+    how = {
+        "ProcessGroup.abort": "a wedged rank is released by ProcessGroup.abort()",
+        "_abort_process_group": "a wedged rank is released by _abort_process_group() (torch 2.6)",
+        "destroy_process_group": "a wedged rank is released by destroy_process_group(), an abort in torch 2.4 and 2.5",
+    }.get(process.torch.get("abort", ""))
+    if how is None:
+        return ""
+    board = "a clone of the store" if process.torch.get("clone") else "a second client of the store"
+    nccl = process.torch.get("nccl")
+    return f": {how}; peers are told over {board}{f'; NCCL {nccl}' if nccl else ''}"
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    """The leading numbers of a version: (2, 13, 0) for 2.13.0+cpu."""
+    return tuple(map(int, re.findall(r"\d+", re.split(r"[^\d.]", version)[0])))
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None

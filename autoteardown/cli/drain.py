@@ -1,0 +1,75 @@
+"""`autoteardown drain`: signals the armed ranks of this node and waits for them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+
+from autoteardown import drain, settings
+from autoteardown.cli import ps
+
+SUMMARY = "signal every armed rank of this node and wait until they are gone"
+_DAY = 86400
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument(
+        "--timeout",
+        type=_seconds,
+        metavar="SECONDS",
+        help=f"longest wait (default: AUTOTEARDOWN_GRACE and {drain.MARGIN:g} more)",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """0 when every rank left cleanly, or there was none; 1 otherwise."""
+    found, _ = settings.load(os.environ)
+    timeout = found.grace + drain.MARGIN if args.timeout is None else args.timeout
+    problems: list[str] = []
+    ranks, interrupted = drain.drain(found.runtime_dir, found.signals[0], timeout, problems.append)
+    for problem in problems:
+        print(f"autoteardown: {problem}", file=sys.stderr)
+    clean = not problems and all(rank.clean for rank in ranks)
+    if args.json:
+        answer = {"clean": clean, "interrupted": interrupted, "ranks": [_as_dict(rank) for rank in ranks]}
+        print(json.dumps(answer, indent=2))
+    elif ranks:
+        for rank in ranks:
+            print(rank.line())
+        left = sum(rank.clean for rank in ranks)
+        print(f"{'interrupted: ' if interrupted else ''}{left} of {len(ranks)} ranks left cleanly")
+    elif not problems:
+        print(ps.none_here(found.runtime_dir))
+    return 0 if clean else 1
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= _DAY:  # NaN fails it, too
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0 to {_DAY}")
+    return seconds
+
+
+def _as_dict(rank: drain.Drained) -> dict[str, object]:
+    record = rank.record
+    return {
+        "pid": record.pid,
+        "rank": record.rank,
+        "local_rank": record.local_rank,
+        "world_size": record.world_size,
+        "backend": record.backend,
+        "program": record.program,
+        "signal": rank.signalled,
+        "outcome": rank.outcome,
+        "clean": rank.clean,
+        "exit_code": rank.exit_code,
+        "seconds": round(rank.seconds, 3),
+        "detail": rank.detail or None,
+    }

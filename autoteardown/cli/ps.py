@@ -1,0 +1,74 @@
+"""`autoteardown ps`: the armed ranks on this node."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+
+from autoteardown import registry, settings
+from autoteardown.record import Record, printable
+
+SUMMARY = "list the armed ranks on this node"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("--json", action="store_true", help="print one JSON list")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the table. 1 when the registry cannot be trusted, so that nothing is known."""
+    runtime_dir = settings.load(os.environ)[0].runtime_dir
+    problems: list[str] = []
+    records = registry.read(runtime_dir, problems.append)
+    for problem in problems:
+        print(f"autoteardown: {problem}", file=sys.stderr)
+    if args.json:
+        print(json.dumps([as_dict(record) for record in records], indent=2))
+    elif records:
+        rows = [("PID", "RANK", "BACKEND", "PROGRAM", "STATE", "AGE"), *(_row(record) for record in records)]
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        for row in rows:
+            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    elif not problems:
+        print(none_here(runtime_dir))
+    return 1 if problems else 0
+
+
+def as_dict(record: Record) -> dict[str, object]:
+    """What `--json` says of a rank."""
+    return {
+        "pid": record.pid,
+        "start_time": record.start_time,
+        "rank": record.rank,
+        "local_rank": record.local_rank,
+        "world_size": record.world_size,
+        "backend": record.backend,
+        "program": record.program,
+        "state": record.state,
+        "armed_at": record.armed_at,
+        "age": round(record.age, 3),
+    }
+
+
+def none_here(runtime_dir: str) -> str:
+    """Says that there is no rank, and where one may be instead."""
+    others = registry.elsewhere(runtime_dir)
+    hint = f" ({others} of other pid namespaces or boots)" if others else ""
+    return f"no armed ranks on this node{hint}"
+
+
+def _row(record: Record) -> tuple[str, ...]:
+    named = (printable(text) for text in (record.backend, record.program, record.state))
+    return (str(record.pid), record.place, *named, _age(int(record.age)))
+
+
+def _age(seconds: int) -> str:
+    minutes, hours, days = seconds // 60, seconds // 3600, seconds // 86400
+    if days:
+        return f"{days}d{hours % 24}h"
+    if hours:
+        return f"{hours}h{minutes % 60}m"
+    return f"{minutes}m{seconds % 60}s" if minutes else f"{seconds}s"

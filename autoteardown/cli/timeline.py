@@ -1,0 +1,178 @@
+"""`autoteardown timeline DIR`: draws the reports of a job."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+
+from autoteardown.cli import lanes, page, perfetto, reports
+from autoteardown.cli.stops import DEFAULT_GRACE, Rank, Stop, seconds, verdict
+
+DEFAULT_FILE = {"html": "timeline.html", "perfetto": "timeline.perfetto.json"}
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.description = (
+        "Draws the reports of a job (AUTOTEARDOWN_REPORT_DIR): one lane a rank, one bar a phase."
+    )
+    parser.add_argument("dir", type=Path, metavar="DIR", help="folder of <host>-<pid>.json reports")
+    parser.add_argument("-o", "--output", metavar="FILE", help="file to write; - for standard output")
+    parser.add_argument(
+        "--format",
+        choices=sorted(DEFAULT_FILE),
+        default="html",
+        help="html: one self-contained page; perfetto: a trace for ui.perfetto.dev (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--grace",
+        type=_positive,
+        metavar="S",
+        help=f"seconds of grace that the platform gave (default: as the reports say, else {DEFAULT_GRACE:g})",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Read, draw, write. Problems with single reports are told on stderr and do not fail the command."""
+    if not args.dir.is_dir():
+        return _fail(f"{args.dir}: not a folder")
+    try:
+        stops, problems = reports.read(args.dir)
+    except OSError as error:
+        return _fail(f"{args.dir}: {error.strerror}")
+    for problem in problems:
+        _say(problem)
+    if not stops:
+        return _fail(
+            f"{args.dir}: no reports; ranks write them there when AUTOTEARDOWN_REPORT_DIR names the folder"
+            if not problems
+            else f"{args.dir}: none of the reports can be read"
+        )
+    text = (
+        perfetto.trace(stops, args.grace)
+        if args.format == "perfetto"
+        else html(stops, problems, args.grace, reports.plain(str(args.dir)))
+    )
+    target = args.output or DEFAULT_FILE[args.format]
+    if target == "-":
+        sys.stdout.write(text)
+        return 0
+    try:
+        _write(Path(target), text)
+    except OSError as error:
+        return _fail(f"{target}: {error.strerror}")
+    for number, stop in enumerate(stops, 1):
+        sys.stdout.write(f"{_heading(stop, number, len(stops))}: {stop.summary(_grace(stop, args.grace))}\n")
+    sys.stdout.write(f"wrote {reports.plain(target)}\n")
+    return 0
+
+
+def html(stops: list[Stop], problems: list[str], grace: float | None, source: str) -> str:
+    """The page for these stops."""
+    parts = [
+        "<h1>Teardown timeline</h1>",
+        f'<p class="soft">{page.esc(source)}: {_count(sum(len(s.ranks) for s in stops), "report")}, '
+        f"{_count(len(stops), 'stop')}</p>",
+        page.notice("Not everything could be drawn", problems),
+    ]
+    for number, stop in enumerate(stops, 1):
+        limit = _grace(stop, grace)
+        told = grace is not None or stop.grace is not None
+        parts += [
+            f"<section><h2>{page.esc(_heading(stop, number, len(stops)))}</h2>",
+            f'<p class="summary">{page.esc(stop.summary(limit))}.'
+            + ("" if told else ' <span class="soft">The grace period is assumed; --grace sets it.</span>')
+            + "</p>",
+            lanes.key(stop),
+            lanes.draw(stop, limit),
+            _table(stop),
+            "</section>",
+        ]
+    return page.document("Teardown timeline", "\n".join(parts))
+
+
+def _heading(stop: Stop, number: int, count: int) -> str:
+    began = datetime.fromtimestamp(stop.began, tz=timezone.utc) if stop.began else None
+    return " \N{MIDDLE DOT} ".join(
+        filter(
+            None,
+            [
+                f"Stop {number} of {count}" if count > 1 else "Stop",
+                stop.ranks[0].program,
+                f"world of {stop.world_size}" if stop.world_size is not None else "",
+                f"{began:%Y-%m-%d %H:%M:%S} UTC" if began else "",
+            ],
+        )
+    )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def _table(stop: Stop) -> str:
+    """The same as text: for screen readers, for the search of the browser, for whole stacks."""
+    head = ("rank", "host", "pid", "cause", "outcome", "out after", "stopped at step", "phases", "in the way")
+    state = " open" if len(stop.ranks) <= 16 else ""
+    return (
+        f"<details{state}><summary>The reports as text</summary>"
+        + page.table(head, (_cells(rank) for rank in stop.ranks))
+        + "</details>"
+    )
+
+
+def _cells(rank: Rank) -> list[str]:
+    phases = ", ".join(
+        f"{p.name} {seconds(p.end - p.start) if p.end is not None else 'unfinished'}"
+        + (f" ({p.outcome}{': ' + p.detail if p.detail else ''})" if p.outcome != "ok" else "")
+        for p in rank.phases
+        if p.outcome != "skipped"
+    )
+    cause = rank.signal or rank.cause if rank.cause == "signal" else rank.cause
+    stuck = (
+        f"<details><summary>stacks</summary><pre>{page.esc(rank.stuck)}</pre></details>" if rank.stuck else ""
+    )
+    plain = [
+        str(rank.rank if rank.rank is not None else "?"),
+        rank.host,
+        str(rank.pid),
+        cause + (" (first)" if rank.is_origin else ""),
+        verdict(rank),
+        seconds(rank.lasted),
+        str(rank.stopped_at if rank.stopped_at is not None else ""),
+    ]
+    return [page.esc(cell) for cell in plain] + [f'<div class="wrap">{page.esc(phases)}</div>', stuck]
+
+
+def _grace(stop: Stop, given: float | None) -> float:
+    return given or stop.grace or DEFAULT_GRACE
+
+
+def _write(path: Path, text: str) -> None:
+    """All of it or nothing: a page that is being looked at is never half of one."""
+    if path.exists() and not path.is_file():  # /dev/stdout must not be replaced by a file
+        path.write_text(text, encoding="utf-8")
+        return
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("x", encoding="utf-8") as file:
+        file.write(text)
+    temporary.replace(path)
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= reports.LONGEST:
+        raise argparse.ArgumentTypeError(f"{text}: not a number of seconds above 0")
+    return value
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(f"autoteardown timeline: {line}\n")
+
+
+def _fail(line: str) -> int:
+    _say(reports.plain(line))
+    return 1

@@ -1,0 +1,166 @@
+"""Drains this node: signals its armed ranks and waits until they are gone.
+
+For whatever forwards no signal to the ranks: raylet, which SIGKILLs its actors, or a shell as PID 1.
+
+A rank is signalled through a pidfd that was opened before its identity was checked. So a signal cannot reach
+a stranger, however the pid is reused in between: the pidfd is the process that was checked, or a dead one.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import time
+
+from autoteardown import procfs, registry
+from autoteardown.record import Record, printable
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+MARGIN = 2.0
+"""How much longer than a grace period to wait, in seconds: a rank's own clock starts with its signal."""
+
+# On their way out already. A second signal could reach one in the last moments of its interpreter, when the
+# default action, and with it another exit code, is back in force.
+_ON_ITS_WAY = ("yielding", "stopping", "parked", "leaving", "left")
+_POLL = 0.1
+
+
+class Drained:
+    """What became of one rank.
+
+    `outcome` is what the rank's own teardown said (`clean`, `aborted`, `forced`), or `ended`: it withdrew its
+    entry, as at the normal end of a job; `died`: it left its entry and said nothing; `running`: it is still
+    there; `refused`: it could not be signalled.
+    """
+
+    __slots__ = ("_pidfd", "detail", "exit_code", "outcome", "record", "seconds", "signalled")
+
+    def __init__(self, record: Record) -> None:
+        """Use `drain`."""
+        self.record = record
+        self.outcome = "running"
+        self.exit_code: int | None = None
+        self.seconds = 0.0
+        self.signalled: int | None = None
+        self.detail = ""
+        self._pidfd: int | None = None
+
+    @property
+    def clean(self) -> bool:
+        """Whether it left as it should."""
+        return self.outcome in ("clean", "ended")
+
+    def line(self) -> str:
+        """In words."""
+        said = {
+            "ended": "ended on its own",
+            "died": "died without a teardown",
+            "running": "still running",
+            "refused": f"not signalled: {self.detail}",
+        }.get(self.outcome, printable(self.outcome))
+        code = "" if self.exit_code is None else f", exit {self.exit_code}"
+        name = f"rank={self.record.place} pid={self.record.pid} {printable(self.record.program)}"
+        return f"{name}: {said}{code} ({self.seconds:.2f}s)"
+
+    def _start(self, signum: int) -> bool:
+        """Signal the rank; whether there is something to wait for."""
+        try:
+            self._pidfd = os.pidfd_open(self.record.pid)
+        except (AttributeError, OSError):  # an old kernel, gVisor, seccomp; or gone
+            self._pidfd = None
+        if not procfs.is_ours():
+            return self._refuse("without a /proc of this pid namespace it could be any process")
+        if not registry.alive(self.record):
+            self.close()  # it may be a stranger's
+            return True
+        if self.record.state in _ON_ITS_WAY:
+            return True
+        wanted = self.record.signal
+        if wanted in signal.valid_signals() and wanted not in (signal.SIGKILL, signal.SIGSTOP):
+            signum = wanted or signum
+        try:
+            if self._pidfd is not None:
+                signal.pidfd_send_signal(self._pidfd, signum)
+            else:
+                os.kill(self.record.pid, signum)
+            self.signalled = signum
+        except ProcessLookupError:
+            pass
+        except OSError as error:
+            return self._refuse(error.strerror or str(error))
+        return True
+
+    def close(self) -> None:
+        """Give the pidfd back."""
+        if self._pidfd is not None:
+            os.close(self._pidfd)
+            self._pidfd = None
+
+    def _refuse(self, detail: str) -> bool:
+        self.outcome, self.detail = "refused", detail
+        return False
+
+    def _conclude(self, runtime_dir: str) -> None:
+        """It is gone: as what?"""
+        last = registry.reread(runtime_dir, self.record)
+        if last is None:
+            self.outcome = "ended"
+        else:
+            self.outcome, self.exit_code = last.outcome or "died", last.exit_code
+
+
+def drain(
+    runtime_dir: str, signum: int, timeout: float, problem: Callable[[str], object] | None = None
+) -> tuple[list[Drained], bool]:
+    """Signal every armed rank but this process, wait for all; also whether Ctrl-C cut the waiting short.
+
+    Ranks that arm meanwhile (a launcher that restarts its workers) are drained like the others.
+    """
+    ranks: dict[str, Drained] = {}
+    waiting: list[Drained] = []
+    interrupted = False
+    began = time.monotonic()
+    marker = registry.DrainMarker(runtime_dir)
+    try:
+        while True:
+            for record in registry.read(runtime_dir, problem):
+                if record.name not in ranks and record.pid != os.getpid() and record.outcome is None:
+                    ranks[record.name] = rank = Drained(record)
+                    if rank._start(signum):
+                        waiting.append(rank)
+            problem = None  # said once
+            left = max(0.0, timeout - (time.monotonic() - began))
+            gone = _wait(waiting, min(left, _POLL)) if waiting else []
+            for rank in waiting:
+                rank.seconds = time.monotonic() - began
+            for rank in gone:
+                waiting.remove(rank)
+                rank._conclude(runtime_dir)
+            if not waiting or not left:
+                break
+    except KeyboardInterrupt:
+        interrupted = True
+    finally:
+        marker.close()
+        for rank in ranks.values():
+            rank.close()
+    registry.read(runtime_dir)  # removes the entries of the dead, now that they have been read
+    return list(ranks.values()), interrupted
+
+
+def _wait(ranks: list[Drained], seconds: float) -> list[Drained]:
+    """Those of the ranks that are gone, as soon as one is, or after so many seconds."""
+    poll = select.poll()
+    for rank in ranks:
+        if rank._pidfd is not None:
+            poll.register(rank._pidfd, select.POLLIN)
+    ready = {pidfd for pidfd, _ in poll.poll(seconds * 1000)}
+    return [
+        rank
+        for rank in ranks
+        if (rank._pidfd in ready if rank._pidfd is not None else not registry.alive(rank.record))
+    ]

@@ -1,0 +1,89 @@
+"""A folder that only this user can write, used without following what others may have put in its place.
+
+The default one lies in a folder that everybody can write, so whatever is found under its name may be somebody
+else's: a link to a folder of ours, a folder of theirs, a FIFO that never answers. Everything is checked on a
+descriptor, after opening, and done relative to it.
+
+No locks, and nothing is written in place: a teardown's thread may be here while the main thread is held here
+too. All functions raise OSError, and nothing else.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import stat
+from _thread import get_ident
+
+LIMIT = 65536
+_numbers = itertools.count()
+
+
+def absolute(path: str) -> str:
+    """Without the trailing slash, too: with one, the kernel follows a link in the last component."""
+    return os.path.abspath(path)
+
+
+def open_own(path: str, create: bool = False) -> int:
+    """The descriptor of an absolute path's folder, if nobody else can write to it."""
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    if create:
+        try:
+            os.mkdir(path, 0o700)
+        except FileExistsError:
+            pass
+    try:
+        folder = os.open(path, flags)
+    except NotADirectoryError:  # what O_NOFOLLOW with O_DIRECTORY makes of a link
+        raise NotADirectoryError("it is a link, or no folder") from None
+    about = os.fstat(folder)
+    if about.st_uid != os.geteuid():
+        os.close(folder)
+        raise PermissionError(f"it belongs to uid {about.st_uid}, not to {os.geteuid()}")
+    if about.st_mode & 0o022:
+        os.close(folder)
+        mode = stat.S_IMODE(about.st_mode)
+        raise PermissionError(
+            f"others can write to it (mode {mode:04o}); in a shared volume, name a subfolder"
+        )
+    return folder
+
+
+def replace(folder: int, name: str, data: bytes) -> None:
+    """Write a file so that a reader finds the old content or the new, never a part."""
+    temporary = f".{name}.{get_ident():x}.{next(_numbers)}"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    descriptor = os.open(temporary, flags, 0o600, dir_fd=folder)
+    try:
+        try:
+            written = os.write(descriptor, data)
+        finally:
+            os.close(descriptor)
+        if written != len(data):
+            raise OSError("the disk is full")
+        os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
+    except BaseException:
+        remove(folder, temporary)
+        raise
+
+
+def read(folder: int, name: str) -> bytes:
+    """A file's content, as far as `LIMIT`, if it is a plain file of this user."""
+    # O_NONBLOCK: a FIFO would hold us until somebody writes.
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    descriptor = os.open(name, flags, dir_fd=folder)
+    try:
+        about = os.fstat(descriptor)
+        if not stat.S_ISREG(about.st_mode) or about.st_uid != os.geteuid():
+            raise OSError("not a file of ours")
+        return os.read(descriptor, LIMIT)
+    finally:
+        os.close(descriptor)
+
+
+def remove(folder: int, name: str) -> None:
+    """Remove a file, if it is there and can be removed."""
+    try:
+        os.unlink(name, dir_fd=folder)
+    except OSError:
+        pass

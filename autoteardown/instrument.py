@@ -1,0 +1,185 @@
+"""The hooks on torch: wrapped functions that guard a rank, put in place as torch is imported.
+
+The hook on `torch.distributed.distributed_c10d` runs before `torch.distributed` re-exports the names, so every importer
+gets the wrapper. The wrappers are plain closures with `functools.wraps`, not `wrapt.FunctionWrapper`s: those cannot be
+pickled or copied, and Ray and submitit ship code with cloudpickle.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from types import ModuleType
+from typing import Any, Callable
+
+from autoteardown.startup import say
+
+_MARK = "_autoteardown_wrapped"
+
+
+def register() -> None:
+    """Hook torch: now where its modules are imported already, else as they are imported. Idempotent."""
+    import wrapt
+
+    for name, patch in (
+        ("torch.distributed.distributed_c10d", _patch_c10d),
+        ("torch.serialization", _patch_serialization),
+        ("torch.distributed.checkpoint.state_dict_saver", _patch_checkpoint),
+        ("torch.utils.data._utils.signal_handling", _patch_workers),
+    ):
+        wrapt.register_post_import_hook(_failing_open(patch), name)
+
+
+def _failing_open(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A bug of ours costs the protection, not the program: a hook that raises would make `import torch` fail."""
+
+    @functools.wraps(function)
+    def safe(*args: Any) -> Any:
+        try:
+            return function(*args)
+        except Exception as error:
+            say(f"{function.__name__.strip('_')} failed, this rank is not guarded: {error!r}")
+            return None
+
+    return safe
+
+
+def _patch(module: ModuleType, name: str, wrap: Callable[[Any], Any], *others: str) -> None:
+    """Replace a function, also where it has been re-exported already (late installation)."""
+    real = getattr(module, name, None)
+    if real is None or hasattr(real, _MARK):
+        return
+    wrapper = functools.wraps(real)(wrap(real))
+    setattr(wrapper, _MARK, True)
+    # torch.compile leaves functions of torch.distributed alone, going by their file; ours must ask for that.
+    wrapper._torchdynamo_disable = True  # type: ignore[attr-defined]
+    setattr(module, name, wrapper)
+    for other in others:
+        copy = sys.modules.get(other)
+        if copy is not None and getattr(copy, name, None) is real:
+            setattr(copy, name, wrapper)
+
+
+def _patch_c10d(module: ModuleType) -> None:
+    if not hasattr(module, "init_process_group"):
+        say("this torch has no torch.distributed: off")
+        return
+    _patch(module, "destroy_process_group", _wrap_destroy, "torch.distributed")
+    _patch(module, "init_process_group", _wrap_init, "torch.distributed")
+
+
+def _wrap_init(real: Callable[..., Any]) -> Callable[..., Any]:
+    def init_process_group(*args: Any, **kwargs: Any) -> Any:
+        _joining()
+        try:
+            result = real(*args, **kwargs)
+        except BaseException:
+            _not_joined()
+            raise
+        _joined()
+        return result
+
+    return init_process_group
+
+
+def _wrap_destroy(real: Callable[..., Any]) -> Callable[..., Any]:
+    def destroy_process_group(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return real(*args, **kwargs)
+        finally:
+            _not_joined()
+
+    return destroy_process_group
+
+
+def _patch_serialization(module: ModuleType) -> None:
+    _patch(module, "save", _wrap_save, "torch")
+
+
+def _patch_checkpoint(module: ModuleType) -> None:
+    for name in ("save", "save_state_dict", "async_save"):
+        _patch(module, name, _wrap_save, "torch.distributed.checkpoint")
+
+
+def _wrap_save(real: Callable[..., Any]) -> Callable[..., Any]:
+    def save(*args: Any, **kwargs: Any) -> Any:
+        from autoteardown import training
+
+        gate = training.gate
+        gate.enter_save()
+        try:
+            result = real(*args, **kwargs)
+            # dcp.async_save: a future, or (2.8 and later, on request) an object with two of them.
+            future = getattr(result, "upload_completion", result)
+            if hasattr(future, "add_done_callback"):
+                gate.background_save(future)
+        finally:
+            gate.leave_save()
+        return result
+
+    return save
+
+
+def _patch_workers(module: ModuleType) -> None:
+    _patch(module, "_set_worker_signal_handlers", _wrap_worker_handlers)
+
+
+def _wrap_worker_handlers(real: Callable[..., Any]) -> Callable[..., Any]:
+    def _set_worker_signal_handlers(*args: Any, **kwargs: Any) -> Any:
+        result = real(*args, **kwargs)
+        _in_worker()
+        return result
+
+    return _set_worker_signal_handlers
+
+
+@_failing_open
+def _in_worker() -> None:
+    from autoteardown import workers
+
+    workers.stay_with_parent()
+
+
+# -- what the wrapped init and destroy do -----------------------------------------------------------------------------
+
+
+@_failing_open
+def _joining() -> None:
+    from autoteardown import guard
+
+    c10d = sys.modules["torch.distributed.distributed_c10d"]
+    if not disarmed and not c10d.is_initialized():
+        guard.of_process(c10d.destroy_process_group.__wrapped__).joining()
+
+
+@_failing_open
+def adopt() -> None:
+    """Guard a process group that was there before us."""
+    from autoteardown import guard
+
+    c10d = sys.modules["torch.distributed.distributed_c10d"]
+    rank = guard.of_process(c10d.destroy_process_group.__wrapped__)
+    if not rank.joined:
+        rank.joining()
+        rank.join()
+
+
+@_failing_open
+def _joined() -> None:
+    from autoteardown import guard
+
+    if guard.guard is not None:
+        guard.guard.join()
+
+
+@_failing_open
+def _not_joined() -> None:
+    from autoteardown import guard
+
+    c10d = sys.modules["torch.distributed.distributed_c10d"]
+    if guard.guard is not None and not c10d.is_initialized():
+        guard.guard.leave()
+
+
+disarmed = False
+"""`autoteardown.disarm()` was called: later inits are not guarded either."""

@@ -1,0 +1,96 @@
+"""Who a process is, by /proc, so that whoever got a dead rank's pid is never mistaken for it.
+
+A pid alone names nobody: it is reused, and it means one process in this container and another in the next.
+A process is named here by its pid, its start time and its *space*: the pid namespace and the kernel's boot.
+
+Where there is no /proc of our own (other systems, or the host's /proc mounted into a container) processes
+cannot be told apart: start times are 0 then, and whoever wants to signal a process must leave it alone.
+"""
+
+from __future__ import annotations
+
+import os
+
+_boot = ""
+
+
+def _read(path: str) -> bytes:
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+    try:
+        return os.read(descriptor, 65536)
+    finally:
+        os.close(descriptor)
+
+
+def is_ours() -> bool:
+    """Whether /proc exists and shows the pid namespace that this process lives in."""
+    try:
+        return os.readlink("/proc/self") == str(os.getpid())
+    except OSError:
+        return False
+
+
+def parse_stat(text: bytes) -> tuple[str, int]:
+    """The state letter and the start time (field 22, in ticks since boot) of a /proc/<pid>/stat.
+
+    The second field is the program's name in parentheses, and may itself hold spaces and parentheses.
+    """
+    fields = text[text.rindex(b")") + 1 :].split()
+    return fields[0].decode("ascii"), int(fields[19])
+
+
+def start_time(pid: int) -> int | None:
+    """The start time of a running process; None when there is none, or only a zombie is left of it."""
+    try:
+        state, started = parse_stat(_read(f"/proc/{pid}/stat"))
+    except (OSError, ValueError, IndexError):
+        return None
+    return None if state in "ZXx" else started
+
+
+def user(pid: int) -> int | None:
+    """The effective uid of a process.
+
+    Not the owner of /proc/<pid>, which is root for a process that may not be dumped.
+    """
+    try:
+        for line in _read(f"/proc/{pid}/status").splitlines():
+            if line.startswith(b"Uid:"):
+                return int(line.split()[2])
+    except (OSError, ValueError, IndexError):
+        pass
+    return None
+
+
+def lives(pid: int, started: int) -> bool:
+    """Whether that very process runs; without /proc, whether any process has the pid."""
+    if is_ours():
+        return start_time(pid) == started
+    try:
+        os.kill(pid, 0)
+    except OSError as error:
+        return isinstance(error, PermissionError)
+    return True
+
+
+def belongs_to_us(pid: int) -> bool:
+    """Whether the process runs as this user, as far as can be told."""
+    return user(pid) in (os.geteuid(), None)
+
+
+def space() -> str:
+    """Names the set of processes within which a pid means something: the pid namespace and the boot."""
+    global _boot
+    if not is_ours():
+        return "0-0"
+    if not _boot:
+        try:
+            _boot = _read("/proc/sys/kernel/random/boot_id").decode("ascii").strip()[:8]
+            int(_boot, 16)
+        except (OSError, ValueError):
+            _boot = "0"
+    try:
+        namespace = os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        namespace = 0
+    return f"{namespace:x}-{_boot}"

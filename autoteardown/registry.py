@@ -1,0 +1,210 @@
+"""The armed processes of this node: one small file each, in a folder that only their user can write.
+
+What a rank came to is lost with its process, whose exit code only its parent can read. So a rank leaves its
+entry behind, with the outcome in it, while a drain has put up its marker; otherwise it removes it. Whoever is
+killed on the way leaves a file whose name is dead (see `record.py`), and the next reader removes that.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+
+from autoteardown import folder, procfs
+from autoteardown.record import MARKER, Record, identity, load, name_of, own_name, plain
+
+TYPE_CHECKING = False  # typing costs an import
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    Problem = Callable[[str], object]
+
+
+class Entry:
+    """This process's own entry. Any thread may call any method at any time; none raises, none locks."""
+
+    __slots__ = ("_fields", "_over", "_path", "_pid", "name")
+
+    def __init__(self, path: str, name: str, fields: Mapping[str, object]) -> None:
+        """Use `enter`."""
+        self.name = name
+        self._path = path
+        self._pid = os.getpid()
+        self._over = False
+        self._fields = {key: plain(value) for key, value in fields.items()}
+
+    def update(self, **fields: object) -> None:
+        """Change fields and publish the entry."""
+        if self._over or os.getpid() != self._pid:  # a forked child has inherited its parent's entry
+            return
+        try:
+            self._fields.update({key: plain(value) for key, value in fields.items()})
+            self._publish()
+        except Exception:
+            pass
+
+    def leave(self, outcome: str | None = None, exit_code: int | None = None) -> None:
+        """Disarmed; or, with an outcome, about to exit. May be called again: the last outcome counts."""
+        if os.getpid() != self._pid or (outcome is None and "outcome" in self._fields):
+            return
+        self._over = True
+        try:
+            descriptor = folder.open_own(self._path)
+            try:
+                if outcome is None or not _drain_waits(descriptor):
+                    folder.remove(descriptor, self.name)
+                    return
+            finally:
+                os.close(descriptor)
+            self._fields.update(state="left", outcome=plain(outcome), exit_code=plain(exit_code))
+            self._publish()
+        except Exception:
+            pass
+
+    def _publish(self) -> None:
+        # Two threads may be here at once, and the slower one would put back what the faster one has replaced:
+        # whoever finds, after its own rename, that more is known by now sets it right.
+        descriptor = folder.open_own(self._path, create=True)  # a cleaner of /tmp may have been there
+        try:
+            for _ in range(5):
+                snapshot = dict(self._fields)
+                folder.replace(descriptor, self.name, json.dumps(snapshot).encode("ascii"))
+                if self._over and "outcome" not in self._fields:
+                    folder.remove(descriptor, self.name)
+                    return
+                if snapshot == self._fields:
+                    return
+        finally:
+            os.close(descriptor)
+
+
+class DrainMarker:
+    """While it is up, ranks that leave let their entries stay, for the drain to read and to remove."""
+
+    def __init__(self, runtime_dir: str) -> None:
+        """Put it up if the folder can be written; a drain without it only learns less."""
+        self._path = folder.absolute(runtime_dir)
+        self._name = MARKER + own_name()
+        self._act(lambda descriptor: folder.replace(descriptor, self._name, b"{}"))
+
+    def close(self) -> None:
+        """Take it down."""
+        self._act(lambda descriptor: folder.remove(descriptor, self._name))
+
+    def _act(self, act: Callable[[int], None]) -> None:
+        try:
+            descriptor = folder.open_own(self._path)
+            try:
+                act(descriptor)
+            finally:
+                os.close(descriptor)
+        except OSError:
+            pass
+
+
+def enter(runtime_dir: str, fields: Mapping[str, object], problem: Problem | None = None) -> Entry | None:
+    """List this process. On any failure: None, and one line to `problem`; never raises."""
+    try:
+        fields = {"state": "armed", "armed_at": time.time(), **fields}
+        entry = Entry(folder.absolute(runtime_dir), own_name(), fields)
+        descriptor = folder.open_own(entry._path, create=True)
+        try:
+            _sweep(descriptor)
+        finally:
+            os.close(descriptor)
+        entry._publish()
+    except Exception as error:
+        _say(problem, f"{_reason(runtime_dir, error)}; `autoteardown ps` and `drain` will not see this rank")
+        return None
+    return entry
+
+
+def read(runtime_dir: str, problem: Problem | None = None) -> list[Record]:
+    """The living ranks of this user and pid namespace. What is certainly dead is removed on the way."""
+    try:
+        descriptor = folder.open_own(folder.absolute(runtime_dir))
+        try:
+            living = [name for name in _sweep(descriptor) if not name.startswith((".", MARKER))]
+            records = [load(descriptor, name) for name in living]
+        finally:
+            os.close(descriptor)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        _say(problem, _reason(runtime_dir, error))
+        return []
+    ours = [record for record in records if record is not None and procfs.belongs_to_us(record.pid)]
+    return sorted(ours, key=lambda record: (record.rank is None, record.rank or 0, record.pid))
+
+
+def reread(runtime_dir: str, record: Record) -> Record | None:
+    """What the entry says now, whether its process lives or not; None when it is gone."""
+    try:
+        descriptor = folder.open_own(folder.absolute(runtime_dir))
+        try:
+            return load(descriptor, record.name)
+        finally:
+            os.close(descriptor)
+    except OSError:
+        return None
+
+
+def elsewhere(runtime_dir: str) -> int:
+    """How many entries belong to other pid namespaces or boots: to containers that share the folder."""
+    try:
+        names = os.listdir(folder.absolute(runtime_dir))
+    except OSError:
+        return 0
+    ours = f"-{procfs.space()}.json"
+    return sum(
+        n.endswith(".json") and not n.endswith(ours) and not n.startswith((".", MARKER)) for n in names
+    )
+
+
+def alive(record: Record) -> bool:
+    """Whether the very process that wrote the entry runs, as this user."""
+    return procfs.lives(record.pid, record.start_time) and procfs.belongs_to_us(record.pid)
+
+
+def state_of(runtime_dir: str, pid: int) -> str | None:
+    """The state of one armed process; None when it is none. A few system calls, for whoever asks often."""
+    try:
+        descriptor = folder.open_own(folder.absolute(runtime_dir))
+        try:
+            record = load(descriptor, name_of(pid))
+        finally:
+            os.close(descriptor)
+    except Exception:
+        return None
+    return record.state if record is not None else None
+
+
+def _sweep(descriptor: int) -> list[str]:
+    """Remove what dead processes have left; return the names of all files of living ones."""
+    identities = {name: identity(name) for name in os.listdir(descriptor)}
+    known = {name: procfs.lives(*named) for name, named in identities.items() if named is not None}
+    living = [name for name in known if known[name]]
+    if not any(name.startswith(MARKER) for name in living):  # a drain has yet to read the entries of the dead
+        for name in known:
+            if not known[name]:
+                folder.remove(descriptor, name)
+    return living
+
+
+def _drain_waits(descriptor: int) -> bool:
+    markers = [identity(name) for name in os.listdir(descriptor) if name.startswith(MARKER)]
+    return any(marker is not None and procfs.lives(*marker) for marker in markers)
+
+
+def _reason(runtime_dir: str, error: Exception) -> str:
+    detail = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return f"the registry folder {runtime_dir!r} is not used: {detail}"
+
+
+def _say(problem: Problem | None, line: str) -> None:
+    if problem is not None:
+        try:
+            problem(line)
+        except Exception:
+            pass

@@ -1,0 +1,374 @@
+"""One teardown: carries out what the protocol decides, and tells it what came of it.
+
+The driver thread only waits, decides and starts things. Whatever may block (torch, the store, a disk, callbacks of the
+program) runs on a thread of its own and reports through a queue, so the driver is on time whatever is stuck, and a
+second thread ends the process at the hard deadline even if the driver is wrong.
+
+Threads are started with `_thread`: `threading.Thread.start` takes a lock that the frozen main thread may hold.
+"""
+
+from __future__ import annotations
+
+import _queue
+import _thread
+import gc
+import os
+import signal
+import sys
+import threading
+import time
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any, Callable, Optional
+
+from autoteardown import backends, protocol, report, training
+
+if TYPE_CHECKING:
+    from autoteardown.guard import Guard
+
+_POLL = 0.02  # seconds between looks at what sends no event: a thread that has ended, a save that is over
+_LAST_WORDS = 0.4  # seconds for report and termination log, before the process is ended without them
+
+
+class Teardown:
+    """From the signal (or a peer's) to the end of the process.
+
+    Args:
+        guard: the armed rank.
+        cause: `signal` or `peer`.
+        signum: the eviction signal, if this rank got one.
+        origin: rank, host and pid of the rank that was signalled first.
+        yields: the application's own handler has its time first.
+    """
+
+    def __init__(
+        self, guard: Guard, cause: str, signum: Optional[int], origin: dict[str, Any], yields: bool
+    ) -> None:
+        self.guard = guard
+        self.cause = cause
+        self.signum = signum
+        self.origin = origin
+        self.started = time.monotonic()
+        self.received_at = datetime.now(timezone.utc).isoformat()
+        self.committed = not yields  # from here on the agent ends the process
+        self.leaving = False  # the main thread is asked to leave with SystemExit
+        self.said_goodbye = False  # it has been
+        self.stuck: list[dict[str, Any]] = []
+        self._yields = yields
+        self._posts: _queue.SimpleQueue[Any] = _queue.SimpleQueue()
+        self._posted = _thread.allocate_lock()
+        self._finishing = _thread.allocate_lock()
+        self._saving = False
+        self._told = 0
+        self.stop: Optional[protocol.Stop] = None
+
+    # -- the two threads ----------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Start the threads; on a thread that has nothing else to do, as it is the fallback."""
+        try:
+            _thread.start_new_thread(self._deadline, ())
+            _thread.start_new_thread(self._drive, ())
+        except RuntimeError:  # no thread to be had
+            self._drive()
+
+    def _deadline(self) -> None:
+        time.sleep(max(0.0, self.guard.settings.hard - 0.1 - self.now))
+        if self.stop is not None:
+            self.stop.forced = True
+        self._say("hard deadline: ending the process")
+        self._finish(patience=0.0)
+
+    def _drive(self) -> None:
+        try:
+            stop = self.stop = protocol.Stop(self._limits(), self._facts())
+            self._say(self._opening(), stacks="at the signal")
+            self._take(stop, "begin", None)
+            while stop.state != "done":
+                self._look(stop)
+                try:
+                    event, value = self.guard.events.get(True, max(0.0, min(_POLL, stop.wake - self.now)))
+                except _queue.Empty:
+                    event, value = "tick", None
+                if event == "parked" and value != self.guard.gate.thread:
+                    continue  # the main thread; it is the training thread that counts
+                self._take(stop, event, value)
+        except BaseException as error:  # ours: it may cost the teardown, not the exit code
+            self._say(f"internal error: {type(error).__name__}: {error}")
+        self._finish()
+
+    @property
+    def now(self) -> float:
+        """Seconds since the signal."""
+        return time.monotonic() - self.started
+
+    def _take(self, stop: protocol.Stop, event: str, value: Any) -> None:
+        for action in stop.on(event, value, self.now):
+            if action.do not in ("callbacks", "stacks"):
+                self._commit(stop)
+            getattr(self, f"_do_{action.do}")(action.value)
+        for phase in stop.phases[self._told :]:
+            if phase.end is None:
+                break
+            self._told += 1
+            detail = f": {phase.detail}" if phase.detail else ""
+            self._say(f"{phase.name} {phase.outcome} ({phase.end - phase.start:.2f}s){detail}")
+
+    def _look(self, stop: protocol.Stop) -> None:
+        """Notice what sends no event."""
+        gate = self.guard.gate
+        if self.committed and "ended" not in stop.heard and not _alive(gate.thread):
+            self._take(stop, "ended", None)
+        if gate.saving != self._saving:
+            self._saving = gate.saving
+            self._take(stop, "saving", self._saving)
+
+    def _commit(self, stop: protocol.Stop) -> None:
+        if stop.state == "yield" or (self.committed and not gc.isenabled()):
+            return
+        self.committed = True
+        # A collection would run finalizers of the program on our threads, and those take locks.
+        gc.disable()
+        self.guard.entry_update(state="stopping")
+
+    def _limits(self) -> protocol.Limits:
+        s = self.guard.settings
+        return protocol.Limits(
+            hard=s.hard - _LAST_WORDS - 0.1,
+            yield_=s.yield_seconds if self._yields else 0.0,
+            step=s.step_timeout,
+            drain=s.drain_timeout,
+            destroy=s.destroy_timeout,
+            abort=s.abort_timeout,
+            exit=s.exit_timeout,
+        )
+
+    def _facts(self) -> protocol.Facts:
+        guard = self.guard
+        board = guard.board
+        if board is not None:
+            _thread.start_new_thread(self._poster, ())
+        return protocol.Facts(
+            cause=self.cause,
+            world=guard.world_size or 1,
+            joined=guard.joined,
+            board=board is not None,
+            accelerator=bool(backends.accelerators()),
+            can_abort=guard.joined and backends.can_abort(),
+            hosts_store=board is not None and board.is_host,
+            step=guard.settings.stop_at == "step",
+        )
+
+    def _opening(self) -> str:
+        if self.cause == "peer":
+            return f"a peer is being evicted: rank {self.origin.get('rank')} on {self.origin.get('host')}"
+        name = signal.Signals(self.signum).name if self.signum else "?"
+        if self._yields:
+            return f"{name}: the application's own handler has {self.guard.settings.yield_seconds:g}s"
+        return f"{name}: tearing down, hard deadline at {self.guard.settings.hard:g}s"
+
+    # -- what the protocol asks for -----------------------------------------------------------------------------
+
+    def _do_tell(self, _: Any) -> None:
+        self._post("tell", self.origin)
+
+    def _do_answer(self, value: tuple[Optional[int], bool]) -> None:
+        self._post("answer", *value)
+
+    def _do_plan_now(self, _: Any) -> None:
+        self._post("plan_now")
+
+    def _do_arrived(self, _: Any) -> None:
+        self._post("arrived")
+
+    def _do_halt(self, _: Any) -> None:
+        self._post("halt")
+
+    def _do_quiet(self, clean: bool) -> None:
+        self._post("quiet", clean)
+
+    def _do_left(self, _: Any) -> None:
+        self._post("left")
+
+    def _post(self, method: str, *args: Any) -> None:
+        self._posts.put((method, args))
+
+    def _poster(self) -> None:
+        board = self.guard.board
+        while True:
+            method, args = self._posts.get()
+            if method == "flush":
+                self._posted.release()
+                continue
+            try:
+                getattr(board, method)(*args)
+            except BaseException as error:
+                self.guard.events.put(("lost", f"{type(error).__name__}: {error}"))
+
+    def _do_hold(self, _: Any) -> None:
+        gate = self.guard.gate
+        gate.holding = True  # first the flag, then the count: see Gate
+        count = gate.count
+        cannot = False
+        if count:
+            step, limit = gate.step_time() or 0.0, self.guard.settings.step_timeout
+            idle = time.monotonic() - gate.times[-1]
+            cannot = step > limit or (idle > max(limit, 5 * step) and not gate.saving) or not _alive(gate.thread)
+        self.guard.events.put(("steps", (count or None, cannot)))
+
+    def _do_stop_at(self, step: int) -> None:
+        self.guard.gate.let_run_to(step)
+
+    def _do_park(self, _: Any) -> None:
+        gate = self.guard.gate
+        gate.close()
+        self.guard.tap.on_main(self.guard.stop_main)
+        thread = gate.thread
+        if thread is None or thread in gate.parked or gate.shielded(thread):
+            return
+        if thread != threading.main_thread().ident:
+            training.park_thread(thread)
+
+    def _do_drain(self, _: Any) -> None:
+        self.guard.entry_update(state="parked")
+        self._work("drained", backends.drain)
+
+    def _do_callbacks(self, budget: float) -> None:
+        self._work("called", lambda: self.guard.run_callbacks(self._say))
+
+    def _do_destroy(self, _: Any) -> None:
+        self._work("destroyed", lambda: backends.destroy(self.guard.real_destroy))
+
+    def _do_abort(self, _: Any) -> None:
+        backends.abort(lambda problem: self.guard.events.put(("aborted", problem)))
+
+    def _do_stacks(self, phase: str) -> None:
+        self._work(None, lambda: self._take_stacks(f"{phase} timed out"))
+
+    def _do_leave(self, soft: bool) -> None:
+        self._flush_posts()
+        self.guard.entry_update(state="leaving")
+        if not soft:
+            return
+        self.leaving = True
+        gate = self.guard.gate
+        gate.open_exit(self.exit_code)
+        if threading.main_thread().ident not in gate.parked:
+            self.guard.tap.on_main(self.guard.stop_main)
+
+    def _do_die(self, _: Any) -> None:
+        pass  # the driver ends, and with it the process
+
+    def _work(self, event: Optional[str], function: Callable[[], Any]) -> None:
+        """Run something that may never return."""
+
+        def run() -> None:
+            try:
+                problem = function()
+            except BaseException as error:
+                problem = f"{type(error).__name__}: {error}"
+            if event is not None:
+                self.guard.events.put((event, problem))
+
+        _thread.start_new_thread(run, ())
+
+    # -- the end ------------------------------------------------------------------------------------------------
+
+    @property
+    def exit_code(self) -> int:
+        """The contract's, whichever way the process ends."""
+        return self.guard.settings.exit_code_for(self.guard.signalled)
+
+    def ended(self) -> None:
+        """On the main thread, last of all atexit callbacks: the program is over, on our request or by itself."""
+        if not self.leaving:
+            self.guard.events.put(("ended", None))
+            self.guard.gate.wait_for_exit()
+        self._finish()
+
+    def _flush_posts(self) -> None:
+        if self.guard.board is not None:
+            self._posted.acquire(False)
+            self._post("flush")
+            self._posted.acquire(timeout=0.2)
+
+    def _finish(self, patience: float = _LAST_WORDS) -> None:
+        """End the process. Whoever comes first does it; the others wait for the end."""
+        if not self._finishing.acquire(False) and patience:
+            time.sleep(3600)
+        try:
+            code = self.exit_code
+            done = _thread.allocate_lock()
+            done.acquire()
+            _thread.start_new_thread(self._last_words, (code, done))
+            done.acquire(timeout=max(patience, 0.05))
+        finally:
+            os._exit(self.exit_code)
+
+    def _last_words(self, code: int, done: Any) -> None:
+        try:
+            stop = self.stop
+            outcome = stop.outcome if stop is not None else "forced"
+            if stop is not None and stop.phases and stop.phases[-1].end is None:
+                stop.phases[-1].end = self.now
+                stop.phases[-1].outcome = "timeout" if stop.forced else "ok"
+            steps = stop.steps if stop is not None else None
+            where = f"stopped at step {steps['stopped_at']}, " if steps and steps["stopped_at"] else ""
+            summary = f"done: {outcome}, {where}exit {code}"
+            self._say(summary)
+            self.guard.entry_leave(outcome, code)
+            settings = self.guard.settings
+            if settings.report_dir:
+                problem = report.write_report(settings.report_dir, self.guard.report_name, self._report(outcome, code))
+                if problem:
+                    self._say(problem)
+            if settings.termination_log:
+                report.write_termination_log(settings.termination_log, self._story(summary))
+            for stream in (sys.stdout, sys.stderr):
+                if stream is not None:
+                    stream.flush()
+        except BaseException as error:
+            self._say(f"last words failed: {type(error).__name__}: {error}")
+        done.release()
+
+    def _report(self, outcome: str, code: int) -> dict[str, Any]:
+        stop = self.stop
+        return {
+            **self.guard.identity(),
+            "cause": self.cause,
+            "signal": signal.Signals(self.signum).name if self.signum else None,
+            "origin": self.origin,
+            "received_at": self.received_at,
+            "phases": [phase.as_dict() for phase in stop.phases] if stop is not None else [],
+            "steps": stop.steps if stop is not None else None,
+            "stuck": self.stuck,
+            "outcome": outcome,
+            "exit_code": code,
+        }
+
+    def _story(self, summary: str) -> str:
+        phases = self.stop.phases if self.stop is not None else []
+        lines = [f"autoteardown: rank {self.guard.rank} of {self.guard.world_size}, {self._opening()}"]
+        lines += [f"+{p.start:.2f}s {p.name}: {p.outcome} {p.detail}".rstrip() for p in phases]
+        lines.append(f"+{self.now:.2f}s {summary}")
+        for entry in self.stuck[-4:]:
+            lines.append(f"{entry['when']}, thread {entry['thread']}: " + " < ".join(entry["frames"][:6]))
+        return "\n".join(lines) + "\n"
+
+    def _take_stacks(self, when: str) -> None:
+        ours = os.path.dirname(__file__)
+        for entry in report.stacks():
+            if not entry["frames"][-1].startswith(ours):
+                self.stuck.append({"when": when, **entry})
+
+    def _say(self, text: str, stacks: str = "") -> None:
+        self.guard.log.line(text, self.now)
+        if stacks:
+            self._work(None, lambda: self._take_stacks(stacks))
+
+
+def _alive(ident: Optional[int]) -> bool:
+    """Whether a thread still runs Python code. The main thread's frames outlive it: it waits in its shutdown."""
+    main = threading.main_thread()
+    if ident is None or ident == main.ident:
+        return main.is_alive()
+    return ident in sys._current_frames()

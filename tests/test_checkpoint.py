@@ -1,0 +1,176 @@
+"""No checkpoint is cut in half while time is left (promise 10)."""
+
+import os
+import random
+import signal
+import time
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from harness import GRACE, NONE, SIGTERM
+
+EVICTIONS = int(os.environ.get("CHECKPOINT_EVICTIONS", "20"))
+
+
+def whole(job):
+    """Whether everything that the job saved can be loaded; how many files that is."""
+    count = 0
+    for path in (job.folder / "saved").glob("*.pt"):
+        loaded = torch.load(path, weights_only=False)
+        assert loaded["model"]["weight"].shape == (64, 64)
+        assert loaded.get("slow", "whole") == "whole"
+        count += 1
+    for path in (job.folder / "saved").glob("by_hand"):
+        assert path.read_text() == "half, whole"
+        count += 1
+    for path in (job.folder / "saved").glob("dcp"):
+        state = {"model": torch.nn.Linear(64, 64).state_dict()}
+        dcp.load(state, checkpoint_id=path, no_dist=True)
+        count += 1
+    return count
+
+
+@pytest.mark.parametrize("stop_at", ["step", "now"])
+@pytest.mark.parametrize("how", ["path", "file", "protect", "nested", "decorated", "dcp"])
+def test_a_save_in_progress_is_waited_for(job, how, stop_at):
+    """Promise 10: `torch.save`, `torch.distributed.checkpoint`, `protect()` by the training thread."""
+    # Longer than the drain time-out at this grace period (1.5 s), in which a thread has to park.
+    ranks = job.world(
+        "checkpoint.py",
+        2 if how == "dcp" else 1,
+        how,
+        1.8,
+        AUTOTEARDOWN_STOP_AT=stop_at,
+        AUTOTEARDOWN_GRACE=12,
+    )
+    ranks[0].wait_for("saving")
+    ranks[0].signal()
+    assert ranks[0].outlast(12) == 0, ranks[0].story()
+    assert whole(job) == 1
+    assert ranks[0].report()["outcome"] == "clean", ranks[0].story()
+
+
+@pytest.mark.parametrize("how", ["thread", "async"])
+def test_a_save_on_another_thread_is_waited_for(job, how):
+    """The same for a save that goes on beside the training: the process does not leave under it."""
+    (rank,) = job.world("checkpoint.py", 1, how, 1.8, AUTOTEARDOWN_GRACE=12)
+    rank.wait_for("saving")
+    assert rank.evict(12) == 0, rank.story()
+    assert whole(job) == 1, rank.story()
+
+
+def test_control_a_save_in_progress(job):
+    """The control: without protection the save is cut."""
+    (rank,) = job.world("checkpoint.py", 1, "path", mode=NONE)
+    rank.wait_for("saving")
+    assert rank.evict() == -SIGTERM
+    with pytest.raises((RuntimeError, EOFError)):
+        whole(job)
+
+
+@pytest.mark.parametrize("how", ["path", "protect"])
+def test_a_save_longer_than_the_time_left(job, how):
+    """`while time is left`: a save that does not end does not keep the rank beyond its grace period."""
+    (rank,) = job.world("checkpoint.py", 1, how, 3600, AUTOTEARDOWN_EXIT_CODE="signal")
+    rank.wait_for("saving")
+    assert rank.evict() == 128 + SIGTERM, rank.story()
+    assert "take_time" in str(rank.report()["stuck"])
+
+
+def test_a_peer_in_a_save(job):
+    """A rank that is told by a peer while it saves finishes the save first, and the peer waits for it or leaves."""
+    ranks = job.world("checkpoint.py", 2, "path", 1.0, AUTOTEARDOWN_GRACE=12)
+    ranks[0].wait_for("saving")
+    ranks[1].signal()
+    assert ranks[1].outlast(12) == 0, ranks[1].story()
+    ranks[0].signalled = ranks[1].signalled
+    assert ranks[0].outlast(12) == 143, ranks[0].story()
+    assert whole(job) == 1
+
+
+def test_protect_leaves_at_the_end_of_the_block(job):
+    """`protect()` holds the stop off, not the notice: the thread parks soon after the block."""
+    (rank,) = job.world("checkpoint.py", 1, "protect", 0.5, AUTOTEARDOWN_STOP_AT="now")
+    rank.wait_for("saving")
+    assert rank.evict() == 0, rank.story()
+    assert "step 5" not in rank.stdout
+    assert rank.report()["outcome"] == "clean"
+
+
+def test_saves_are_the_programs_own(job):
+    """Promise 2: what raises in a save or in a protected block still raises, and values are passed through."""
+    rank = job.start(
+        """
+        import io, pickle, sys
+        import autoteardown, torch, torch.distributed as dist
+        if len(sys.argv) > 1:
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            torch.save({"unpicklable": lambda: None}, io.BytesIO())
+        except (pickle.PicklingError, AttributeError) as error:
+            print("save raised", flush=True)
+        try:
+            with autoteardown.protect():
+                1 / 0
+        except ZeroDivisionError:
+            print("block raised", flush=True)
+        @autoteardown.protect()
+        def double(number):
+            "Its documentation."
+            return 2 * number
+        print(double(21), torch.save([], io.BytesIO()), flush=True)
+        """,
+        "armed",
+    )
+    assert rank.wait() == 0, rank.story()
+    assert rank.stdout.splitlines() == ["save raised", "block raised", "42 None"]
+
+
+def evict_at_random(job, seed):
+    """One world that saves after every step, one eviction."""
+    chance = random.Random(seed)
+    ranks = job.world("checkpoint.py", 2, "every", AUTOTEARDOWN_STOP_AT=chance.choice(["step", "now"]))
+    ranks[0].wait_for("^step 5$")
+    time.sleep(chance.uniform(0, 0.05))
+    victim = chance.choice(ranks)
+    victim.signal()
+    for rank in ranks:
+        rank.signalled = victim.signalled
+        assert rank.outlast() == (0 if rank is victim else 143), rank.story()
+    assert whole(job) == 4, "a file for each of the last four steps"
+
+
+@pytest.mark.parametrize("seed", range(EVICTIONS))
+def test_every_checkpoint_loads(job, seed):
+    """Issue 3: a checkpoint every step, evictions at random times: every checkpoint file on disk loads."""
+    evict_at_random(job, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("hundred", [1])
+def test_a_hundred_evictions(job, hundred):
+    """Issue 3, the full hundred."""
+    for seed in range(100 * hundred, 100 * hundred + 100):
+        evict_at_random(job, seed)
+
+
+def test_control_checkpoints_are_cut(job):
+    """The control: SIGKILL at the same place does cut a save in half, so the test above can fail."""
+    for seed in range(200):
+        (rank,) = job.world("checkpoint.py", 1, "every", mode=NONE)
+        rank.wait_for("^step 5$")
+        time.sleep(random.Random(seed).uniform(0, 0.02))
+        rank.signal(signal.SIGKILL)
+        rank.wait()
+        try:
+            whole(job)
+        except (RuntimeError, EOFError):
+            return
+    raise AssertionError(f"{seed + 1} kills have not cut a single checkpoint")
+
+
+def test_grace_is_long_enough_here():
+    """The tests above rely on this much time for a save."""
+    assert GRACE >= 8

@@ -1,0 +1,654 @@
+"""`autoteardown timeline`: from reports to a page and to a trace."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+from datetime import timedelta
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import sample_reports as sample
+from browser import look, needs_chromium
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from autoteardown.cli import lanes, page, perfetto, reports, timeline
+from autoteardown.cli.stops import Stop
+
+HOSTILE = """</title></script></pre><script>alert(1)</script>"'><img src=x onerror=alert(2)>&lt;\x1b[31m\u202e\x00"""
+
+
+def draw(folder: Path, *args: str) -> tuple[int, Path]:
+    """Run the command on a folder."""
+    parser = argparse.ArgumentParser()
+    timeline.configure(parser)
+    out = folder.parent / "out.html"
+    return timeline.run(parser.parse_args([str(folder), "-o", str(out), *args])), out
+
+
+def stop_of(tmp_path: Path, values: list[dict[str, Any]]) -> Stop:
+    """The one stop of these reports."""
+    (stop,), _ = reports.read(sample.write(tmp_path / "reports", values))
+    return stop
+
+
+def svg(stop: Stop, grace: float = 25.0) -> ElementTree.Element:
+    """The drawing as a tree: it is well-formed XML, or this raises."""
+    tree = ElementTree.fromstring(lanes.draw(stop, grace))
+    found = tree.find("svg")
+    assert found is not None
+    return found
+
+
+def lanes_of(root: ElementTree.Element) -> list[ElementTree.Element]:
+    """The groups that are lanes."""
+    return [g for g in root.iter("g") if g.get("class") == "lane"]
+
+
+class Text(HTMLParser):
+    """The text of a page by element, and which elements there are."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.summaries: list[str] = []
+        self._in: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Note it."""
+        self.tags.append((tag, dict(attrs)))
+        self._in.append(dict(attrs).get("class") or "")
+
+    def handle_endtag(self, tag: str) -> None:
+        """Leave it."""
+        if self._in:
+            self._in.pop()
+
+    def handle_data(self, data: str) -> None:
+        """Keep the summaries."""
+        if self._in and self._in[-1] == "summary":
+            self.summaries.append(data)
+
+
+@pytest.mark.parametrize("world", [1, 4, 64, 512])
+def test_a_lane_a_rank_and_a_bar_a_phase(tmp_path: Path, world: int) -> None:
+    root = svg(stop_of(tmp_path, sample.job(world)))
+    found = lanes_of(root)
+    assert len(found) == world
+    width, height = (float(n) for n in root.attrib["viewBox"].split()[2:])
+    bottom = 0.0
+    for rank, lane in enumerate(found):
+        title = lane.findtext("title") or ""
+        assert title.startswith(f"rank {rank} of {world} on node-{rank // 8:03}, pid ")
+        bars = [r for r in lane.iter("rect") if r.attrib["class"].startswith("p-")]
+        assert [b.attrib["class"][2:] for b in bars] and {b.attrib["class"][2:] for b in bars} == {
+            "step",
+            "park",
+            "drain",
+            "quiet",
+            "destroy",
+            "exit",
+        }
+        for bar in bars:
+            x, y, w, h = (float(bar.attrib[k]) for k in ("x", "y", "width", "height"))
+            assert x >= lanes.X0 and x + w <= lanes.X1 + 2 and w >= 1.5 and h >= 3
+            assert y >= bottom, "lanes overlap"
+        bottom = max(float(b.attrib["y"]) + float(b.attrib["height"]) for b in bars)
+    assert bottom < height and width == lanes.WIDTH
+
+
+@pytest.mark.parametrize(
+    ("values", "summary"),
+    [
+        (
+            sample.job(4),
+            "4 ranks: 4 clean; all stopped at step 1201; 573 ms from the first signal to the last exit, of 25 s "
+            "grace; exit codes 0 (x1), 143 (x3)",
+        ),
+        (
+            sample.job(4, {2: sample.wedged}),
+            "4 ranks: 3 clean, 1 aborted; 3 of 4 stopped at step 1201; 13.67 s from the first signal to the last "
+            "exit, of 25 s grace; exit codes 0 (x1), 143 (x3)",
+        ),
+        (
+            sample.job(2, {1: sample.forced}),
+            "2 ranks: 1 clean, 1 forced; 1 of 2 stopped at step 1201; 24.01 s from the first signal to the last "
+            "exit, of 25 s grace; exit codes 0 (x1), 143 (x1)",
+        ),
+        (
+            [
+                sample.report(0, 3, steps={"stopped_at": 7}),
+                sample.report(1, 3, steps={"at_signal": 8, "stopped_at": 8}),
+            ],
+            "2 ranks: 2 clean; stopped at different steps: 7 (x1), 8 (x1); 558 ms from the first signal to the last "
+            "exit, of 25 s grace; exit codes 0 (x1), 143 (x1); no report from rank 2",
+        ),
+        (
+            [sample.report(0, 1, steps=None, phases=[])],
+            "1 rank: 1 clean; no step to stop at; 0 ms from the first signal to the last exit, of 25 s grace; "
+            "exit codes 0 (x1)",
+        ),
+    ],
+    ids=["clean", "wedged", "forced", "steps-differ", "never-stepped"],
+)
+def test_the_summary(tmp_path: Path, values: list[dict[str, Any]], summary: str, capsys: Any) -> None:
+    code, out = draw(sample.write(tmp_path / "reports", values))
+    assert code == 0
+    assert summary in Text(out.read_text("utf-8")).summaries[0]
+    assert summary in capsys.readouterr().out
+
+
+def test_ranks_lie_on_one_clock(tmp_path: Path) -> None:
+    """A phase is drawn at its rank's signal plus its own seconds, in whatever zone the report tells the time."""
+    late = (sample.T0 + timedelta(seconds=2)).isoformat().replace("+00:00", "Z")
+    there = (sample.T0 + timedelta(seconds=4)).astimezone(sample.timezone(timedelta(hours=9))).isoformat()
+    drain = sample.phases(("drain", 1.0, "ok", ""))
+    stop = stop_of(
+        tmp_path,
+        [
+            sample.report(r, 3, received_at=t, phases=drain)
+            for r, t in enumerate([sample.T0.isoformat(), late, there])
+        ],
+    )
+    assert [stop.offset(r) for r in stop.ranks] == [0.0, 2.0, 4.0]
+    assert stop.lasted == 5.0
+    starts = [float(b.attrib["x"]) for b in svg(stop).iter("rect") if b.attrib["class"] == "p-drain"]
+    first, second = starts[1] - starts[0], starts[2] - starts[1]
+    assert first == pytest.approx(second, abs=0.2) and first > 100
+
+
+def test_a_signal_and_the_word_of_a_peer_look_different(tmp_path: Path) -> None:
+    stop = stop_of(tmp_path, sample.job(3))
+    first, *others = lanes_of(svg(stop))
+    assert [e.get("class") for e in first.iter("path")] == ["signal"] and not list(first.iter("circle"))
+    for lane in others:
+        assert [e.get("class") for e in lane.iter("circle")] == ["peer"] and not list(lane.iter("path"))
+    assert "got SIGTERM, 0 ms after the first signal" in (first.findtext("title") or "")
+    assert "stopped because of a peer: rank 0 on node-000" in (others[0].findtext("title") or "")
+
+
+@pytest.mark.parametrize(("world", "odd"), [(8, 5), (512, 301)])
+def test_a_wedged_rank_stands_out_and_tells_its_stacks(tmp_path: Path, world: int, odd: int) -> None:
+    values = sample.job(world, {odd: sample.wedged})
+    stop = stop_of(tmp_path, values)
+    root = svg(stop)
+    lane = lanes_of(root)[odd]
+    title = lane.findtext("title") or ""
+    assert "aborted, exit 143, out after 13.65 s" in title
+    assert 'File "/app/train.py", line 61, in main' in title and "work.wait()" in title
+    assert [r.attrib["class"] for r in lane.iter("rect")].count("timeout") == 2
+    # In words, not by colour alone, and beside its lane also where lanes are too thin for words of their own.
+    labels = [t for t in root.iter("text") if "aborted, exit 143" in (t.text or "")]
+    height = float(lane.findall("rect")[0].attrib["height"])
+    middle = lanes.TOP + (odd + 0.5) * height
+    assert len(labels) == 1 and abs(float(labels[0].attrib["y"]) - middle) < 15
+    assert lane.get("tabindex") == "0" and lanes_of(root)[0].get("tabindex") is None
+    _, out = draw(tmp_path / "reports")
+    assert (
+        out.read_text("utf-8").count("work.wait()") == 4
+    )  # two stacks, in the lane's title and in the table
+
+
+def test_the_stacks_of_the_agent(tmp_path: Path) -> None:
+    """Whatever shape `stuck` has, its words get onto the page, and an endless one is cut."""
+    frames = ["/app/train.py:61 in main", "/app/train.py:88 in <module>"]
+    stuck = [{"at": 8.0, "stacks": [{"thread": 1234, "frames": frames}]}]
+    assert reports.stacks(stuck).split("\n") == ["at 8.0", "  thread 1234", *("    " + f for f in frames)]
+    assert reports.stacks({"at_signal": "a\nb"}) == "  a\n  b"
+    assert reports.stacks(None) == reports.stacks([]) == ""
+    assert len(reports.stacks([["x" * 300] * 50] * 50)) < 21_000
+
+
+def test_the_grace_period_is_to_scale_or_broken_off(tmp_path: Path) -> None:
+    near, far = lanes.axis(20.0, 25.0), lanes.axis(0.5, 25.0)
+    assert not near.broken and near.x(25.0) == near.limit
+    assert far.broken and far.x(0.5) < far.right < far.limit
+    # The process overran it: the mark lies inside.
+    over = lanes.axis(40.0, 25.0)
+    assert not over.broken and over.x(25.0) == over.limit < over.x(40.0)
+    root = svg(stop_of(tmp_path, sample.job(2)), grace=30)
+    assert "grace period ends: 30 s" in [t.text for t in root.iter("text")]
+
+
+@given(st.floats(0, 1e5), st.floats(0.001, 1e5))
+def test_the_axis_keeps_its_order(lasted: float, grace: float) -> None:
+    axis = lanes.axis(lasted, grace)
+    at = [axis.x(lasted * i / 10) for i in range(11)]
+    assert at == sorted(at) and at[0] == lanes.X0 and at[-1] <= axis.right <= lanes.X1
+    assert lanes.X0 <= axis.limit <= lanes.X1
+
+
+def test_the_grace_period_comes_from_the_option_then_the_reports(tmp_path: Path) -> None:
+    folder = sample.write(tmp_path / "reports", [sample.report(0, 2, grace=110), sample.report(1, 2)])
+    _, out = draw(folder)
+    assert "of 110 s grace" in out.read_text("utf-8") and "is assumed" not in out.read_text("utf-8")
+    _, out = draw(folder, "--grace", "30")
+    assert "of 30 s grace" in out.read_text("utf-8")
+    _, out = draw(sample.write(tmp_path / "silent", sample.job(2)))
+    assert "of 25 s grace" in out.read_text("utf-8") and "is assumed" in out.read_text("utf-8")
+
+
+def broken_reports(folder: Path) -> dict[str, str]:
+    """Put files in a folder that are no reports; the words that each is told by."""
+    files = {
+        "cut.json": ('{"schema": 1, "host": "a', "not JSON"),
+        "empty.json": ("", "not JSON"),
+        "future.json": ('{"schema": 2}', "schema 2"),
+        "list.json": ("[]", "not a report"),
+        "other.json": ('{"loss": 0.1}', "not a report"),
+        "true.json": ('{"schema": true}', "schema True"),
+        "nan.json": ('{"schema": 1, "host": "b", "x": NaN}', "NaN is not a number"),
+        "deep.json": ("[" * 200_000, "recursion"),
+        "huge.json": ('"' + "x" * (reports.MAX_BYTES + 1) + '"', "larger than 4 MiB"),
+        "digits.json": ('{"schema": 1, "pid": ' + "9" * 5000 + "}", "digits"),
+    }
+    for name, (text, _) in files.items():
+        (folder / name).write_text(text)
+    (folder / "latin.json").write_bytes(b'{"schema": 1, "host": "\xe9"}')
+    os.mkfifo(folder / "fifo.json")
+    (folder / "folder.json").mkdir()
+    (folder / "gone.json").symlink_to("nowhere")
+    words = {name: text for name, (_, text) in files.items()}
+    return {
+        **words,
+        "latin.json": "not UTF-8",
+        "fifo.json": "not a regular file",
+        "folder.json": "not a regular file",
+        "gone.json": "not a regular file",
+    }
+
+
+def test_what_cannot_be_read_is_named_and_the_rest_is_drawn(tmp_path: Path, capsys: Any) -> None:
+    folder = sample.write(tmp_path / "reports", sample.job(4))
+    words = broken_reports(folder)
+    (folder / "half-written.json.77.tmp").write_text("{")
+    code, out = draw(folder)
+    text = out.read_text("utf-8")
+    assert code == 0 and text.count('<g class="lane"') == 4
+    told = capsys.readouterr().err.splitlines()
+    for name, word in words.items():
+        (line,) = [line for line in told if f" {name}: " in line]
+        assert line.startswith(f"autoteardown timeline: {name}: left out: ") and word in line
+        assert page.esc(line.split(": ", 1)[1]) in text
+    assert len(told) == len(words)
+
+
+def test_a_partial_report_is_drawn_with_what_it_has(tmp_path: Path, capsys: Any) -> None:
+    whole, partial = sample.report(0, 2), sample.report(1, 2)
+    for name in ("received_at", "exit_code", "steps", "stuck"):
+        del partial[name]
+    partial["phases"] = [
+        {"name": "step", "start": 0.0, "end": 0.2, "outcome": "ok"},
+        {"name": "drain", "start": 0.2, "end": None, "outcome": "ok", "detail": None},
+        {"name": "exit", "start": 5, "end": 1, "outcome": "ok"},
+        {"name": "exit", "start": "soon"},
+        "exit",
+    ]
+    stop = stop_of(tmp_path, [whole, partial])
+    _, second = lanes_of(svg(stop))
+    assert [r.attrib["class"] for r in second.iter("rect")] == ["hit", "p-drain open", "p-step"]
+    assert "0.200-... s  drain" in (second.findtext("title") or "")
+    draw(tmp_path / "reports")
+    assert (
+        "node-000-4001.json: drawn without received_at, exit_code, 3 of its phases" in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("what", ["empty", "bad", "missing", "file"])
+def test_nothing_to_draw_is_an_error(tmp_path: Path, what: str, capsys: Any) -> None:
+    folder = tmp_path / "reports"
+    if what == "file":
+        folder.write_text("")
+    elif what != "missing":
+        folder.mkdir()
+    if what == "bad":
+        broken_reports(folder)
+    code, out = draw(folder)
+    last = capsys.readouterr().err.splitlines()[-1]
+    words = {"empty": "no reports; ranks write them", "bad": "none of the reports can be read"}
+    assert code == 1 and not out.exists()
+    assert words.get(what, "not a folder") in last and str(folder) in last
+
+
+def test_ranks_without_a_report(tmp_path: Path, capsys: Any) -> None:
+    values = [value for value in sample.job(16) if value["rank"] not in (3, 4, 9)]
+    code, _ = draw(sample.write(tmp_path / "most", values))
+    assert code == 0 and "no report from ranks 3-4, 9" in capsys.readouterr().err
+    root = svg(reports.read(tmp_path / "most")[0][0])
+    assert [i for i, g in enumerate(lanes_of(root)) if "no report" in (g.findtext("title") or "")] == [
+        3,
+        4,
+        9,
+    ]
+    # One node's folder of a big job: naming the rest is enough.
+    (stop,), problems = reports.read(sample.write(tmp_path / "few", sample.job(512)[:8]))
+    assert len(lanes_of(svg(stop))) == 8
+    assert problems == ["no report from ranks 8-511: killed, not armed, or not in this folder"]
+
+
+def later(value: dict[str, Any], seconds: float, pid: int) -> dict[str, Any]:
+    """The same report from another attempt."""
+    when = sample.datetime.fromisoformat(value["received_at"]) + timedelta(seconds=seconds)
+    origin = {**value["origin"], "pid": value["origin"]["pid"] + pid}
+    return {**value, "received_at": when.isoformat(), "pid": value["pid"] + pid, "origin": origin}
+
+
+def shapes(folder: Path) -> list[tuple[list[int | None], set[int]]]:
+    """The ranks of each stop, and the thousands of their process ids."""
+    return [
+        ([r.rank for r in s.ranks], {(r.pid or 0) // 1000 for r in s.ranks}) for s in reports.read(folder)[0]
+    ]
+
+
+def test_restarts_are_stops_of_their_own(tmp_path: Path) -> None:
+    values = (
+        sample.job(4)
+        + [later(v, 3600, 1000) for v in sample.job(4)]
+        + [later(sample.report(2, 4), 9000, 2000)]
+    )
+    folder = sample.write(tmp_path / "reports", values)
+    assert shapes(folder) == [([0, 1, 2, 3], {4}), ([0, 1, 2, 3], {5}), ([2], {6})]
+    text = timeline.html(*reports.read(folder), None, "x")
+    assert text.count("<svg viewBox") == 3 and "Stop 2 of 3" in text and "2026-03-05 15:07:31 UTC" in text
+
+
+def test_the_same_pids_after_a_restart_are_another_stop(tmp_path: Path) -> None:
+    """In a container the program is often process 1, and the pod's name is the same."""
+    sample.write(tmp_path / "reports", sample.job(2)[:1])
+    sample.write(tmp_path / "reports", [later(v, 3600, 0) for v in sample.job(2)[1:]], prefix="second-")
+    assert [ranks for ranks, _ in shapes(tmp_path / "reports")] == [[0], [1]]
+
+
+def test_two_jobs_at_once_are_told_apart_by_their_origin(tmp_path: Path) -> None:
+    values = []
+    for a, b in zip(sample.job(4), sample.job(4)[::-1]):
+        values += [a, later(b, 0.001, 1000)]
+    assert shapes(sample.write(tmp_path / "reports", values)) == [([0, 1, 2, 3], {4}), ([0, 1, 2, 3], {5})]
+
+
+def test_ranks_that_do_not_know_of_each_other_are_one_stop(tmp_path: Path) -> None:
+    """AUTOTEARDOWN_PEERS=off: each names itself as the origin. A rank in its rendezvous may not know the world."""
+    values = [
+        later({**v, "origin": {"host": v["host"], "pid": v["pid"]}}, 0.3 * v["rank"], 0)
+        for v in sample.job(4)
+    ]
+    values[2]["world_size"] = None
+    assert shapes(sample.write(tmp_path / "reports", values)) == [([0, 1, 2, 3], {4})]
+
+
+def test_text_of_reports_stays_text(tmp_path: Path, capsys: Any) -> None:
+    value = sample.wedged(0, 2)
+    evil = dict.fromkeys(("host", "program", "cause", "outcome", "signal", "stuck", "exit_code"), HOSTILE)
+    value["phases"][0].update(name=HOSTILE, outcome=HOSTILE, detail=HOSTILE)
+    value["origin"] = {"rank": HOSTILE, "host": HOSTILE, "pid": HOSTILE}
+    folder = sample.write(tmp_path / "reports", [{**value, **evil}, sample.report(1, 2)])
+    (folder / "\x1b]0;evil\x07<b>.json").write_text("{")
+    code, out = draw(folder)
+    assert code == 0
+    text = out.read_text("utf-8")
+    tags = [tag for tag, _ in Text(text).tags]
+    assert tags.count("script") == 1 and "img" not in tags and "b" not in tags[: tags.index("ul")][:-1]
+    assert not [name for _, attrs in Text(text).tags for name in attrs if name.startswith("on")]
+    assert "\x1b" not in text and "\u202e" not in text and "\x00" not in text
+    told = capsys.readouterr()
+    assert all(c.isprintable() or c == "\n" for c in told.err + told.out)
+    assert "&lt;script&gt;alert(1)" in text
+
+
+def test_the_page_is_self_contained(tmp_path: Path) -> None:
+    _, out = draw(sample.write(tmp_path / "reports", sample.job(8, {3: sample.wedged})))
+    text = out.read_text("utf-8")
+    for _, attrs in Text(text).tags:
+        assert not {"src", "href", "srcset", "data", "action"} & set(attrs)
+    assert set(re.findall(r"url\(([^)]*)\)", text)) <= {"#timeout", "#error", "#gone"}
+    assert "@import" not in text and "://" not in text
+    # The policy lets the page's own script run, and no other.
+    script = re.search(r"<script>(.*?)</script>", text, re.S)
+    assert script
+    digest = base64.b64encode(hashlib.sha256(script[1].encode()).digest()).decode()
+    policy = next(a["content"] for t, a in Text(text).tags if t == "meta" and "http-equiv" in a)
+    assert policy == f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance as WCAG defines it."""
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(a: str, b: str) -> float:
+    """Contrast ratio as WCAG defines it."""
+    dark, light = sorted((luminance(a), luminance(b)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_colours_can_be_told_from_the_page_and_read(scheme: str) -> None:
+    paper = page.PAPER[scheme]
+    assert contrast("#000000", "#ffffff") == pytest.approx(21)
+    for name, colour in page.PHASES[scheme].items():
+        assert contrast(colour, paper) >= 4.5, (
+            name
+        )  # the phase's name is written in the bar in the page's colour
+    for words in (page.INK, page.SOFT, page.BAD):
+        assert contrast(words[scheme], paper) >= 4.5
+
+
+@pytest.mark.parametrize("phase", ["yield", "step", "park", "drain", "quiet", "destroy", "abort", "exit"])
+def test_every_phase_of_the_contract_has_a_colour(tmp_path: Path, phase: str) -> None:
+    stop = stop_of(tmp_path, [sample.report(0, 1, phases=sample.phases((phase, 1.0, "ok", "")))])
+    assert [r.attrib["class"] for r in svg(stop).iter("rect")].count(f"p-{phase}") == 1
+    assert phase in lanes.key(stop)
+
+
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
+anything = st.recursive(
+    scalars, lambda s: st.lists(s, max_size=4) | st.dictionaries(st.text(max_size=8), s, max_size=4)
+)
+some_phase = st.fixed_dictionaries(
+    {
+        "name": st.sampled_from(["step", "exit", "?"]) | anything,
+        "start": st.floats(0, 30) | anything,
+        "end": st.floats(0, 30) | anything,
+        "outcome": st.sampled_from(["ok", "timeout", "error", "skipped"]) | anything,
+        "detail": anything,
+    }
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_no_report_breaks_the_reader_or_the_page(tmp_path: Path, data: st.DataObject) -> None:
+    values = [sample.report(rank, 3) for rank in range(3)]
+    for value in values:
+        for name in data.draw(st.lists(st.sampled_from([k for k in value if k != "schema"]), max_size=4)):
+            value[name] = data.draw(anything)
+        if data.draw(st.booleans()):
+            value["phases"] = data.draw(st.lists(some_phase, max_size=5))
+    for number, value in enumerate(values):
+        (tmp_path / f"{number}.json").write_text(json.dumps(value))
+    stops, problems = reports.read(tmp_path)
+    for stop in stops:
+        svg(stop)
+        lanes.key(stop)
+    if stops:
+        text = timeline.html(stops, problems, None, "x")
+        assert text.count('<g class="lane" data-outcome') == sum(len(s.ranks) for s in stops)
+        check_trace(perfetto.trace(stops, None))
+
+
+def check_trace(text: str) -> list[dict[str, Any]]:
+    """What the trace viewer asks of a trace: names for all, slices that nest, flows with two ends."""
+    events: list[dict[str, Any]] = json.loads(text)["traceEvents"]
+    named = {(e["name"], e["pid"], e["tid"]) for e in events if e["ph"] == "M"}
+    open_until: dict[tuple[int, int], list[int]] = {}
+    for e in events:
+        assert isinstance(e["pid"], int) and isinstance(e["tid"], int) and e["pid"] != e["tid"]
+        if e["ph"] == "M":
+            continue
+        assert isinstance(e["ts"], int) and e["ts"] >= 0
+        assert ("process_name", e["pid"], 0) in named and ("thread_name", e["pid"], e["tid"]) in named
+        if e["ph"] == "X":
+            stack = open_until.setdefault((e["pid"], e["tid"]), [])
+            while stack and stack[-1] <= e["ts"] and len(stack) > 1:
+                stack.pop()
+            assert e["dur"] >= 0 and (not stack or e["ts"] + e["dur"] <= stack[-1])
+            stack.append(e["ts"] + e["dur"])
+    starts = {e["id"]: e for e in events if e["ph"] == "s"}
+    ends = {e["id"]: e for e in events if e["ph"] == "f"}
+    assert starts.keys() == ends.keys()
+    slices = {(e["pid"], e["tid"]): (e["ts"], e["ts"] + e["dur"]) for e in reversed(events) if e["ph"] == "X"}
+    for key, start in starts.items():
+        assert start["ts"] <= ends[key]["ts"] and ends[key]["bp"] == "e"
+        for flow in (start, ends[key]):
+            begin, end = slices[flow["pid"], flow["tid"]]
+            assert begin <= flow["ts"] <= end
+    return events
+
+
+def test_the_trace_for_perfetto(tmp_path: Path) -> None:
+    folder = sample.write(tmp_path / "reports", sample.job(16, {9: sample.wedged}))
+    code, out = draw(folder, "--format", "perfetto", "--grace", "30")
+    assert code == 0
+    events = check_trace(out.read_text("utf-8"))
+    names = [(e["name"], e["args"]["name"]) for e in events if e["name"] in ("process_name", "thread_name")]
+    assert [n for k, n in names if k == "process_name"] == ["node-000", "node-001"]
+    assert ("thread_name", "rank 9 (pid 4001)") in names and len(names) == 2 + 16
+    (odd,) = [e for e in events if e["ph"] == "X" and e["name"] == "aborted, exit 143"]
+    assert odd["dur"] == 13_650_000 and "work.wait()" in odd["args"]["stuck"]
+    own = [e for e in events if e["ph"] == "X" and e["tid"] == odd["tid"]]
+    names = [e["name"] for e in own]
+    assert names == ["aborted, exit 143", "step (timeout)", "park (timeout)", "abort", "quiet", "exit"]
+    assert [e["dur"] for e in own[1:3]] == [8_000_000, 5_000_000]
+    assert len([e for e in events if e["ph"] == "s"]) == 15
+    assert [e["name"] for e in events if e["ph"] == "i" and e["s"] == "t"].count("SIGTERM") == 1
+    assert [e["ts"] for e in events if e["name"] == "grace period ends (30 s)"] == [30_000_000]
+
+
+def test_attempts_lie_on_top_of_each_other_in_the_trace(tmp_path: Path) -> None:
+    values = sample.job(2) + [later(v, 3600, 1000) for v in sample.job(2)]
+    stops, _ = reports.read(sample.write(tmp_path / "reports", values))
+    events = check_trace(perfetto.trace(stops, None))
+    hosts = [e["args"]["name"] for e in events if e["name"] == "process_name"]
+    assert hosts == ["node-000 (stop 1)", "node-000 (stop 2)"]
+    assert max(e.get("ts", 0) for e in events if e["ph"] == "X") < 1_000_000
+
+
+def test_no_arrow_of_the_trace_goes_back_in_time(tmp_path: Path) -> None:
+    """The clock of a peer's host may be behind: it heard, so it says, before the signal."""
+    behind = [(sample.T0 - timedelta(seconds=s)).isoformat() for s in (0.1, 5)]
+    values = [sample.report(0, 3), *(sample.report(n + 1, 3, received_at=t) for n, t in enumerate(behind))]
+    events = check_trace(perfetto.trace([stop_of(tmp_path, values)], None))
+    flows = {e["ph"]: e["ts"] for e in events if e["ph"] in "sf"}
+    assert flows == {"s": 5_000_000, "f": 5_000_000}  # and none to the one that was gone before the signal
+
+
+def test_output(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = sample.write(tmp_path / "reports", sample.job(2))
+    parser = argparse.ArgumentParser()
+    timeline.configure(parser)
+    assert timeline.run(parser.parse_args([str(folder), "-o", "-"])) == 0
+    assert capsys.readouterr().out.startswith("<!doctype html>")
+    monkeypatch.chdir(
+        folder
+    )  # the default output beside its input: the next run must not read it as a report
+    assert timeline.run(parser.parse_args(["."])) == 0
+    assert timeline.run(parser.parse_args([".", "--format", "perfetto"])) == 0
+    assert {"timeline.html", "timeline.perfetto.json"} <= {p.name for p in folder.iterdir()}
+    assert not list(folder.glob(".*"))
+    capsys.readouterr()
+    assert timeline.run(parser.parse_args(["."])) == 0
+    assert capsys.readouterr().err == ""
+    assert timeline.run(parser.parse_args([".", "-o", "no/such/folder/x.html"])) == 1
+    assert (
+        capsys.readouterr().err == "autoteardown timeline: no/such/folder/x.html: No such file or directory\n"
+    )
+    assert timeline.run(parser.parse_args([".", "-o", "/dev/null"])) == 0 and not Path("/dev/null").is_file()
+    for bad in ("0", "-1", "nan", "inf", "soon"):
+        with pytest.raises(SystemExit):
+            parser.parse_args([".", "--grace", bad])
+
+
+def test_the_command(tmp_path: Path) -> None:
+    """From the shell, and without torch: reports are looked at on a laptop."""
+    folder = sample.write(tmp_path / "reports", sample.job(2))
+    out = tmp_path / "page.html"
+    result = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "autoteardown", "timeline", str(folder), "-o", str(out)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "2 ranks: 2 clean" in result.stdout and f"wrote {out}" in result.stdout
+    imported = {line.rsplit("|", 1)[-1].strip() for line in result.stderr.splitlines() if "|" in line}
+    assert "argparse" in imported and not {"torch", "wrapt", "numpy"} & imported
+
+
+# What a browser made of a page: how many lanes, whether any words lie outside the drawing or over each other, and
+# what hovering over a lane shows.
+PROBE = """
+const lanes=[...document.querySelectorAll("g.lane")],box=document.querySelector("svg[viewBox]").getBoundingClientRect();
+const texts=[...document.querySelectorAll("svg[viewBox] text")].map(t=>({b:t.getBoundingClientRect(),t:t.textContent}));
+const outside=texts.filter(({b})=>b.left<box.left-1||b.right>box.right+1||b.top<box.top-1||b.bottom>box.bottom+1);
+const lap=[];
+texts.forEach((a,i)=>texts.slice(i+1).forEach(c=>{if(a.b.left<c.b.right-1&&c.b.left<a.b.right-1&&
+ Math.min(a.b.bottom,c.b.bottom)-Math.max(a.b.top,c.b.top)>a.b.height*.45)lap.push(a.t+" / "+c.t)}));
+const tip=document.getElementById("tip"),before=tip.hidden;
+const lane=document.querySelector("g.lane[tabindex]")||lanes[0];
+lane.scrollIntoView({block:"center"});const at=lane.getBoundingClientRect();
+lane.dispatchEvent(new MouseEvent("mousemove",{clientX:at.left+200,clientY:at.top+2}));
+const shown=tip.hidden?null:tip.textContent,where=tip.getBoundingClientRect();
+lane.dispatchEvent(new MouseEvent("mouseleave"));
+return {lanes:lanes.length,titles:document.querySelectorAll("g.lane title").length,
+ named:lanes.filter(l=>l.getAttribute("aria-label")).length,outside:outside.map(o=>o.t),lap,before,shown,after:tip.hidden,
+ inView:where.left>=0&&where.top>=0&&where.right<=innerWidth&&where.bottom<=innerHeight,
+ paper:getComputedStyle(document.body).backgroundColor,
+ wide:document.documentElement.scrollWidth<=innerWidth,
+ bars:new Set([...document.querySelectorAll("g.lane rect[class^=p-]")].map(b=>getComputedStyle(b).fill)).size}
+"""
+
+
+@needs_chromium
+@pytest.mark.parametrize(
+    ("world", "odd", "dark"),
+    [
+        (1, {}, False),
+        (8, {3: sample.wedged}, True),
+        (64, {17: sample.forced}, False),
+        (512, {300: sample.wedged}, True),
+    ],
+)
+def test_in_a_browser(tmp_path: Path, world: int, odd: dict[int, Any], dark: bool) -> None:
+    _, out = draw(sample.write(tmp_path / "reports", sample.job(world, odd)))
+    seen, console = look(out, PROBE, tmp_path / "browser", dark)
+    assert console == []
+    assert seen["lanes"] == seen["named"] == world
+    assert seen["titles"] == 0, "the browser's own tooltip would lie over ours"
+    assert seen["outside"] == [] and seen["lap"] == []
+    assert seen["before"] is True and seen["after"] is True and seen["inView"] is True
+    assert ("work.wait()" if odd else "rank 0 of 1") in seen["shown"]
+    assert seen["paper"] == ("rgb(20, 23, 28)" if dark else "rgb(255, 255, 255)")
+    assert seen["wide"] is True, "the page itself scrolls sideways"
+    assert seen["bars"] >= 6, "phases have colours of their own"
+
+
+@needs_chromium
+def test_hostile_text_in_a_browser(tmp_path: Path) -> None:
+    value = sample.wedged(0, 1, host=HOSTILE, program=HOSTILE, outcome=HOSTILE, stuck=HOSTILE)
+    _, out = draw(sample.write(tmp_path / "reports", [value]))
+    probe = 'return [...document.querySelectorAll("script,img")].map(e=>e.outerHTML.slice(0,30))'
+    seen, console = look(out, probe, tmp_path / "browser")
+    assert console == [] and len(seen) == 2 and not any("alert" in tag for tag in seen)
