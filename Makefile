@@ -58,7 +58,8 @@ EXTRAS_frameworks := torch,drill,test,frameworks
 EXTRAS_dev := dev
 EXTRAS_build := build
 
-$(VENV)/.has-%: pyproject.toml | $(BIN)/python
+# pip copies the start-up files, so an editable install has to follow them too.
+$(VENV)/.has-%: pyproject.toml $(wildcard startup_files/*) | $(BIN)/python
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[$(EXTRAS_$*)]'
 	@touch $@
 

@@ -16,6 +16,7 @@ after the notice.
 
 from __future__ import annotations
 
+import _thread
 import functools
 import json
 import os
@@ -29,6 +30,8 @@ Deliver = Callable[[str, Any], None]
 
 _PROCESS = os.urandom(8).hex()  # names this process; with its pid, because a fork has the same
 _DIRTY = 1 << 32  # one counter: the quiet ranks in its low half, the dirty ones of them in its high half
+
+_watched: set[Board] = set()
 
 
 def _post(method: Callable[..., None]) -> Callable[..., None]:
@@ -63,6 +66,8 @@ class Board:
         self._prefix: str | None = None
         self._said: set[str] = set()
         self._steppers = 0
+        self._watching = _thread.allocate_lock()
+        self._watcher: int | None = None
 
     @staticmethod
     def open(store: Any, rank: int, world: int, problem: Callable[[str], None] | None = None) -> Board | None:
@@ -87,6 +92,9 @@ class Board:
         start with, then two for each message heard. Makes no noise, raises nothing, holds no lock.
         """
         line = self._line
+        self._watcher = _thread.get_ident()
+        self._watching.acquire()
+        _watched.add(self)
         try:
             line.connect(lambda reason: deliver("lost", reason))
             self._prefix = prefix = self._enrol()
@@ -110,6 +118,9 @@ class Board:
             line.end(str(over))
         except BaseException as error:
             line.end(f"{type(error).__name__}: {error}")
+        finally:
+            _watched.discard(self)
+            self._watching.release()
 
     @_post
     def tell(self, origin: dict[str, Any]) -> None:
@@ -175,12 +186,16 @@ class Board:
         if store.add(f"{self._prefix}left", 1) >= self.world - 1:
             store.set(f"{self._prefix}gone", "1")
 
-    def close(self) -> None:
-        """Leave the board: `watch` returns without a word. No operation; never blocks."""
+    def close(self, patience: float = 0.5) -> None:
+        """Leave the board: `watch` returns without a word, and is waited for. No operation."""
         self._line.end("closed", lost=False)
+        if self._watcher not in (None, _thread.get_ident()) and self._watching.acquire(timeout=patience):
+            self._watching.release()
 
     def forget(self) -> None:
         """In a forked child: let go of what is the parent's. No operation."""
+        self._watcher = None
+        _watched.discard(self)
         self._line.forget()
 
     def _enrol(self) -> str:
@@ -228,3 +243,13 @@ class Board:
         if appends:
             return bytes(store.get(key)).decode().rstrip(",").split(",")
         return [bytes(store.get(f"{key}{rank}")).decode() for rank in range(self.world)]
+
+
+def close_all() -> None:
+    """Close every board, lost ones too: last thing before the interpreter is finalized.
+
+    A thread that comes back from C++ to an interpreter that is gone is made to exit by CPython (up to 3.13), and c10d's
+    frames turn that into an abort: a job whose ranks all end at the same moment would be one of SIGABRTs.
+    """
+    for board in list(_watched):
+        board.close()

@@ -33,8 +33,8 @@ class Drained:
     """What became of one rank.
 
     `outcome` is what the rank's own teardown said (`clean`, `aborted`, `forced`), or `ended`: it withdrew its
-    entry, as at the normal end of a job; `died`: it left its entry and said nothing; `running`: it is still
-    there; `refused`: it could not be signalled.
+    entry, as at the normal end of a job; `died`: it left its entry and said nothing; `unknown`: it is gone, and
+    its entry cannot be read; `running`: it is still there; `refused`: it could not be signalled.
     """
 
     __slots__ = ("_pidfd", "detail", "exit_code", "outcome", "record", "seconds", "signalled")
@@ -59,6 +59,7 @@ class Drained:
         said = {
             "ended": "ended on its own",
             "died": "died without a teardown",
+            "unknown": f"gone, nothing is known of how: {self.detail}",
             "running": "still running",
             "refused": f"not signalled: {self.detail}",
         }.get(self.outcome, printable(self.outcome))
@@ -106,7 +107,11 @@ class Drained:
 
     def _conclude(self, runtime_dir: str) -> None:
         """It is gone: as what?"""
-        last = registry.reread(runtime_dir, self.record)
+        try:
+            last = registry.reread(runtime_dir, self.record)
+        except OSError as error:
+            self.outcome, self.detail = "unknown", str(error)
+            return
         if last is None:
             self.outcome = "ended"
         else:
@@ -118,7 +123,8 @@ def drain(
 ) -> tuple[list[Drained], bool]:
     """Signal every armed rank but this process, wait for all; also whether Ctrl-C cut the waiting short.
 
-    Ranks that arm meanwhile (a launcher that restarts its workers) are drained like the others.
+    Ranks that arm meanwhile (a launcher that restarts its workers) are drained like the others. `problem` hears
+    of a registry that cannot be used each time that it is looked at.
     """
     ranks: dict[str, Drained] = {}
     waiting: list[Drained] = []
@@ -132,7 +138,6 @@ def drain(
                     ranks[record.name] = rank = Drained(record)
                     if rank._start(signum):
                         waiting.append(rank)
-            problem = None  # said once
             left = max(0.0, timeout - (time.monotonic() - began))
             gone = _wait(waiting, min(left, _POLL)) if waiting else []
             for rank in waiting:

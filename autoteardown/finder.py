@@ -35,10 +35,12 @@ def install() -> None:
 
 
 def _tap_signals(module: "ModuleType") -> None:
-    from autoteardown import program, signals
+    from autoteardown import signals
 
     signals.install(module)
-    if program.parse(program.command_line())[1].rpartition("/")[2] in ("ray", "ray.scripts.scripts"):
+    # Looked at closely only where `ray` is among the words: this runs in most processes of the image.
+    words = getattr(sys, "orig_argv", None)  # 3.10 and later
+    if words is None or any(word.rpartition("/")[2] in ("ray", "ray.scripts.scripts") for word in words):
         from autoteardown import ray_node
 
         if ray_node.is_ray_start():

@@ -21,6 +21,7 @@ from autoteardown import board as boards
 from autoteardown.teardown import Teardown
 
 SCHEMA = 1
+_PLAN_WAIT = 2.0  # seconds that the main thread waits, in the signal handler, to know if it is to run on
 
 
 class Guard:
@@ -46,6 +47,7 @@ class Guard:
         self.gate = training.renew(self.events.put)
         self._begun = _thread.allocate_lock()
         self._owner: dict[str, bool] = {}
+        self._main_waits = False
         self._entry: Optional[registry.Entry] = None
         self._step_handle: Any = None
 
@@ -55,7 +57,7 @@ class Guard:
         """Before torch's init: from here on an eviction signal is ours."""
         self.rank, self.world_size = _environment_int("RANK"), _environment_int("WORLD_SIZE")
         self.log.rank, self.log.world_size = self.rank, self.world_size
-        self.gate.thread = _thread.get_ident()
+        self.gate.begin(_thread.get_ident())
         self.tap.arm(self._on_signal, self._on_main)
         self._entry = registry.enter(self.settings.runtime_dir, self._entry_fields(), self.log.line)
 
@@ -98,10 +100,12 @@ class Guard:
         """On the board's watcher thread."""
         if kind == "notice" and self._begun.acquire(False):
             self._begin("peer", None, value)
-        elif self.teardown is not None or kind != "lost":
-            self.events.put((kind, value))
+        elif self.teardown is None:
+            self.board = None  # lost
         else:
-            self.board = None
+            if kind == "notice":
+                self.teardown.origin = value  # the first to be signalled
+            self.events.put((kind, value))
 
     # -- signals ----------------------------------------------------------------------------------------------------
 
@@ -114,7 +118,9 @@ class Guard:
                 origin = {"rank": self.rank, "host": self.host, "pid": os.getpid()}
                 self._begin("signal", signum, origin)
         except BaseException as error:
+            # What is left of the contract: out in time, with the right code.
             self.log.line(f"internal error: {type(error).__name__}: {error}")
+            os._exit(self.settings.exit_code_for(signum))
 
     def _begin(self, cause: str, signum: Optional[int], origin: dict[str, Any]) -> None:
         yields = signum is not None and self._application_owns(signum)
@@ -132,20 +138,27 @@ class Guard:
 
     def _on_main(self, signum: int) -> bool:
         """On the main thread, from the trampoline."""
-        teardown = self.teardown
-        if self.gate.closed or (teardown is not None and teardown.committed):
-            self.stop_main()
-            return True
-        return not self._application_owns(signum)
+        committed = self.teardown is not None and self.teardown.committed
+        if not committed and self._application_owns(signum):
+            return False
+        if not self._main_waits:  # in a signal storm each handler runs on top of the last
+            self._main_waits = True
+            # Some C code (`re`, big integers) runs signal handlers but never lets go of the GIL: this may be the only
+            # chance of the other threads. The training thread is not needed until the last step is known.
+            self.gate.wait_for_plan(_PLAN_WAIT)
+            self._main_waits = False
+        self.stop_main()
+        return True
 
     def stop_main(self) -> None:
         """On the main thread: park it if it is time to, or have it leave if it is time for that."""
         teardown = self.teardown
+        if _thread.get_ident() in self.gate.parked:  # on its way out, or still parked below this frame
+            return
         if teardown is not None and teardown.leaving:
-            if not teardown.said_goodbye:
-                teardown.said_goodbye = True
-                raise SystemExit(teardown.exit_code)
-        elif self.gate.closed and not self.gate.shielded(_thread.get_ident()):
+            self.gate.parked.add(_thread.get_ident())
+            raise SystemExit(teardown.exit_code)
+        if self.gate.closed and not self.gate.shielded(_thread.get_ident()):
             self.gate.hold()
 
     # -- what others ask for ----------------------------------------------------------------------------------------
@@ -186,7 +199,8 @@ class Guard:
 
     def _entry_fields(self) -> dict[str, Any]:
         keep = ("host", "program", "rank", "local_rank", "world_size", "backend")
-        return {key: value for key, value in self.identity().items() if key in keep}
+        fields = {key: value for key, value in self.identity().items() if key in keep}
+        return {**fields, "signal": self.settings.signals[0]}  # what `autoteardown drain` has to send
 
     def entry_update(self, **fields: Any) -> None:
         """Tell the node's registry."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import os
 
-from autoteardown import program, startup
+from autoteardown import program
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 _MODULES = ("ray.scripts.scripts",)
 _WITH_VALUE = ("--logging-level", "--logging-format")  # options of `ray` itself, before the command
-_installed = False
 
 
 def is_ray_start(argv: Sequence[str] | None = None) -> bool:
@@ -68,10 +67,6 @@ class DrainFirst:
 
 def install(module: ModuleType) -> None:
     """Put the drain in front of every handler that SIGTERM gets from now on. Idempotent."""
-    global _installed
-    if _installed:
-        return
-    _installed = True
     real_signal, real_getsignal = module.signal, module.getsignal
 
     @functools.wraps(real_signal)
@@ -93,18 +88,25 @@ def drain_node() -> None:
         from autoteardown import drain, registry, settings
 
         found, _ = settings.load(os.environ)
-        say = startup.say if found.log != "quiet" else lambda text: None
+        say = _say if found.log != "quiet" else lambda text: None
         waiting = len(registry.read(found.runtime_dir, say))
         if not waiting:
             return
-        say(f"ray start: SIGTERM: draining {waiting} ranks of this node")
+        say(f"SIGTERM: draining {waiting} rank(s) of this node")
+        # Half of the second that every rank keeps free at the end of its grace period.
         ranks, _ = drain.drain(found.runtime_dir, found.signals[0], found.hard + 0.5)
         for rank in ranks:
-            say(f"ray start: {rank.line()}")
+            say(rank.line())
         clean = sum(rank.clean for rank in ranks)
-        say(f"ray start: {clean} of {len(ranks)} ranks left cleanly; Ray's own shutdown goes on")
+        say(f"{clean} of {len(ranks)} left cleanly; Ray's own shutdown goes on")
     except Exception as error:
-        startup.say(f"ray start: the node was not drained: {error!r}")
+        _say(f"the node was not drained: {error!r}")
+
+
+def _say(text: str) -> None:
+    from autoteardown import report
+
+    report.say(f"autoteardown: ray start: {text}")  # dropped rather than waited for, if the pipe is full
 
 
 def _real(handler: Any) -> Any:

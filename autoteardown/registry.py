@@ -139,15 +139,18 @@ def read(runtime_dir: str, problem: Problem | None = None) -> list[Record]:
 
 
 def reread(runtime_dir: str, record: Record) -> Record | None:
-    """What the entry says now, whether its process lives or not; None when it is gone."""
+    """What the entry says now, whether its process lives or not; None when it was removed.
+
+    Raises OSError when that cannot be told: the folder is no longer to be trusted, or the file is no entry.
+    """
+    descriptor = folder.open_own(folder.absolute(runtime_dir))
     try:
-        descriptor = folder.open_own(folder.absolute(runtime_dir))
-        try:
-            return load(descriptor, record.name)
-        finally:
-            os.close(descriptor)
-    except OSError:
-        return None
+        found = load(descriptor, record.name)
+        if found is None and record.name in os.listdir(descriptor):
+            raise OSError("not an entry")
+        return found
+    finally:
+        os.close(descriptor)
 
 
 def elsewhere(runtime_dir: str) -> int:

@@ -38,7 +38,8 @@ if TYPE_CHECKING:
     Handler = Any
 
 # Handlers that do nothing but raise SystemExit: there is no work of the application's to wait for.
-_EXIT_ONLY = frozenset({("ray._private.workers.default_worker", "sigterm_handler")})
+# Ray's, in workers (`Worker.main_loop`) and drivers (`ray.init`).
+_EXIT_ONLY = frozenset({("ray._private.worker", "sigterm_handler")})
 _UCRED = 12  # struct ucred: pid, uid, gid
 _OWN = 0x80  # marks a byte of the trampoline's; signal numbers end at 64
 _PATIENCE = 1.0  # seconds for the main thread to put handlers in place for an init on another thread

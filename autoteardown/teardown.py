@@ -51,13 +51,12 @@ class Teardown:
         self.received_at = datetime.now(timezone.utc).isoformat()
         self.committed = not yields  # from here on the agent ends the process
         self.leaving = False  # the main thread is asked to leave with SystemExit
-        self.said_goodbye = False  # it has been
         self.stuck: list[dict[str, Any]] = []
         self._yields = yields
         self._posts: _queue.SimpleQueue[Any] = _queue.SimpleQueue()
         self._posted = _thread.allocate_lock()
         self._finishing = _thread.allocate_lock()
-        self._saving = False
+        self._saving = self._stopping = False
         self._told = 0
         self.stop: Optional[protocol.Stop] = None
 
@@ -76,7 +75,7 @@ class Teardown:
         if self.stop is not None:
             self.stop.forced = True
         self._say("hard deadline: ending the process")
-        self._finish(patience=0.0)
+        self._finish(patience=0.05)
 
     def _drive(self) -> None:
         try:
@@ -123,9 +122,9 @@ class Teardown:
             self._take(stop, "saving", self._saving)
 
     def _commit(self, stop: protocol.Stop) -> None:
-        if stop.state == "yield" or (self.committed and not gc.isenabled()):
+        if stop.state == "yield" or self._stopping:
             return
-        self.committed = True
+        self.committed = self._stopping = True
         # A collection would run finalizers of the program on our threads, and those take locks.
         gc.disable()
         self.guard.entry_update(state="stopping")
@@ -291,16 +290,18 @@ class Teardown:
             self._post("flush")
             self._posted.acquire(timeout=0.2)
 
-    def _finish(self, patience: float = _LAST_WORDS) -> None:
-        """End the process. Whoever comes first does it; the others wait for the end."""
-        if not self._finishing.acquire(False) and patience:
+    def _finish(self, patience: Optional[float] = None) -> None:
+        """End the process. Whoever comes first does it; the others wait for the end, but for the deadline."""
+        if not self._finishing.acquire(False) and patience is None:
             time.sleep(3600)
+        if patience is None:
+            patience = max(_LAST_WORDS, min(2.0, self.guard.settings.hard - _LAST_WORDS - self.now))
         try:
             code = self.exit_code
             done = _thread.allocate_lock()
             done.acquire()
             _thread.start_new_thread(self._last_words, (code, done))
-            done.acquire(timeout=max(patience, 0.05))
+            done.acquire(timeout=patience)
         finally:
             os._exit(self.exit_code)
 

@@ -45,6 +45,12 @@ class Gate:
         self._saves: dict[int, int] = {}
         self._background = 0
 
+    def begin(self, thread: int) -> None:
+        """A new world: every rank of it counts from nought."""
+        self.thread = thread
+        self.count = 0
+        self.times.clear()
+
     # -- asked by the guard -------------------------------------------------------------------------------------
 
     @property
@@ -90,6 +96,11 @@ class Gate:
         if self.closed or (last is not None and count >= last):
             self._tell(("stopped", count))
             self.hold()
+
+    def wait_for_plan(self, limit: float) -> None:
+        """Wait until it is known whether this thread is to run on, at most `limit` seconds."""
+        if self._known.acquire(timeout=limit):
+            self._known.release()
 
     def hold(self) -> None:
         """Park this thread until the exit, which it leaves towards with SystemExit."""
@@ -154,6 +165,10 @@ def step_hook(optimizer: object, args: object, kwargs: object) -> None:
     g.count += 1
     if g.holding:
         g.at_step()
+
+
+# As `torch.compiler.disable` would, which would import the compiler: a compiled step calls the hook, untraced.
+step_hook._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
 def park_thread(ident: int) -> None:

@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Any
 
 T0 = datetime(2026, 3, 5, 14, 7, 31, 250_000, tzinfo=timezone.utc)
-STACK = """Thread MainThread:
-  File "/app/train.py", line 88, in <module>
-    main()
-  File "/app/train.py", line 61, in main
-    loss.backward()
-  File "torch/distributed/distributed_c10d.py", line 2806, in all_reduce
-    work.wait()"""
+FRAMES = [
+    "/usr/lib/python3/site-packages/torch/distributed/distributed_c10d.py:2806 in all_reduce",
+    "/app/train.py:61 in main",
+    "/app/train.py:88 in <module>",
+]
 
 
 def phases(*steps: tuple[str, float, str, str]) -> list[dict[str, Any]]:
@@ -74,10 +72,7 @@ def wedged(rank: int, world: int, **changes: Any) -> dict[str, Any]:
         ("quiet", 0.1, "ok", ""),
         ("exit", 0.2, "ok", ""),
     )
-    stuck = [
-        {"at": 0.0, "thread": "MainThread", "stack": STACK},
-        {"at": 8.0, "thread": "MainThread", "stack": STACK},
-    ]
+    stuck = [{"when": when, "thread": 140_189, "frames": FRAMES} for when in ("at the signal", "after park")]
     steps_seen = {"at_signal": 1200, "agreed": 1201, "stopped_at": None}
     return report(
         rank, world, **{"phases": steps, "stuck": stuck, "steps": steps_seen, "outcome": "aborted", **changes}

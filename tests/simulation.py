@@ -68,6 +68,7 @@ class World:
         self.posts: Counter[str] = Counter()
         self.said: set[str] = set()
         self.answers: list[int | None] = []
+        self.steppers = 0
         self.clean = True
         self.gone: list[Rank] = []
         self.destroying: set[Rank] = set()
@@ -99,7 +100,6 @@ class World:
         if rank.crashed or rank.stop.forced:  # it did not get as far as sending it
             return
         self.posts[do] += 1
-        steppers = sum(step is not None for step in self.answers)
         if do == "tell":
             self.publish("notice", {"left": value})
         elif do in ("plan_now", "halt"):
@@ -111,9 +111,10 @@ class World:
             self.answers.append(-1 if cannot else completed)
             if len(self.answers) == size:
                 known = [step for step in self.answers if step is not None]
+                self.steppers = len(known)
                 self.publish("plan", None if not known or -1 in known else max(known) + 1)
         elif do == "arrived":
-            if self.posts[do] == steppers < size:  # else nobody waits for it
+            if self.posts[do] == self.steppers < size:  # else nobody waits for it
                 self.publish("halt", None)
         elif do == "quiet":
             self.clean = self.clean and value
@@ -165,8 +166,9 @@ class World:
 
     def destroy(self, rank: Rank) -> None:
         """It is collective: it returns when everyone is in it, or gone."""
+        last = rank not in self.destroying and len(self.destroying) == len(self.ranks) - 1
         self.destroying.add(rank)
-        if len(self.destroying) == len(self.ranks):
+        if last:
             for each in self.destroying:
                 self.at(0.001, each.event, "destroyed", None)
 

@@ -21,7 +21,7 @@ from autoteardown.board import Board
 from autoteardown.relay import Relay
 
 # Each connection of a TCPStore makes two reverse DNS look-ups; a lost packet costs 5 s of its server's only thread.
-os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
+os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:5")
 
 ORIGIN = {"rank": 1, "host": "node-b", "pid": 4711}
 
@@ -433,7 +433,7 @@ def test_store_operations_are_a_few_a_rank():
     group.post("left")
     group.hears("gone", ranks=[0])
     group.close()
-    assert sorted(counts.values())[:-4] == [12] * (world - 4), counts
+    assert sorted(counts.values())[:-5] == [12] * (world - 5), counts
     assert sum(counts.values()) <= 12 * world + 20, counts
 
 
@@ -486,11 +486,11 @@ def test_posts_come_back_if_the_server_was_gone_before_the_board_was_connected()
 # -- real processes --------------------------------------------------------------------------------------------
 
 RANK = """
-    import os, sys, time, _thread
+    import atexit, os, sys, time, _thread
     from pathlib import Path
     import torch
     import torch.distributed as dist
-    from autoteardown.board import Board
+    from autoteardown.board import Board, close_all
 
     folder, options = Path(sys.argv[1]), sys.argv[2:]
     store = None
@@ -510,6 +510,9 @@ RANK = """
         print("heard", kind, value, flush=True)
 
     board = Board.open(dist.distributed_c10d._get_default_store(), rank, world, print)
+    if "hasty" in options:
+        dist.barrier()  # or the first rank to end would break the others' init
+    atexit.register(close_all)  # as the agent does
     _thread.start_new_thread(board.watch, (hear,))
     if "hasty" not in options:
         while board._prefix is None:
@@ -555,11 +558,15 @@ def silent(ranks):
         assert rank.stderr == "", rank.story()
 
 
-@pytest.mark.parametrize("backend", ["libuv", "legacy"])
+ORDERS = list(itertools.permutations(range(3)))
+
+
 @pytest.mark.parametrize("ending", ["return", "destroy", "_exit"])
-@pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=str)
-def test_silent_in_every_order_of_exit(job, order, ending, backend):
-    ranks = start_ranks(job, ending, USE_LIBUV=int(backend == "libuv"))
+@pytest.mark.parametrize(
+    ("libuv", "order"), [(1, order) for order in ORDERS] + [(0, order) for order in (ORDERS[0], ORDERS[-1])]
+)
+def test_silent_in_every_order_of_exit(job, libuv, order, ending):
+    ranks = start_ranks(job, ending, USE_LIBUV=libuv)
     lost = False
     for rank in order:
         ask(job, "end", rank)

@@ -32,7 +32,7 @@ def whole(job):
 
 
 @pytest.mark.parametrize("stop_at", ["step", "now"])
-@pytest.mark.parametrize("how", ["path", "file", "protect", "nested", "decorated", "dcp"])
+@pytest.mark.parametrize("how", ["path", "file", "protect", "nested", "dcp"])
 def test_a_save_in_progress_is_waited_for(job, how, stop_at):
     """Promise 10: `torch.save`, `torch.distributed.checkpoint`, `protect()` by the training thread."""
     # Longer than the drain time-out at this grace period (1.5 s), in which a thread has to park.
@@ -115,16 +115,12 @@ def test_saves_are_the_programs_own(job):
                 1 / 0
         except ZeroDivisionError:
             print("block raised", flush=True)
-        @autoteardown.protect()
-        def double(number):
-            "Its documentation."
-            return 2 * number
-        print(double(21), torch.save([], io.BytesIO()), flush=True)
+        print(torch.save([], io.BytesIO()), flush=True)
         """,
         "armed",
     )
     assert rank.wait() == 0, rank.story()
-    assert rank.stdout.splitlines() == ["save raised", "block raised", "42 None"]
+    assert rank.stdout.splitlines() == ["save raised", "block raised", "None"]
 
 
 def evict_at_random(job, seed):

@@ -114,7 +114,7 @@ def test_all_leave_cleanly(ranks, runtime):
     first, second, last = command.stdout.splitlines()
     assert first.startswith(f"rank=0/2 pid={started[0].pid} train.py: clean, exit 143 (")
     assert second.startswith(f"rank=1/2 pid={started[1].pid} train.py: ended on its own (")
-    assert last == "2 of 2 ranks left cleanly"
+    assert last == "2 of 2 left cleanly"
     assert [rank.wait() for rank in started] == [143, 0]
     assert list(runtime.iterdir()) == []
 
@@ -148,6 +148,24 @@ def test_one_that_is_killed_meanwhile(ranks, runtime):
     assert command.finish().code == 1
     assert outcomes(command) == ["died"]
     assert list(runtime.iterdir()) == []
+
+
+@pytest.mark.parametrize("how", ["folder", "entry"])
+def test_what_cannot_be_read_is_not_taken_for_clean(ranks, runtime, how):
+    (rank,) = ranks("ignore")
+    command = Command(runtime, "--json")
+    rank.wait_for("^got")
+    if how == "folder":
+        runtime.chmod(0o777)
+    else:
+        (path,) = runtime.glob(f"{rank.pid}-*")
+        path.write_text("garbage")
+    rank.signal(signal.SIGKILL)
+    assert command.finish().code == 1
+    assert outcomes(command) == ["unknown"]
+    (rank,) = json.loads(command.stdout)["ranks"]
+    assert ("0777" if how == "folder" else "not an entry") in rank["detail"]
+    assert command.stderr.count("\n") <= 1
 
 
 def test_there_is_none(runtime):
@@ -363,7 +381,7 @@ def test_pre_stop_hook_under_a_shell_that_forwards_nothing(job, runtime):
     command = [*enter, sys.executable, "-m", "autoteardown", "drain"]
     hook = subprocess.run(command, env=env, capture_output=True, text=True)
     assert (hook.returncode, hook.stderr) == (0, "")
-    assert hook.stdout.splitlines()[-1] == "1 of 1 ranks left cleanly"
+    assert hook.stdout.splitlines()[-1] == "1 of 1 left cleanly"
     assert f"pid={entry.split('-')[0]} " in hook.stdout
     container.wait_for("^rank ended with 143$")
     assert own_name().split("-")[2] != entry.split("-")[2]

@@ -1,4 +1,4 @@
-"""Installed for real: wheel, editable, and injected from a folder, into fresh environments of every Python found here."""
+"""Installed for real: wheel, editable, and injected from a folder, into new environments of every Python found here."""
 
 import json
 import os

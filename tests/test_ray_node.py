@@ -1,14 +1,18 @@
 """SIGTERM to `ray start --block`: the node's ranks first, then what Ray does."""
 
+import contextlib
+import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
+import textwrap
 from pathlib import Path
 
 import pytest
-from harness import NONE, free_port, wait_until
+from harness import NONE, environment, free_port, wait_until
 
 from autoteardown import ray_node
 
@@ -72,9 +76,9 @@ def test_the_ranks_go_first(start, twice):
     assert rank.wait() == 0
     assert node.stdout.endswith(f"Ray's handler {signal.SIGTERM:d} True 0 left\n")
     first, second, last = node.stderr.splitlines()
-    assert first == "autoteardown: ray start: SIGTERM: draining 1 ranks of this node"
+    assert first == "autoteardown: ray start: SIGTERM: draining 1 rank(s) of this node"
     assert second.startswith(f"autoteardown: ray start: rank=0/1 pid={rank.pid} -: clean, exit 0 (")
-    assert last == "autoteardown: ray start: 1 of 1 ranks left cleanly; Ray's own shutdown goes on"
+    assert last == "autoteardown: ray start: 1 of 1 left cleanly; Ray's own shutdown goes on"
 
 
 def test_a_node_without_ranks_is_as_without_us(start):
@@ -124,6 +128,27 @@ def test_a_registry_that_cannot_be_trusted_stops_nothing(start, job):
     assert "Ray's handler" in node.stdout
     assert "0777" in node.stderr
     assert node.stderr.count("\n") == 1
+
+
+def test_a_log_that_nobody_reads_does_not_keep_ray(start, job):
+    rank = start(RANK, "clean")
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(write, b"x" * 4096)
+    os.set_blocking(write, True)
+    program = f"import os; os.dup2({write}, 2)\n{textwrap.dedent(NODE)}"
+    env = environment(NONE, job.mark, AUTOTEARDOWN_RUNTIME_DIR=job.runtime)
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True, pass_fds=[write]) as node:
+        assert node.stdout.readline() == "ready\n"
+        node.send_signal(signal.SIGTERM)
+        assert "Ray's handler" in node.stdout.readline()
+    assert node.returncode == 1
+    assert rank.wait() == 0
+    os.close(read)
+    os.close(write)
 
 
 def test_our_own_bugs_stop_nothing(start):

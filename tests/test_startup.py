@@ -457,3 +457,18 @@ def test_a_process_that_is_no_rank_dies_of_sigterm_as_ever(switch):
         assert process.stdout.readline() == "up\n"
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == -signal.SIGTERM
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"), [(["ray", "start", "--block"], True), (["ray", "status"], False)]
+)
+def test_only_ray_start_gets_the_hook_that_drains_its_node(tmp_path, words, expected):
+    command = tmp_path / words[0]
+    command.write_text(
+        f"#!{sys.executable}\nimport signal\nprint(signal.signal.__code__.co_filename.endswith('ray_node.py'))\n"
+    )
+    command.chmod(0o755)
+    done = subprocess.run(
+        [command, *words[1:]], env=environ(AUTOTEARDOWN="1"), capture_output=True, text=True
+    )
+    assert (done.stdout, done.stderr) == (f"{expected}\n", "")

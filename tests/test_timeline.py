@@ -186,7 +186,7 @@ def test_a_wedged_rank_stands_out_and_tells_its_stacks(tmp_path: Path, world: in
     lane = lanes_of(root)[odd]
     title = lane.findtext("title") or ""
     assert "aborted, exit 143, out after 13.65 s" in title
-    assert 'File "/app/train.py", line 61, in main' in title and "work.wait()" in title
+    assert "when after park, thread 140189\n  " in title and "/app/train.py:61 in main" in title
     assert [r.attrib["class"] for r in lane.iter("rect")].count("timeout") == 2
     # In words, not by colour alone, and beside its lane also where lanes are too thin for words of their own.
     labels = [t for t in root.iter("text") if "aborted, exit 143" in (t.text or "")]
@@ -196,7 +196,7 @@ def test_a_wedged_rank_stands_out_and_tells_its_stacks(tmp_path: Path, world: in
     assert lane.get("tabindex") == "0" and lanes_of(root)[0].get("tabindex") is None
     _, out = draw(tmp_path / "reports")
     assert (
-        out.read_text("utf-8").count("work.wait()") == 4
+        out.read_text("utf-8").count("/app/train.py:61") == 4
     )  # two stacks, in the lane's title and in the table
 
 
@@ -527,7 +527,7 @@ def test_the_trace_for_perfetto(tmp_path: Path) -> None:
     assert [n for k, n in names if k == "process_name"] == ["node-000", "node-001"]
     assert ("thread_name", "rank 9 (pid 4001)") in names and len(names) == 2 + 16
     (odd,) = [e for e in events if e["ph"] == "X" and e["name"] == "aborted, exit 143"]
-    assert odd["dur"] == 13_650_000 and "work.wait()" in odd["args"]["stuck"]
+    assert odd["dur"] == 13_650_000 and "/app/train.py:61" in odd["args"]["stuck"]
     own = [e for e in events if e["ph"] == "X" and e["tid"] == odd["tid"]]
     names = [e["name"] for e in own]
     assert names == ["aborted, exit 143", "step (timeout)", "park (timeout)", "abort", "quiet", "exit"]
@@ -639,7 +639,7 @@ def test_in_a_browser(tmp_path: Path, world: int, odd: dict[int, Any], dark: boo
     assert seen["titles"] == 0, "the browser's own tooltip would lie over ours"
     assert seen["outside"] == [] and seen["lap"] == []
     assert seen["before"] is True and seen["after"] is True and seen["inView"] is True
-    assert ("work.wait()" if odd else "rank 0 of 1") in seen["shown"]
+    assert ("/app/train.py:61" if odd else "rank 0 of 1") in seen["shown"]
     assert seen["paper"] == ("rgb(20, 23, 28)" if dark else "rgb(255, 255, 255)")
     assert seen["wide"] is True, "the page itself scrolls sideways"
     assert seen["bars"] >= 6, "phases have colours of their own"

@@ -29,8 +29,8 @@ def run(args: argparse.Namespace) -> int:
     """0 when every rank left cleanly, or there was none; 1 otherwise."""
     found, _ = settings.load(os.environ)
     timeout = found.grace + drain.MARGIN if args.timeout is None else args.timeout
-    problems: list[str] = []
-    ranks, interrupted = drain.drain(found.runtime_dir, found.signals[0], timeout, problems.append)
+    problems: dict[str, None] = {}  # each one once, in order
+    ranks, interrupted = drain.drain(found.runtime_dir, found.signals[0], timeout, problems.setdefault)
     for problem in problems:
         print(f"autoteardown: {problem}", file=sys.stderr)
     clean = not problems and all(rank.clean for rank in ranks)
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
         for rank in ranks:
             print(rank.line())
         left = sum(rank.clean for rank in ranks)
-        print(f"{'interrupted: ' if interrupted else ''}{left} of {len(ranks)} ranks left cleanly")
+        print(f"{'interrupted: ' if interrupted else ''}{left} of {len(ranks)} left cleanly")
     elif not problems:
         print(ps.none_here(found.runtime_dir))
     return 0 if clean else 1

@@ -65,6 +65,11 @@ class Rank:
         return self.outcome == "clean"
 
     @property
+    def wedged(self) -> bool:
+        """Whether something kept this rank: then its stacks matter."""
+        return not self.clean or any(p.outcome in ("timeout", "error") for p in self.phases)
+
+    @property
     def is_origin(self) -> bool:
         """Whether this is the rank that was signalled first."""
         return self.origin is not None and self.origin[1:] == (self.host, self.pid)
@@ -206,9 +211,9 @@ def words(stop: Stop, rank: Rank) -> str:
         lines.append(
             f"  {p.start:.3f}-{end} s  {p.name}  {p.outcome}" + (f"  {p.detail}" if p.detail else "")
         )
-    if rank.stuck:
+    if rank.stuck and rank.wedged:
         cut = rank.stuck[:2500] + ("\n... (the rest is in the table below)" if len(rank.stuck) > 2500 else "")
-        lines.append(f"in the way:\n{cut}")
+        lines.append(f"stacks:\n{cut}")
     return "\n".join(lines)
 
 

@@ -115,11 +115,13 @@ def _count(number: int, what: str) -> str:
 
 def _table(stop: Stop) -> str:
     """The same as text: for screen readers, for the search of the browser, for whole stacks."""
-    head = ("rank", "host", "pid", "cause", "outcome", "out after", "stopped at step", "phases", "in the way")
+    head = ["rank", "host", "pid", "cause", "outcome", "out after", "stopped at step", "phases"]
+    if any(rank.stuck and rank.wedged for rank in stop.ranks):
+        head.append("stacks")
     state = " open" if len(stop.ranks) <= 16 else ""
     return (
         f"<details{state}><summary>The reports as text</summary>"
-        + page.table(head, (_cells(rank) for rank in stop.ranks))
+        + page.table(head, (_cells(rank)[: len(head)] for rank in stop.ranks))
         + "</details>"
     )
 
@@ -133,7 +135,9 @@ def _cells(rank: Rank) -> list[str]:
     )
     cause = rank.signal or rank.cause if rank.cause == "signal" else rank.cause
     stuck = (
-        f"<details><summary>stacks</summary><pre>{page.esc(rank.stuck)}</pre></details>" if rank.stuck else ""
+        f"<details><summary>show</summary><pre>{page.esc(rank.stuck)}</pre></details>"
+        if rank.stuck and rank.wedged
+        else ""
     )
     plain = [
         str(rank.rank if rank.rank is not None else "?"),

@@ -5,7 +5,6 @@ path      one `torch.save` to a path, of a tensor whose pickling takes SECONDS
 file      the same into an open file
 protect   one file written by hand within `autoteardown.protect()`, in SECONDS
 nested    as `protect`, within another `protect`
-decorated as `protect`, through a decorated function
 dcp       one `torch.distributed.checkpoint.save` that takes SECONDS
 async     one `torch.distributed.checkpoint.async_save` that takes SECONDS, while training goes on
 thread    as `path`, on a thread of its own, while training goes on
@@ -73,8 +72,6 @@ def save(model):
     elif how == "file":
         with (folder / "model.pt").open("wb") as file:
             torch.save(content, file)
-    elif how == "decorated":
-        autoteardown.protect()(by_hand)()
     elif how in ("protect", "nested"):
         with autoteardown.protect() if how == "nested" else contextlib.nullcontext():
             with autoteardown.protect():

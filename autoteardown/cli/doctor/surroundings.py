@@ -94,8 +94,11 @@ def _pid_1(found: settings.Settings, proc: Path, container: bool) -> list[Findin
         text = f"a shell ({shown}): it passes no signal on, so the ranks never hear of an eviction"
         advice = 'exec-form ENTRYPOINT ["torchrun", …], or `exec` before the last command of the script'
         return [Finding("PID 1", WARNING, text, advice)]
-    caught = _mask(proc, "1", "SigCgt")
-    unheard = [each for each in found.signals if caught is not None and not caught >> (each - 1) & 1]
+    # An init blocks the signals it waits for (tini, dumb-init), everything else has handlers.
+    heard = [_mask(proc, "1", field) for field in ("SigCgt", "SigBlk")]
+    unheard = [
+        each for each in found.signals if not any(mask is None or mask >> (each - 1) & 1 for mask in heard)
+    ]
     if unheard:
         names = ", ".join(map(settings.signal_name, unheard))
         text = f"{shown}: no handler for {names}, and the kernel drops what PID 1 does not handle"
