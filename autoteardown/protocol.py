@@ -135,7 +135,7 @@ class Stop:
         if event == "saving":
             self.heard["saving"] = value
             if self.state == "park" and not value:
-                self._settled = now  # the thread has its time to park again
+                self._settled = max(self._settled, now)  # the thread has its time to park again
         else:
             if event == "halt" and event not in self.heard:
                 self._settled = min(self._settled, now)
@@ -390,7 +390,8 @@ class Stop:
 
     def _enter_abort(self, now: float) -> bool:
         self.wedged = True
-        self._post("halt")
+        if "halt" not in self.heard:
+            self._post("halt")
         if self.facts.can_abort:
             self._do("abort")
             return self._enter("abort", now, self.limits.abort)

@@ -2,8 +2,8 @@
 
     python -m benchmarks.board [--ranks 64 256 1024] [--huge] [--rounds 5]
 
-The ranks are threads of a few processes (16 at most), the server is a process of its own, all on this machine: with more
-ranks than cores the figures are what the machine needs for all of them together, more than ranks with machines of
+The ranks are threads of a few processes (16 at most), the server is a process of its own, all on this machine: with
+more ranks than cores the figures are what the machine needs for all of them together, more than ranks with machines of
 their own would see. Connecting includes reverse DNS look-ups, which c10d's server makes one after the other.
 """
 
@@ -184,9 +184,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--legacy", action="store_true", help="the server without libuv")
     options = parser.parse_args(argv)
-    print(
-        f"{'server without libuv' if options.legacy else 'libuv server'}, {options.rounds} rounds, {os.cpu_count()} cores"
-    )
+    server = "server without libuv" if options.legacy else "libuv server"
+    print(f"{server}, {options.rounds} rounds, {os.cpu_count()} cores")
     print("milliseconds: median (least to most)")
     for world in options.ranks + [4096] * options.huge:
         simulation = Simulation(world, not options.legacy)
@@ -199,7 +198,7 @@ def main(argv: list[str] | None = None) -> None:
         middle = {name: statistics.median(each[name] for each in rounds) for name in rounds[0]}
         print(
             f"  store operations: {middle['operations']:.0f} in all, {middle['per rank']:.0f} a rank, "
-            f"{middle['most']:.0f} at most; before that {middle['enrol']:.0f} a rank to enrol"
+            f"{middle['most']:.0f} at most; before the notice {middle['enrol']:.0f} a rank"
         )
 
 

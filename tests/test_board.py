@@ -555,7 +555,9 @@ def start_ranks(job, *options, ranks=3, **env):
 
 def silent(ranks):
     for rank in ranks:
-        assert rank.stderr == "", rank.story()
+        # c10d says this of any connection, when the name server does not answer.
+        noise = [line for line in rank.noise if "hostname of the client socket" not in line]
+        assert not noise, rank.story()
 
 
 ORDERS = list(itertools.permutations(range(3)))

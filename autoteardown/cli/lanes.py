@@ -39,46 +39,34 @@ def axis(lasted: float, grace: float) -> Axis:
     return Axis(lasted * 1.04, X1 - 60, X1 - 12, broken=True)
 
 
-def draw(stop: Stop, grace: float) -> str:
-    """The SVG of a stop."""
-    rows = _rows(stop)
-    height = min(26.0, max(4.0, 1100 / len(rows)))
-    bottom = TOP + height * len(rows)
+def size(stop: Stop) -> tuple[float, float]:
+    """How high a lane of this stop is, and how high the drawing."""
+    count = len(rows(stop))
+    lane = min(26.0, max(4.0, 1100 / count))
+    return lane, TOP + lane * count + 14
+
+
+def draw(stop: Stop, grace: float, top: float = 0) -> str:
+    """The SVG of a stop; `top` is where it begins inside another one."""
+    lanes = rows(stop)
+    height, whole = size(stop)
+    bottom = whole - 14
     scale = axis(stop.lasted, grace)
-    parts = [
-        f'<svg viewBox="0 0 {WIDTH} {_n(bottom + 14)}" width="100%" style="min-width:760px" role="img" '
-        f'aria-label="{esc(stop.summary(grace))}">',
-        _bands(rows, height),
-        _grid(scale, bottom),
-        *(_lane(stop, row, TOP + i * height, height, scale) for i, row in enumerate(rows)),
-        "" if height >= TALL else _sparse_labels(rows, height),
-        _marks(stop, scale, grace, bottom),
-        "</svg>",
-    ]
-    return f'<div class="scroll">{"".join(parts)}</div>'
-
-
-def key(stop: Stop) -> str:
-    """What the colours and marks of `draw(stop)` mean, as a list."""
-    phases = [p for r in stop.ranks for p in r.phases]
-    used = [n for n in PHASES["light"] if any(_colour(p.name) == n for p in phases)]
-    items = [(f'<rect class="p-{n}" width="14" height="12"/>', n) for n in used]
-    for outcome, text in (("timeout", "timed out"), ("error", "failed")):
-        if any(p.outcome == outcome for p in phases):
-            box = "".join(f'<rect class="{c}" width="14" height="12"/>' for c in ("p-other", outcome))
-            items.append((box, text))
-    items.append((_mark("signal", 11, 6, 10), "got the signal"))
-    if any(r.cause == "peer" for r in stop.ranks):
-        items.append((_mark("peer", 11, 6, 10), "stopped because a peer did"))
-    if _rows(stop) != list(stop.ranks):
-        items.append(('<rect class="gone" width="14" height="12"/>', "no report"))
-    drawn = "".join(
-        f'<li><svg width="14" height="12" aria-hidden="true">{s}</svg>{esc(t)}</li>' for s, t in items
+    box = f'width="{WIDTH}" height="{_n(whole)}" viewBox="0 0 {WIDTH} {_n(whole)}"'
+    return "".join(
+        [
+            f'<svg y="{_n(top)}" {box} role="img" aria-label="{esc(stop.summary(grace))}">',
+            _bands(lanes, height),
+            _grid(scale, bottom),
+            *(_lane(stop, row, TOP + i * height, height, scale) for i, row in enumerate(lanes)),
+            "" if height >= TALL else _sparse_labels(lanes, height),
+            _marks(stop, scale, grace, bottom),
+            "</svg>",
+        ]
     )
-    return f'<ul class="key">{drawn}</ul>'
 
 
-def _rows(stop: Stop) -> list[Row]:
+def rows(stop: Stop) -> list[Row]:
     """Ranks without a report get an empty lane, unless this folder holds only a small part of the job."""
     if not 0 < len(stop.missing) <= len(stop.ranks):
         return list(stop.ranks)
@@ -95,18 +83,18 @@ def _lane(stop: Stop, row: Row, y: float, height: float, scale: Axis) -> str:
         box = f'x="{X0}" y="{_n(y + height * 0.3)}" width="{X1 - X0}" height="{_n(height * 0.4)}"'
         parts = [f'<rect class="gone" {box}/>']
         if tall:
-            parts += [_say(8, middle, f"rank {row}", "soft"), _say(X1 + 10, middle, "no report", "soft")]
+            parts += [say(8, middle, f"rank {row}", "soft"), say(X1 + 10, middle, "no report", "soft")]
         return f'<g class="lane">{hit}<title>{esc(f"rank {row}: no report")}</title>{"".join(parts)}</g>'
     parts = [hit, f"<title>{esc(words(stop, row))}</title>"]
     begin = stop.offset(row)
     # The shortest last: should phases overlap, none hides another.
     for phase in sorted(row.phases, key=lambda p: p.start - (p.end if p.end is not None else 1e9)):
         parts.append(_bar(phase, begin, y, height, scale))
-    parts.append(_mark(row.cause, scale.x(begin), middle, min(9.0, height - 0.5)))
+    parts.append(mark(row.cause, scale.x(begin), middle, min(9.0, height - 0.5)))
     if tall:
-        parts.append(_say(8, middle, row.name, "origin" if row.is_origin else ""))
-        parts.append(_say(72, middle, _short(row.host, 17), "soft"))
-        parts.append(_say(X1 + 10, middle, verdict(row), "" if row.clean else "bad"))
+        parts.append(say(8, middle, row.name, "origin" if row.is_origin else ""))
+        parts.append(say(72, middle, _short(row.host, 17), "soft"))
+        parts.append(say(X1 + 10, middle, verdict(row), "" if row.clean else "bad"))
     # The keyboard reaches what somebody looks for; five hundred stops for clean ranks would be in its way.
     focus = "" if row.clean else ' tabindex="0"'
     return f'<g class="lane" data-outcome="{esc(row.outcome)}"{focus}>{"".join(parts)}</g>'
@@ -117,28 +105,29 @@ def _bar(phase: Phase, begin: float, y: float, height: float, scale: Axis) -> st
     left = scale.x(begin + phase.start)
     right = scale.x(begin + phase.end) if phase.end is not None else scale.right
     width, tall = max(right - left, 1.5), height - 2 * pad
-    colour = f"p-{_colour(phase.name)}"
+    kind = f"p-{colour(phase.name)}"
     box = f'x="{_n(left)}" y="{_n(y + pad)}" width="{_n(width)}" height="{_n(tall)}"'
     shape = " skipped" if phase.outcome == "skipped" else " open" if phase.end is None else ""
-    parts = [f'<rect class="{colour}{shape}" stroke-width=".5" {box}/>']
+    parts = [f'<rect class="{kind}{shape}" stroke-width=".5" {box}/>']
     if phase.outcome in ("timeout", "error"):
         parts.append(f'<rect class="{phase.outcome}" {box}/>')
     label = phase.name if phase.outcome == "ok" else f"{phase.name} {phase.outcome}"
     for text in (label, phase.name):
         if tall >= 11 and width >= 6.6 * len(text) + 8 and not shape:
             if len(parts) > 1:  # a halo keeps the words apart from the hatching
-                parts.append(_say(left + 5, y + height / 2, text, f"{colour} in", 'stroke-width="4"'))
+                parts.append(say(left + 5, y + height / 2, text, f"{kind} in", 'stroke-width="4"'))
             else:
-                parts.append(_say(left + 5, y + height / 2, text, "in"))
+                parts.append(say(left + 5, y + height / 2, text, "in"))
             break
     return "".join(parts)
 
 
-def _colour(name: str) -> str:
+def colour(name: str) -> str:
+    """The class of a phase; one for all that a later version may bring."""
     return name if name in PHASES["light"] else "other"
 
 
-def _mark(cause: str, x: float, y: float, size: float) -> str:
+def mark(cause: str, x: float, y: float, size: float) -> str:
     """A filled arrow head for a signal, a hollow circle for the word of a peer; its tip is the moment."""
     half = size / 2
     if cause == "signal":
@@ -148,10 +137,10 @@ def _mark(cause: str, x: float, y: float, size: float) -> str:
     return f'<circle class="peer" stroke-width="{width}" {where}/>'
 
 
-def _bands(rows: list[Row], height: float) -> str:
+def _bands(lanes: list[Row], height: float) -> str:
     """Every other lane shaded; every other host where lanes are thin."""
     parts, y = [], float(TOP)
-    for i, (_, run) in enumerate(groupby(rows, key=None if height >= TALL else _host)):
+    for i, (_, run) in enumerate(groupby(lanes, key=None if height >= TALL else _host)):
         tall = height * len(list(run))
         if i % 2 == 0:
             parts.append(f'<rect class="band" x="0" y="{_n(y)}" width="{WIDTH}" height="{_n(tall)}"/>')
@@ -166,7 +155,7 @@ def _grid(scale: Axis, bottom: float) -> str:
         x = scale.x(i * step)
         parts.append(f'<line class="rule" x1="{_n(x)}" x2="{_n(x)}" y1="{TOP - 4}" y2="{_n(bottom)}"/>')
         if abs(x - scale.limit) > 22 and (x < scale.right - 20 or not scale.broken):
-            parts.append(_say(x, TOP - 11, _tick(i * step, scale.span), "soft", 'text-anchor="middle"'))
+            parts.append(say(x, TOP - 11, _tick(i * step, scale.span), "soft", 'text-anchor="middle"'))
     if scale.broken:
         x = (scale.right + scale.limit) / 2
         parts.append(f'<path class="mark" fill="none" d="M{_n(x - 5)} {TOP}l4 -9m2 9l4 -9"/>')
@@ -177,29 +166,29 @@ def _marks(stop: Stop, scale: Axis, grace: float, bottom: float) -> str:
     last = scale.x(stop.lasted)
     return (
         f'<line class="mark" x1="{X0}" x2="{X0}" y1="{TOP - 6}" y2="{_n(bottom + 4)}"/>'
-        + _say(X0 + 4, 10, "first signal")
+        + say(X0 + 4, 10, "first signal")
         + f'<line class="mark" stroke-dasharray="4 3" x1="{_n(last)}" x2="{_n(last)}" y1="{TOP - 6}" '
         f'y2="{_n(bottom + 4)}"/>'
-        + _say(last - 4, 10, f"last exit {seconds(stop.lasted)}", "", 'text-anchor="end"')
+        + say(last - 4, 10, f"last exit {seconds(stop.lasted)}", "", 'text-anchor="end"')
         + f'<line class="limit" stroke-width="2" x1="{_n(scale.limit)}" x2="{_n(scale.limit)}" y1="4" '
-        f'y2="{_n(bottom + 4)}"/>' + _say(scale.limit + 6, 10, f"grace period ends: {grace:g} s", "bad")
+        f'y2="{_n(bottom + 4)}"/>' + say(scale.limit + 6, 10, f"grace period ends: {grace:g} s", "bad")
     )
 
 
-def _sparse_labels(rows: list[Row], height: float) -> str:
+def _sparse_labels(lanes: list[Row], height: float) -> str:
     """Labels for runs of thin lanes: hosts on the left, outcomes on the right."""
     parts, y, free = [], float(TOP), 0.0
-    for host, run in groupby(rows, key=_host):
+    for host, run in groupby(lanes, key=_host):
         group = list(run)
         middle = y + height * len(group) / 2
         if middle - free >= TALL:
             names = [str(r if isinstance(r, int) else r.rank) for r in (group[0], group[-1])]
             label = names[0] if len(group) == 1 else f"{names[0]}-{names[1]}"
-            parts += [_say(8, middle, label), _say(72, middle, _short(host, 17), "soft")]
+            parts += [say(8, middle, label), say(72, middle, _short(host, 17), "soft")]
             free = middle
         y += height * len(group)
     y, free = float(TOP), 0.0
-    for text, run in groupby(rows, key=lambda r: "no report" if isinstance(r, int) else verdict(r)):
+    for text, run in groupby(lanes, key=lambda r: "no report" if isinstance(r, int) else verdict(r)):
         group = list(run)
         tall, good = height * len(group), text.startswith(GLYPH["clean"])
         middle = y + tall / 2
@@ -208,7 +197,7 @@ def _sparse_labels(rows: list[Row], height: float) -> str:
         if at - middle <= (0 if good else 60) and (not good or tall >= TALL):
             many = f" (x{len(group)})" if len(group) > 1 else ""
             parts.append(f'<path class="rule" fill="none" d="M{X1} {_n(middle)}L{X1 + 8} {_n(at)}"/>')
-            parts.append(_say(X1 + 10, at, text + many, "" if good else "bad"))
+            parts.append(say(X1 + 10, at, text + many, "" if good else "bad"))
             free = at
         y += tall
     return "".join(parts)
@@ -218,7 +207,7 @@ def _host(row: Row) -> str:
     return "no report" if isinstance(row, int) else row.host
 
 
-def _say(x: float, y: float, text: str, kind: str = "", more: str = "") -> str:
+def say(x: float, y: float, text: str, kind: str = "", more: str = "") -> str:
     """One line of text of a class, with more attributes."""
     return f'<text x="{_n(x)}" y="{_n(y + 4)}" class="{kind}" {more}>{esc(text)}</text>'
 

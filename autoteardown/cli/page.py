@@ -57,12 +57,31 @@ def _scheme(name: str) -> str:
     return "".join(f"--{key}:{value};" for key, value in colours.items())
 
 
-STYLE = (
+COLOURS = (
     ":root{color-scheme:light dark;"
     + _scheme("light")
     + "}@media (prefers-color-scheme:dark){:root{"
     + _scheme("dark")
     + "}}"
+)
+DRAWING = (
+    """
+svg text{fill:var(--ink);font-size:11px;font-variant-numeric:tabular-nums;
+ font-family:system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif}
+svg .soft{fill:var(--soft)}svg .bad{fill:var(--bad)}svg .in{fill:var(--paper);paint-order:stroke}
+svg .paper{fill:var(--paper)}svg .heading{font-size:13px;font-weight:600}
+.band{fill:var(--band)}.rule{stroke:var(--rule)}.mark{stroke:var(--ink)}.limit{stroke:var(--bad);fill:var(--bad)}
+.lane:hover .hit,.lane:focus .hit{fill:var(--ink);fill-opacity:.08}.hit{fill:#000;fill-opacity:0}
+.lane{outline:none}svg .origin{font-weight:700}
+.gone{fill:url(#gone)}.signal{fill:var(--ink);stroke:var(--ink)}.peer{fill:var(--paper);stroke:var(--ink)}
+.timeout{fill:url(#timeout)}.error{fill:url(#error)}
+.skipped{fill-opacity:0;stroke-dasharray:3 2}.open{fill-opacity:.45}
+"""
+    + "".join(f".p-{name}{{fill:var(--{name});stroke:var(--{name})}}" for name in PHASES["light"])
+    + "\n"
+)
+STYLE = (
+    COLOURS
     + """
 *{box-sizing:border-box}
 body{margin:0 auto;max-width:1280px;padding:24px 20px 60px;background:var(--paper);color:var(--ink);
@@ -70,10 +89,10 @@ body{margin:0 auto;max-width:1280px;padding:24px 20px 60px;background:var(--pape
 h1{font-size:22px;margin:0 0 4px}h2{font-size:17px;margin:36px 0 4px}
 p{margin:4px 0 12px}
 code,pre{font:12.5px/1.45 ui-monospace,Consolas,"DejaVu Sans Mono",monospace}
-.soft{color:var(--soft)}.bad{color:var(--bad)}
 .notice{border-left:4px solid var(--bad);background:var(--band);padding:8px 14px;margin:14px 0}
 .notice ul{margin:4px 0;padding-left:20px}
-.scroll{overflow-x:auto}
+.soft{color:var(--soft)}.bad{color:var(--bad)}
+.scroll{overflow-x:auto}.scroll>svg{width:100%;height:auto;min-width:760px}
 table{border-collapse:collapse;font-size:13.5px;font-variant-numeric:tabular-nums}
 th,td{text-align:left;padding:4px 14px 4px 0;border-bottom:1px solid var(--rule);vertical-align:top}
 th{font-weight:600}th,td{white-space:nowrap}.wrap,td pre{white-space:pre-wrap;min-width:300px}
@@ -81,16 +100,8 @@ pre{margin:6px 0;white-space:pre-wrap;overflow-wrap:anywhere}
 summary{cursor:pointer;padding:4px 0}
 .key{display:flex;flex-wrap:wrap;gap:4px 18px;font-size:13px;margin:10px 0 6px;padding:0;list-style:none}
 .key svg{vertical-align:-2px;margin-right:5px}
-svg text{fill:var(--ink);font-size:11px;font-family:inherit;font-variant-numeric:tabular-nums}
-svg .soft{fill:var(--soft)}svg .bad{fill:var(--bad)}svg .in{fill:var(--paper);paint-order:stroke}
-.band{fill:var(--band)}.rule{stroke:var(--rule)}.mark{stroke:var(--ink)}.limit{stroke:var(--bad);fill:var(--bad)}
-.lane:hover .hit,.lane:focus .hit{fill:var(--ink);fill-opacity:.08}.hit{fill:#000;fill-opacity:0}
-.lane{outline:none}.origin{font-weight:700}
-.gone{fill:url(#gone)}.signal{fill:var(--ink);stroke:var(--ink)}.peer{fill:var(--paper);stroke:var(--ink)}
-.timeout{fill:url(#timeout)}.error{fill:url(#error)}
-.skipped{fill-opacity:0;stroke-dasharray:3 2}.open{fill-opacity:.45}
 """
-    + "".join(f".p-{name}{{fill:var(--{name});stroke:var(--{name})}}" for name in PHASES["light"])
+    + DRAWING
     + """
 #tip{position:fixed;z-index:9;max-width:min(640px,92vw);max-height:60vh;overflow:auto;background:var(--paper);
  color:var(--ink);border:1px solid var(--soft);border-radius:4px;padding:8px 12px;margin:0;
@@ -102,13 +113,12 @@ svg .soft{fill:var(--soft)}svg .bad{fill:var(--bad)}svg .in{fill:var(--paper);pa
 
 # Fill patterns are defined once a page: two SVG with the same ids would fight over them.
 PATTERNS = (
-    '<svg width="0" height="0" style="position:absolute" aria-hidden="true"><defs>'
-    '<pattern id="timeout" width="6" height="6" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">'
+    '<defs><pattern id="timeout" width="6" height="6" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">'
     '<rect width="2.4" height="6" fill="var(--paper)" fill-opacity=".7"/></pattern>'
     '<pattern id="error" width="6" height="6" patternUnits="userSpaceOnUse">'
     '<path d="M0 0L6 6M6 0L0 6" stroke="var(--paper)" stroke-width="1.4"/></pattern>'
     '<pattern id="gone" width="8" height="8" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">'
-    '<rect width="1.5" height="8" fill="var(--soft)" fill-opacity=".6"/></pattern></defs></svg>'
+    '<rect width="1.5" height="8" fill="var(--soft)" fill-opacity=".6"/></pattern></defs>'
 )
 
 # Without it, the browser's own tooltips show the same text.
@@ -137,12 +147,22 @@ def document(title: str, body: str) -> str:
     """A whole page around `body`, which is HTML already."""
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    hidden = f'<svg width="0" height="0" style="position:absolute" aria-hidden="true">{PATTERNS}</svg>'
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{esc(policy)}">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{esc(title)}</title><style>{STYLE}</style></head><body>{PATTERNS}\n{body}\n"
+        f"<title>{esc(title)}</title><style>{STYLE}</style></head><body>{hidden}\n{body}\n"
         f'<pre id="tip" role="status" hidden></pre><script>{SCRIPT}</script></body></html>\n'
+    )
+
+
+def picture(width: int, height: float, body: str) -> str:
+    """An SVG file of its own around `body`. It brings its own background: a reader's page may be of either scheme."""
+    size = f'width="{width}" height="{height:.0f}" viewBox="0 0 {width} {height:.0f}"'
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size}><style>{COLOURS}{DRAWING}</style>{PATTERNS}'
+        f'<rect class="paper" width="100%" height="100%"/>{body}</svg>\n'
     )
 
 

@@ -8,10 +8,10 @@ import sys
 from datetime import datetime, timezone
 from pathlib import Path
 
-from autoteardown.cli import lanes, page, perfetto, reports
+from autoteardown.cli import lanes, page, perfetto, picture, reports
 from autoteardown.cli.stops import DEFAULT_GRACE, Rank, Stop, seconds, verdict
 
-DEFAULT_FILE = {"html": "timeline.html", "perfetto": "timeline.perfetto.json"}
+DEFAULT_FILE = {"html": "timeline.html", "perfetto": "timeline.perfetto.json", "svg": "timeline.svg"}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +25,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--format",
         choices=sorted(DEFAULT_FILE),
         default="html",
-        help="html: one self-contained page; perfetto: a trace for ui.perfetto.dev (default: %(default)s)",
+        help="html: one self-contained page; perfetto: a trace for ui.perfetto.dev; svg: the picture alone (default: %(default)s)",
     )
     parser.add_argument(
         "--grace",
@@ -51,11 +51,12 @@ def run(args: argparse.Namespace) -> int:
             if not problems
             else f"{args.dir}: none of the reports can be read"
         )
-    text = (
-        perfetto.trace(stops, args.grace)
-        if args.format == "perfetto"
-        else html(stops, problems, args.grace, reports.plain(str(args.dir)))
-    )
+    if args.format == "perfetto":
+        text = perfetto.trace(stops, args.grace)
+    elif args.format == "svg":
+        text = picture.svg([(*named, _grace(named[1], args.grace)) for named in _named(stops)])
+    else:
+        text = html(stops, problems, args.grace, reports.plain(str(args.dir)))
     target = args.output or DEFAULT_FILE[args.format]
     if target == "-":
         sys.stdout.write(text)
@@ -64,8 +65,8 @@ def run(args: argparse.Namespace) -> int:
         _write(Path(target), text)
     except OSError as error:
         return _fail(f"{target}: {error.strerror}")
-    for number, stop in enumerate(stops, 1):
-        sys.stdout.write(f"{_heading(stop, number, len(stops))}: {stop.summary(_grace(stop, args.grace))}\n")
+    for heading, stop in _named(stops):
+        sys.stdout.write(f"{heading}: {stop.summary(_grace(stop, args.grace))}\n")
     sys.stdout.write(f"wrote {reports.plain(target)}\n")
     return 0
 
@@ -78,20 +79,24 @@ def html(stops: list[Stop], problems: list[str], grace: float | None, source: st
         f"{_count(len(stops), 'stop')}</p>",
         page.notice("Not everything could be drawn", problems),
     ]
-    for number, stop in enumerate(stops, 1):
+    for heading, stop in _named(stops):
         limit = _grace(stop, grace)
         told = grace is not None or stop.grace is not None
         parts += [
-            f"<section><h2>{page.esc(_heading(stop, number, len(stops)))}</h2>",
+            f"<section><h2>{page.esc(heading)}</h2>",
             f'<p class="summary">{page.esc(stop.summary(limit))}.'
             + ("" if told else ' <span class="soft">The grace period is assumed; --grace sets it.</span>')
             + "</p>",
-            lanes.key(stop),
-            lanes.draw(stop, limit),
+            picture.key(stop),
+            f'<div class="scroll">{lanes.draw(stop, limit)}</div>',
             _table(stop),
             "</section>",
         ]
     return page.document("Teardown timeline", "\n".join(parts))
+
+
+def _named(stops: list[Stop]) -> list[tuple[str, Stop]]:
+    return [(_heading(stop, number, len(stops)), stop) for number, stop in enumerate(stops, 1)]
 
 
 def _heading(stop: Stop, number: int, count: int) -> str:
