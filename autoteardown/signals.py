@@ -53,9 +53,12 @@ def install(module: ModuleType) -> Tap:
     """Put the stand-ins into the `signal` module, for the signals of `AUTOTEARDOWN_SIGNALS`. Idempotent."""
     global tap
     if tap is None:
-        from autoteardown import settings
+        signals: tuple[int, ...] = (module.SIGTERM,)
+        if os.environ.get("AUTOTEARDOWN_SIGNALS"):  # else not worth the import, in most processes of the image
+            from autoteardown import settings
 
-        tap = Tap(module, settings.load(os.environ)[0].signals)
+            signals = settings.load(os.environ)[0].signals
+        tap = Tap(module, signals)
         tap.patch()
     return tap
 

@@ -552,6 +552,27 @@ def test_no_arrow_of_the_trace_goes_back_in_time(tmp_path: Path) -> None:
     assert flows == {"s": 5_000_000, "f": 5_000_000}  # and none to the one that was gone before the signal
 
 
+def test_the_picture_alone(tmp_path: Path) -> None:
+    """For a README: one SVG file with its own colours and background, all stops in it, the hostile one too."""
+    values = sample.job(4, {2: sample.wedged}) + [later(v, 3600, 1000) for v in sample.job(2)]
+    values.append(sample.report(0, 1, host=HOSTILE, program=HOSTILE))
+    code, out = draw(sample.write(tmp_path / "reports", values), "--format", "svg")
+    assert code == 0
+    root = ElementTree.fromstring(out.read_text("utf-8"))
+    space = "{http://www.w3.org/2000/svg}"
+    assert root.tag == f"{space}svg"
+    assert {e.tag for e in root.iter()} <= {
+        space + name for name in "svg style defs pattern rect path g title text line circle".split()
+    }
+    drawings = [e for e in root.iter(f"{space}svg") if e.get("role") == "img"]
+    assert [len([g for g in d.iter(f"{space}g") if g.get("class") == "lane"]) for d in drawings] == [1, 4, 2]
+    ends = [float(d.attrib["y"]) + float(d.attrib["height"]) for d in drawings]
+    assert ends == sorted(ends) and ends[-1] <= float(root.attrib["height"])
+    assert [float(d.attrib["y"]) > end for d, end in zip(drawings[1:], ends)] == [True, True]
+    texts = [e.text or "" for e in root.iter(f"{space}text")]
+    assert any("2 ranks: 2 clean" in t for t in texts) and "timed out" in texts
+
+
 def test_output(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = sample.write(tmp_path / "reports", sample.job(2))
     parser = argparse.ArgumentParser()

@@ -25,7 +25,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--format",
         choices=sorted(DEFAULT_FILE),
         default="html",
-        help="html: one self-contained page; perfetto: a trace for ui.perfetto.dev; svg: the picture alone (default: %(default)s)",
+        help="html: one page; perfetto: a trace for ui.perfetto.dev; svg: the picture alone (default: %(default)s)",
     )
     parser.add_argument(
         "--grace",
