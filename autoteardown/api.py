@@ -64,7 +64,7 @@ def disarm() -> None:
         guard.leave()
 
 
-class protect:  # noqa: N801 (reads as a statement)
+class protect:
     """Do not stop this thread inside this block while time is left. For saves that are not `torch.save`.
 
     >>> with autoteardown.protect():

@@ -89,7 +89,7 @@ def groups() -> list[Any]:
     c10d = _c10d()
     names = c10d._world.pg_names
     # The order in which torch itself shuts them down.
-    return sorted(list(names), key=lambda group: str(names.get(group)), reverse=True)
+    return sorted(tuple(names), key=lambda group: str(names.get(group)), reverse=True)
 
 
 def can_abort() -> bool:

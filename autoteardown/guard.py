@@ -12,8 +12,6 @@ import os
 import signal
 import socket
 import sys
-import threading
-import time
 from typing import Any, Callable, Optional
 
 from autoteardown import backends, registry, report, settings, signals, training
@@ -40,7 +38,6 @@ class Guard:
         self.rank: Optional[int] = None
         self.world_size: Optional[int] = None
         self.backend: Optional[str] = None
-        self.signalled: Optional[int] = None
         self.teardown: Optional[Teardown] = None
         self.board: Optional[boards.Board] = None
         self.events: _queue.SimpleQueue[tuple[str, Any]] = _queue.SimpleQueue()
@@ -112,8 +109,6 @@ class Guard:
     def _on_signal(self, signum: int) -> None:
         """On the listener thread."""
         try:
-            if self.signalled is None:
-                self.signalled = signum
             if self._begun.acquire(False):
                 origin = {"rank": self.rank, "host": self.host, "pid": os.getpid()}
                 self._begin("signal", signum, origin)

@@ -5,7 +5,8 @@ it, and `tests/test_simulation.py` runs thousands of these machines against one 
 
 The machine is level-triggered. An event only adds to what has been *heard*; then the machine moves as far as
 everything heard so far allows. So a late, early or repeated message is never an error, and there is no order of
-arrival to get wrong.
+arrival to get wrong. Nothing times out but at a `tick`, which comes when nothing is left to hear: after a process was
+frozen or starved, the answer that had been waiting counts, and not the time.
 
 Times are seconds since this rank's own signal, or since it heard of a peer's.
 """
@@ -79,6 +80,7 @@ class Phase:
         self.detail = ""
 
     def as_dict(self) -> dict[str, object]:
+        """As it is in the report."""
         return {key: getattr(self, key) for key in ("name", "start", "end", "outcome", "detail")}
 
 
@@ -87,9 +89,9 @@ class Stop:
 
     Events for `on` (`value` in brackets): `begin`; `steps` (`(completed or None, cannot)`); from the board `notice`
     (origin, with what `tell` said as `left`; before `begin` if that is why this rank stops), `plan` (step or None),
-    `halt`, `quiet` (clean), `gone`, `lost`; from the training thread `stopped` (step), `parked`, `ended`, `stuck` (it
-    will not get to the step, and cannot be parked for sure); `saving` (bool); from the workers `drained`,
-    `called`, `destroyed`, `aborted` (None, or what went wrong); `tick`, when `wake` has come.
+    `halt`, `quiet` (clean), `gone`, `lost`; from the training thread `stopped` (step), `parked`, `ended`; `saving`
+    (bool); from the workers `drained`, `called`, `destroyed`, `aborted` (None, or what went wrong); `tick`, when
+    `wake` has come and no event is waiting.
     """
 
     def __init__(self, limits: Limits, facts: Facts) -> None:
@@ -104,6 +106,7 @@ class Stop:
         self.floor = limits.hard  # by then every rank that heard the notice has drained or aborted
         self.wake = limits.hard
         self._deadline = limits.hard
+        self._clock = 0.0  # of the last tick
         self._settled = 0.0  # until then peers may be on their way to the agreed step
         self._once: set[str] = set()
         self._out: list[Action] = []
@@ -112,12 +115,14 @@ class Stop:
 
     @property
     def outcome(self) -> str:
+        """As it is in the report."""
         if self.forced:
             return "forced"
         return "aborted" if self.wedged else "clean"
 
     @property
     def steps(self) -> Optional[dict[str, Optional[int]]]:
+        """As it is in the report; None if this rank does not step."""
         completed = self.heard.get("steps", (None, False))[0]
         if completed is None:
             return None
@@ -132,6 +137,8 @@ class Stop:
     def on(self, event: str, value: Any, now: float) -> list[Action]:
         """Take one event in and return what is to be done, in order."""
         self._out = []
+        if event == "tick":
+            self._clock = now
         if event == "saving":
             self.heard["saving"] = value
             if self.state == "park" and not value:
@@ -163,6 +170,15 @@ class Stop:
     def _group(self) -> bool:
         """Peers exist and can be heard."""
         return self.facts.board and "lost" not in self.heard
+
+    @property
+    def _due(self) -> bool:
+        return self._clock >= self._deadline
+
+    @property
+    def _soft(self) -> bool:
+        """The program can be asked to leave by itself."""
+        return not (self.wedged or self.blocked)
 
     @property
     def _exit_by(self) -> float:
@@ -213,7 +229,7 @@ class Stop:
                 return self._enter_step(now)
             # The application has its time; the group need not wait for it.
             self._post("answer", (None, False))
-        if now < self._deadline:
+        if not self._due:
             return False
         self._end("timeout", now, "the application's handler did not end the process")
         return self._enter_step(now)
@@ -240,7 +256,7 @@ class Stop:
 
     def _in_step(self, now: float) -> bool:
         if "steps" not in self.heard:
-            return self._step_over("error", now, "no answer") if now >= self._deadline else False
+            return self._step_over("error", now, "no answer") if self._due else False
         completed, cannot = self.heard["steps"]
         cannot = cannot or not self.facts.step
         self._post("answer", (completed, cannot))
@@ -248,11 +264,10 @@ class Stop:
             self.heard.setdefault("plan", None if cannot or completed is None else completed + 1)
         if "stopped" in self.heard:
             return self._step_over("ok", now, f"stopped at step {self.heard['stopped']}")
-        for event, what in (("ended", "has ended"), ("stuck", "makes no progress")):
-            if event in self.heard:
-                if completed is not None:
-                    self._post("halt")
-                return self._step_over("error", now, f"the training thread {what}")
+        if "ended" in self.heard:
+            if completed is not None:
+                self._post("halt")
+            return self._step_over("error", now, "the training thread has ended")
         if "halt" in self.heard:
             return self._step_over("skipped", now, "the group does not wait for a step")
         if "plan" in self.heard:
@@ -261,10 +276,10 @@ class Stop:
             return self._step_over("error", now, "the board is gone")
         # An answer is missing: somebody is dead or frozen. Half the time is left for a plan without it.
         agree_by = self._deadline - self.limits.step / 2
-        if now >= agree_by:
+        if self._clock >= agree_by:
             self._post("plan_now")
-        self.wake = self._deadline if now >= agree_by else agree_by
-        return self._step_over("timeout", now, "no agreement") if now >= self._deadline else False
+        self.wake = self._deadline if self._clock >= agree_by else agree_by
+        return self._step_over("timeout", now, "no agreement") if self._due else False
 
     def _follow_plan(self, completed: Optional[int], now: float) -> bool:
         stop = self.heard["plan"]
@@ -274,7 +289,7 @@ class Stop:
         # Also for a rank that has not stepped yet: it may be about to, and others need it to get there.
         self._do_once("stop_at", stop)
         # One that never steps may still be needed by those that do: it goes on until they are there (`halt`).
-        if now < self._deadline:
+        if not self._due:
             return False
         self._post("halt")
         return self._step_over("timeout", now, f"step {stop} not reached")
@@ -305,7 +320,7 @@ class Stop:
                 return self._enter_exit(now)
             self._do("drain")
             return self._enter("drain", now, 0.0)
-        if now < self._deadline:
+        if not self._due:
             return False
         self.blocked = True
         if not self.facts.joined:
@@ -324,7 +339,7 @@ class Stop:
         if not self.blocked:
             self._drain_until(0.0)
         if "drained" not in self.heard:
-            if now < self._deadline:
+            if not self._due:
                 return False
             self._end("timeout", now, "the device is busy with work that does not end")
             return self._enter_abort(now)
@@ -344,7 +359,7 @@ class Stop:
         return self._enter("callbacks", now, max(0.0, self.floor - now) / 2, phase=False)
 
     def _in_callbacks(self, now: float) -> bool:
-        if "called" not in self.heard and now < self._deadline:
+        if "called" not in self.heard and not self._due:
             return False
         self._post("quiet", True)
         return self._enter("quiet", now, 0.0, phase=False)
@@ -361,7 +376,7 @@ class Stop:
             return self._release(now, everyone=clean)
         courtesy = max(self.phases[-1].start, self._settled) + COURTESY
         self._until(self.floor if self.facts.accelerator else min(self.floor, courtesy))
-        if now < self._deadline and (self._group or self.facts.accelerator):
+        if not self._due and (self._group or self.facts.accelerator):
             return False
         self._end("timeout" if self._group else "skipped", now, "not every rank has said that it is quiet")
         return self._release(now, everyone=False)
@@ -381,7 +396,7 @@ class Stop:
         if "destroyed" in self.heard:
             problem = self.heard["destroyed"]
             self._end("error" if problem else "ok", now, problem or "")
-        elif now >= self._deadline:
+        elif self._due:
             self._end("timeout", now, "destroy_process_group does not return")
             self.wedged = True
         else:
@@ -403,7 +418,7 @@ class Stop:
             problem = self.heard["aborted"]
             self._end("error" if problem else "ok", now, problem or "")
             return self._abort_over(now, stopped=not problem)
-        if now < self._deadline:
+        if not self._due:
             return False
         self._end("timeout", now, "the abort does not return")
         return self._abort_over(now, stopped=False)
@@ -418,21 +433,23 @@ class Stop:
         self._post("left")
         # Peers that lose the store's server go alone: its host leaves last, as far as it can know.
         wait = self.limits.destroy if "quiet" in self.heard else COURTESY
-        hosts = self.facts.hosts_store and self._group
-        return self._enter("exit", now, min(wait, self._exit_by - now) if hosts else 0.0)
+        return self._enter("exit", now, min(wait, self._exit_by - now))
 
     def _in_exit(self, now: float) -> bool:
-        if now < self._deadline and "gone" not in self.heard and "lost" not in self.heard:
+        waits = self.facts.hosts_store and self._group and "gone" not in self.heard
+        if self.heard.get("saving"):
+            waits = True
+            self._until(self._exit_by)
+        if waits and not self._due:
             return False
-        soft = not (self.wedged or self.blocked)
         self._end("ok", now)
-        self._do("leave", soft)
-        return self._enter("leaving", now, self.limits.exit if soft else 0.0, phase=False)
+        self._do("leave", self._soft)
+        return self._enter("leaving", now, self.limits.exit, phase=False)
 
     def _in_leaving(self, now: float) -> bool:
-        if now < self._deadline:
-            return False
-        if not (self.wedged or self.blocked):
+        if self._soft:
+            if not self._due:
+                return False
             self._end("timeout", now, "the program's own exit takes too long")
         self.state = "done"
         self._do("die")

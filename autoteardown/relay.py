@@ -47,6 +47,7 @@ class Relay:
         self._sockets: list[socket.socket] = []
         self._servers: list[socket.socket] = []
         self._clients: list[Any] = []
+        self._ends: list[socket.socket] = []  # our ends of the clients' connections
         self._ready = False
 
     def connect(self, ended: Callable[[str], None]) -> None:
@@ -142,7 +143,6 @@ class Relay:
     def _copy(self, doors: dict[int, tuple[socket.socket, socket.socket]]) -> None:
         reason = "the store's server closed the connection"
         routes: dict[int, tuple[socket.socket, socket.socket]] = {}
-        clients = []
         try:
             poll = select.poll()
             for door, _ in doors.values():
@@ -151,15 +151,15 @@ class Relay:
                 for fd, _event in poll.poll():
                     if fd in doors:
                         door, server = doors.pop(fd)
-                        client = door.accept()[0]
+                        end = door.accept()[0]
                         poll.unregister(door)
                         door.close()
-                        self._sockets.append(client)
-                        clients.append(client)
-                        client.settimeout(None)
-                        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                        routes[client.fileno()], routes[server.fileno()] = (client, server), (server, client)
-                        poll.register(client, select.POLLIN)
+                        self._sockets.append(end)
+                        self._ends.append(end)
+                        end.settimeout(None)
+                        end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                        routes[end.fileno()], routes[server.fileno()] = (end, server), (server, end)
+                        poll.register(end, select.POLLIN)
                         poll.register(server, select.POLLIN)
                         continue
                     source, sink = routes[fd]
@@ -173,9 +173,9 @@ class Relay:
             self.end(reason)
             # Not while a client is still saying hello: it would print a warning about the answer, and try again. Its
             # thread is left where it is, which takes a server that dies within a millisecond of the connection.
-            for client in clients if self._ready else ():
+            for end in self._ends if self._ready else ():
                 try:
-                    client.send(bytes(4096), socket.MSG_DONTWAIT)
+                    end.send(bytes(4096), socket.MSG_DONTWAIT)
                 except OSError:
                     pass
             for server in self._servers:

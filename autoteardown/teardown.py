@@ -20,7 +20,7 @@ import time
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any, Callable, Optional
 
-from autoteardown import backends, protocol, report, training
+from autoteardown import backends, lastwords, protocol, report, training
 
 if TYPE_CHECKING:
     from autoteardown.guard import Guard
@@ -74,13 +74,13 @@ class Teardown:
         time.sleep(max(0.0, self.guard.settings.hard - 0.1 - self.now))
         if self.stop is not None:
             self.stop.forced = True
-        self._say("hard deadline: ending the process")
+        self.say("hard deadline: ending the process")
         self._finish(patience=0.05)
 
     def _drive(self) -> None:
         try:
             stop = self.stop = protocol.Stop(self._limits(), self._facts())
-            self._say(self._opening(), stacks="at the signal")
+            self.say(self.opening(), stacks="at the signal")
             self._take(stop, "begin", None)
             while stop.state != "done":
                 self._look(stop)
@@ -92,7 +92,7 @@ class Teardown:
                     continue  # the main thread; it is the training thread that counts
                 self._take(stop, event, value)
         except BaseException as error:  # ours: it may cost the teardown, not the exit code
-            self._say(f"internal error: {type(error).__name__}: {error}")
+            self.say(f"internal error: {type(error).__name__}: {error}")
         self._finish()
 
     @property
@@ -110,7 +110,7 @@ class Teardown:
                 break
             self._told += 1
             detail = f": {phase.detail}" if phase.detail else ""
-            self._say(f"{phase.name} {phase.outcome} ({phase.end - phase.start:.2f}s){detail}")
+            self.say(f"{phase.name} {phase.outcome} ({phase.end - phase.start:.2f}s){detail}")
 
     def _look(self, stop: protocol.Stop) -> None:
         """Notice what sends no event."""
@@ -157,7 +157,8 @@ class Teardown:
             step=guard.settings.stop_at == "step",
         )
 
-    def _opening(self) -> str:
+    def opening(self) -> str:
+        """Why this is happening, in words."""
         if self.cause == "peer":
             return f"a peer is being evicted: rank {self.origin.get('rank')} on {self.origin.get('host')}"
         name = signal.Signals(self.signum).name if self.signum else "?"
@@ -206,12 +207,15 @@ class Teardown:
     def _do_hold(self, _: Any) -> None:
         gate = self.guard.gate
         gate.holding = True  # first the flag, then the count: see Gate
+        self._find_thread()
         count = gate.count
         cannot = False
         if count:
             step, limit = gate.step_time() or 0.0, self.guard.settings.step_timeout
             idle = time.monotonic() - gate.times[-1]
-            cannot = step > limit or (idle > max(limit, 5 * step) and not gate.saving) or not _alive(gate.thread)
+            cannot = (
+                step > limit or (idle > max(limit, 5 * step) and not gate.saving) or not _alive(gate.thread)
+            )
         self.guard.events.put(("steps", (count or None, cannot)))
 
     def _do_stop_at(self, step: int) -> None:
@@ -219,20 +223,33 @@ class Teardown:
 
     def _do_park(self, _: Any) -> None:
         gate = self.guard.gate
+        self._find_thread()
         gate.close()
         self.guard.tap.on_main(self.guard.stop_main)
-        thread = gate.thread
-        if thread is None or thread in gate.parked or gate.shielded(thread):
-            return
-        if thread != threading.main_thread().ident:
-            training.park_thread(thread)
+        # Nobody waits for the threads of a pool that come after the training thread's end, but they keep a Ray actor
+        # from its exit.
+        for thread in (gate.thread,) if _alive(gate.thread) else training.foreign():
+            if thread is None or thread in gate.parked or gate.shielded(thread):
+                continue
+            if thread != threading.main_thread().ident:
+                training.park_thread(thread)
+                gate.wake_loop()
+
+    def _find_thread(self) -> None:
+        # The threads of a pool take turns (Ray's threaded actors), and init may be called on one, the training
+        # function on another (Ray Train): without a step to tell, the one that waits in a collective is it.
+        gate = self.guard.gate
+        if not gate.count or not _alive(gate.thread):
+            waiting = training.in_collective()
+            if waiting and gate.thread not in waiting:
+                gate.thread = waiting[0]
 
     def _do_drain(self, _: Any) -> None:
         self.guard.entry_update(state="parked")
         self._work("drained", backends.drain)
 
     def _do_callbacks(self, budget: float) -> None:
-        self._work("called", lambda: self.guard.run_callbacks(self._say))
+        self._work("called", lambda: self.guard.run_callbacks(self.say))
 
     def _do_destroy(self, _: Any) -> None:
         self._work("destroyed", lambda: backends.destroy(self.guard.real_destroy))
@@ -275,7 +292,7 @@ class Teardown:
     @property
     def exit_code(self) -> int:
         """The contract's, whichever way the process ends."""
-        return self.guard.settings.exit_code_for(self.guard.signalled)
+        return self.guard.settings.exit_code_for(self.signum)
 
     def ended(self) -> None:
         """On the main thread, last of all atexit callbacks: the program is over, on our request or by itself."""
@@ -297,63 +314,24 @@ class Teardown:
         if patience is None:
             patience = max(_LAST_WORDS, min(2.0, self.guard.settings.hard - _LAST_WORDS - self.now))
         try:
-            code = self.exit_code
-            done = _thread.allocate_lock()
-            done.acquire()
-            _thread.start_new_thread(self._last_words, (code, done))
-            done.acquire(timeout=patience)
+            written = _thread.allocate_lock()
+            written.acquire()
+            _thread.start_new_thread(self._write, (written,))
+            written.acquire(timeout=patience)
+            self.say(lastwords.summary(self))
         finally:
             os._exit(self.exit_code)
 
-    def _last_words(self, code: int, done: Any) -> None:
+    def _write(self, written: Any) -> None:
+        """Whatever can hang on a dead disk or a full pipe."""
         try:
-            stop = self.stop
-            outcome = stop.outcome if stop is not None else "forced"
-            if stop is not None and stop.phases and stop.phases[-1].end is None:
-                stop.phases[-1].end = self.now
-                stop.phases[-1].outcome = "timeout" if stop.forced else "ok"
-            steps = stop.steps if stop is not None else None
-            where = f"stopped at step {steps['stopped_at']}, " if steps and steps["stopped_at"] else ""
-            summary = f"done: {outcome}, {where}exit {code}"
-            self._say(summary)
-            self.guard.entry_leave(outcome, code)
-            settings = self.guard.settings
-            if settings.report_dir:
-                problem = report.write_report(settings.report_dir, self.guard.report_name, self._report(outcome, code))
-                if problem:
-                    self._say(problem)
-            if settings.termination_log:
-                report.write_termination_log(settings.termination_log, self._story(summary))
+            lastwords.write(self)
             for stream in (sys.stdout, sys.stderr):
                 if stream is not None:
                     stream.flush()
         except BaseException as error:
-            self._say(f"last words failed: {type(error).__name__}: {error}")
-        done.release()
-
-    def _report(self, outcome: str, code: int) -> dict[str, Any]:
-        stop = self.stop
-        return {
-            **self.guard.identity(),
-            "cause": self.cause,
-            "signal": signal.Signals(self.signum).name if self.signum else None,
-            "origin": self.origin,
-            "received_at": self.received_at,
-            "phases": [phase.as_dict() for phase in stop.phases] if stop is not None else [],
-            "steps": stop.steps if stop is not None else None,
-            "stuck": self.stuck,
-            "outcome": outcome,
-            "exit_code": code,
-        }
-
-    def _story(self, summary: str) -> str:
-        phases = self.stop.phases if self.stop is not None else []
-        lines = [f"autoteardown: rank {self.guard.rank} of {self.guard.world_size}, {self._opening()}"]
-        lines += [f"+{p.start:.2f}s {p.name}: {p.outcome} {p.detail}".rstrip() for p in phases]
-        lines.append(f"+{self.now:.2f}s {summary}")
-        for entry in self.stuck[-4:]:
-            lines.append(f"{entry['when']}, thread {entry['thread']}: " + " < ".join(entry["frames"][:6]))
-        return "\n".join(lines) + "\n"
+            self.say(f"last words failed: {type(error).__name__}: {error}")
+        written.release()
 
     def _take_stacks(self, when: str) -> None:
         ours = os.path.dirname(__file__)
@@ -361,7 +339,8 @@ class Teardown:
             if not entry["frames"][-1].startswith(ours):
                 self.stuck.append({"when": when, **entry})
 
-    def _say(self, text: str, stacks: str = "") -> None:
+    def say(self, text: str, stacks: str = "") -> None:
+        """One line on stderr; `stacks` also takes those of the threads, and says when that was."""
         self.guard.log.line(text, self.now)
         if stacks:
             self._work(None, lambda: self._take_stacks(stacks))

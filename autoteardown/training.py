@@ -9,6 +9,7 @@ from __future__ import annotations
 import _thread
 import ctypes
 import os
+import sys
 import threading
 from collections import deque
 from time import monotonic
@@ -44,10 +45,12 @@ class Gate:
         self._exit.acquire()
         self._saves: dict[int, int] = {}
         self._background = 0
+        self._loop: Any = None
 
     def begin(self, thread: int) -> None:
         """A new world: every rank of it counts from nought."""
         self.thread = thread
+        self._loop = _running_loop()
         self.count = 0
         self.times.clear()
 
@@ -83,6 +86,13 @@ class Gate:
         """Parked threads leave with SystemExit."""
         self.exit_code = code
         self._exit.release()
+
+    def wake_loop(self) -> None:
+        """An event loop with nothing to do waits in C (Ray's async actors do): have it come to a bytecode."""
+        try:
+            self._loop.call_soon_threadsafe(_nothing)
+        except (AttributeError, RuntimeError):  # none, or closed
+            pass
 
     # -- on the program's threads -----------------------------------------------------------------------------------
 
@@ -169,6 +179,43 @@ def step_hook(optimizer: object, args: object, kwargs: object) -> None:
 
 # As `torch.compiler.disable` would, which would import the compiler: a compiled step calls the hook, untraced.
 step_hook._torchdynamo_disable = True  # type: ignore[attr-defined]
+
+
+def in_collective() -> list[int]:
+    """The threads that are in a call of `torch.distributed`'s."""
+    found = []
+    for ident, top in sys._current_frames().items():
+        frame: Any = top
+        while frame is not None:
+            if frame.f_code.co_filename.endswith("torch/distributed/distributed_c10d.py"):
+                found.append(ident)
+                break
+            frame = frame.f_back
+    return found
+
+
+def foreign() -> list[int]:
+    """The threads that run Python code but were not started by it: the pool of a C++ runtime, as in Ray's actors."""
+    found = []
+    for ident, frame in sys._current_frames().items():
+        while frame.f_back is not None:
+            frame = frame.f_back
+        ours = os.path.dirname(frame.f_code.co_filename) == os.path.dirname(__file__)
+        if frame.f_code.co_name != "_bootstrap" and not ours and ident != threading.main_thread().ident:
+            found.append(ident)
+    return found
+
+
+def _running_loop() -> Any:
+    asyncio = sys.modules.get("asyncio")
+    try:
+        return asyncio.get_running_loop() if asyncio is not None else None
+    except (AttributeError, RuntimeError):  # still being imported, or no loop on this thread
+        return None
+
+
+def _nothing() -> None:
+    pass
 
 
 def park_thread(ident: int) -> None:

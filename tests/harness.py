@@ -29,7 +29,9 @@ PATIENCE = 60.0
 TICK = 0.005
 
 # A platform that gives little time: everything of ours is scaled down to it, and the tests with it.
-GRACE = 8.0
+GRACE = 6.0
+# What shows that a hand-written handler is stuck for good: it would be so after any time.
+SHORT = 1.0
 
 LOG_LINE = re.compile(
     r"^autoteardown rank=(?P<rank>\d+|\?)/(?P<world>\d+|\?) pid=(?P<pid>\d+) host=(?P<host>\S+) "

@@ -6,10 +6,11 @@ until every participant has launched it, or until an abort.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
 from math import inf
-from typing import TYPE_CHECKING, Any, Callable, Iterator
+from typing import TYPE_CHECKING, Any, Callable
 
 from autoteardown.protocol import Facts, Stop
 
@@ -47,6 +48,7 @@ class Rank:
         self.stop: Any = None  # the Stop, once there is a reason for it
         self.start = 0.0  # of the stop
         self.left_at = 0.0  # seconds after `start`
+        self.cut_at = inf  # when it gave up a save
         self.alive = True
         self.signalled = self.crashed = self.woken = False
         self.did: list[str] = []
@@ -54,6 +56,7 @@ class Rank:
         self._alarm = inf
         self._lost = self._saving = self._draining = False
         self._kernels: set[int] = set()
+        self._accelerator = world.schedule.accelerator and member.role != "idle"
         # The training thread.
         self.completed = 0
         self._where = "python"  # or C, hook, parked, ended
@@ -79,7 +82,7 @@ class Rank:
     def _train(self) -> Iterator[tuple[str, float]]:
         """Each yield says where the thread is then, and for how long."""
         member, world = self.member, self.world
-        work, fate, accelerator = world.schedule.step * member.pace, member.fate, world.schedule.accelerator
+        work, fate = world.schedule.step * member.pace, member.fate
         for step in count():
             yield "python", work * world.random.uniform(0.3, 0.6)
             if fate in ("loop", "block", "save", "end") and world.now >= member.at:
@@ -95,12 +98,12 @@ class Rank:
                     yield "python", 0.0
                 fate = ""
             if member.role != "idle":
-                if accelerator:
+                if self._accelerator:
                     world.busy += not self._kernels
                     self._kernels.add(step)
-                self._awaits = step - (world.schedule.ahead if accelerator else 0)
+                self._awaits = step - (world.schedule.ahead if self._accelerator else 0)
                 world.join(self, step)
-                if self._awaits in self._kernels or not accelerator:
+                if self._awaits in self._kernels or not self._accelerator:
                     yield "C", inf
                 self._awaits = None
             yield "python", work * world.random.uniform(0.2, 0.4)
@@ -115,10 +118,12 @@ class Rank:
         self._nap += 1
         if self._closed and not self._shielded:
             self._where = "parked"
-            return self.event("parked", None)
+            self.event("parked", None)
+            return
         where, seconds = next(self._program, ("ended", inf))
         if where == "ended":
-            return self.raises()
+            self.raises()
+            return
         self._where = where
         self.world.after(seconds, self._go, self._nap)
         if where == "hook" and (self._closed or self._last is not None):
@@ -150,7 +155,8 @@ class Rank:
         if self.member.fate != "freeze" or not self.member.at <= self.world.now < wakes:
             return False
         self.world.pending += 1
-        self.world.after(wakes - self.world.now, self._wake, call, *args)
+        catch_up = 0.01 if call == self._tick else 0.0  # there are no ticks while there are events
+        self.world.after(wakes - self.world.now + catch_up, self._wake, call, *args)
         return True
 
     def _wake(self, call: Callable[..., None], *args: Any) -> None:
@@ -192,13 +198,18 @@ class Rank:
             cause=cause,
             world=len(schedule.members),
             board=schedule.board != "none",
-            accelerator=schedule.accelerator,
-            can_abort=schedule.accelerator,
+            accelerator=self._accelerator,
+            can_abort=self._accelerator,
             hosts_store=self.index == schedule.host,
             step=schedule.stop_at_step,
         )
         self.stop = Stop(schedule.limits._replace(yield_=schedule.limits.yield_ * self.member.handler), facts)
-        known = {"lost": self._lost, "saving": self._saving, "ended": self._where == "ended", "notice": notice}
+        known = {
+            "lost": self._lost,
+            "saving": self._saving,
+            "ended": self._where == "ended",
+            "notice": notice,
+        }
         for event in known:
             if known[event]:
                 self.event(event, known[event])
@@ -289,6 +300,8 @@ class Rank:
         pass
 
     def _do_leave(self, soft: bool) -> None:
+        if self._saving:
+            self.cut_at = self.world.now - self.start
         if soft and "exit" not in self.member.broken:
             self.world.after(self.world.random.uniform(0, 0.1), self._exit)
 
@@ -314,5 +327,5 @@ class Rank:
 
     def _release(self, how: str) -> None:
         """From here on, a peer's kernel that touches this rank's memory is an error on the fabric."""
-        if self.world.busy > bool(self._kernels):
+        if self._accelerator and self.world.busy > bool(self._kernels):
             self.world.unsafe.append((self, how, self.world.now - self.start))

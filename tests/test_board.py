@@ -125,8 +125,9 @@ def tcp_client(server):
 
 
 @pytest.fixture(params=["libuv", "legacy", "hash", "file", "python"])
-def make_store(request, tmp_path):
+def make_store(request, tmp_path, monkeypatch):
     """What each rank of a group makes its store with."""
+    monkeypatch.setattr(stores, "_IDLE_POLL", 0.02)
     if request.param in ("libuv", "legacy"):
         server = tcp_server(request.param == "libuv")
         return lambda: tcp_client(server)
@@ -252,12 +253,19 @@ def test_quiet_is_heard_without_a_plan(group):
     assert group.hears("notice", "plan", "quiet")[3][2] is True
 
 
-def test_late_rank_hears_what_was_said(group):
+def test_late_rank_hears_what_was_said_first(group):
     group.join(0, 1, 2)
     group.boards[1].tell(ORIGIN)
     group.hears("notice")
+    group.boards[2].tell({"rank": 2})
+    group.boards[0].plan_now()
+    group.hears("plan")
+    group.boards[0].answer(1)
+    group.boards[1].answer(1)
+    group.boards[2].answer(1)
     group.join(3)
-    assert group.hears("notice", ranks=[3]) == {3: [ORIGIN]}
+    group.boards[3].answer(1)
+    assert group.hears("notice", "plan", ranks=[3]) == {3: [ORIGIN, None]}
 
 
 def test_posts_count_once(group):
@@ -291,8 +299,9 @@ def test_groups_that_share_a_store_do_not_hear_each_other(tcp_group):
 
 
 @pytest.fixture(params=[False, True], ids=["pushed", "polled"])
-def outliving_store(request):
+def outliving_store(request, monkeypatch):
     """A store that is there before and after the group."""
+    monkeypatch.setattr(stores, "_IDLE_POLL", 0.02)
     if request.param:
         store = dist.HashStore()
         return lambda: store
@@ -336,10 +345,13 @@ def test_second_init_of_the_same_processes(outliving_store):
 def test_board_keeps_no_server_alive(tcp_group):
     server = tcp_server()
     address = ("127.0.0.1", server.port)
-    group = tcp_group(2, server=server).join()
+    group = tcp_group(2)
+    group.make_store = [tcp_client(server), server].pop
+    del server
+    group.join()
+    assert [board.is_host for board in group.boards.values()] == [True, True]  # one process
     group.make_store = None
     group.stores.clear()
-    del server
 
     def refused():
         gc.collect()
@@ -532,6 +544,10 @@ RANK = """
     if "destroy" in options:
         dist.destroy_process_group()
         board.close()
+    if "lastmoment" in options:
+        sys.setswitchinterval(1000)  # nobody gets the GIL from the main thread before it is in finalization
+        for end in board._line._ends:
+            end.send(bytes(64))  # what the relay does when the server goes
     if "post" in options:
         board.tell({"rank": rank})
         board.answer(1)
@@ -563,11 +579,13 @@ def silent(ranks):
 ORDERS = list(itertools.permutations(range(3)))
 
 
-@pytest.mark.parametrize("ending", ["return", "destroy", "_exit"])
 @pytest.mark.parametrize(
-    ("libuv", "order"), [(1, order) for order in ORDERS] + [(0, order) for order in (ORDERS[0], ORDERS[-1])]
+    ("order", "ending", "libuv"),
+    [(order, "return", 1) for order in ORDERS]
+    + [(order, ending, 1) for order in (ORDERS[0], ORDERS[-1]) for ending in ("destroy", "_exit")]
+    + [(order, "return", 0) for order in (ORDERS[0], ORDERS[-1])],
 )
-def test_silent_in_every_order_of_exit(job, libuv, order, ending):
+def test_silent_in_every_order_of_exit(job, order, ending, libuv):
     ranks = start_ranks(job, ending, USE_LIBUV=libuv)
     lost = False
     for rank in order:
@@ -603,6 +621,14 @@ def test_silent_when_a_job_ends_at_once(job, ending):
         ranks = start_ranks(job, "hasty", ending)
         assert [rank.wait() for rank in ranks] == [0, 0, 0]
         silent(ranks)
+
+
+def test_watcher_that_comes_back_in_finalization_is_no_abort(job):
+    ranks = start_ranks(job, "lastmoment", ranks=2)
+    for rank in (1, 0):
+        ask(job, "end", rank)
+        assert ranks[rank].wait() == 0, ranks[rank].story()
+    silent(ranks)
 
 
 def test_file_store_is_removed_as_without_us(job):

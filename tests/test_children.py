@@ -55,7 +55,7 @@ def test_dataloader_worker_killed_alone(job, context):
     """Issue 2: SIGTERM to a DataLoader worker alone kills it within a second, and its parent as without us."""
     seen = []
     for mode in (AGENT, NONE):
-        (rank,) = job.world("loader.py", 1, context, mode=mode)
+        (rank,) = job.world("loader.py", 1, context, 1, mode=mode)
         rank.wait_for("^step 3$")
         worker = int(re.search(r"^worker (\d+)$", rank.stdout, re.MULTILINE)[1])
         sent = time.monotonic()
@@ -65,26 +65,25 @@ def test_dataloader_worker_killed_alone(job, context):
         assert rank.wait() == 1, rank.story()
         assert f"DataLoader worker (pid {worker}) is killed by signal: Terminated" in rank.stderr
         assert not list(job.reports.iterdir()), rank.story()
-        frames = re.findall(r"^(?:\[rank\d\]: )?(\w+Error: .*|.*in \w+)$", rank.stderr, re.MULTILINE)
-        seen.append([re.sub(r"\d+", "N", frame) for frame in frames])
+        seen.append(re.sub(r"\d+", "N", rank.stderr.splitlines()[-1]))
     assert seen[0] == seen[1]
 
 
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_whole_process_group_signalled(job, context):
     """Promise 9's exception: the workers of a rank on its way to its last step stay until it has parked."""
-    ranks = job.world("loader.py", 2, context)
+    ranks = job.world("loader.py", 2, context, 1 if context == "spawn" else 2)
     for rank in ranks:
         rank.wait_for("^step 3$")
     workers = [int(pid) for rank in ranks for pid in re.findall(r"^worker (\d+)$", rank.stdout, re.MULTILINE)]
-    assert len(workers) == 4
+    assert len(workers) == (2 if context == "spawn" else 4)
     for rank in ranks:
         rank.signalled = time.monotonic()
         os.killpg(rank.pid, SIGTERM)
     for rank in ranks:
         assert rank.outlast() == 0, rank.story()
         assert rank.report()["outcome"] == "clean"
-        assert rank.noise == [], "no 'DataLoader worker is killed' traceback"
+        assert rank.noise == [], rank.story()  # no "DataLoader worker is killed" traceback
     stopped = {rank.report()["steps"]["stopped_at"] for rank in ranks}
     assert len(stopped) == 1
     wait_until(lambda: not any(map(alive, workers)), "the workers' end", 10)  # their own watchdog's 5 s
@@ -113,7 +112,7 @@ def test_control_whole_process_group_signalled(job):
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_no_worker_outlives_a_killed_rank(job, context):
     """Promise 9: no worker outlives its parent by more than its own watchdog's 5 s, killed in mid-teardown or not."""
-    (rank,) = job.world("loader.py", 1, context)
+    (rank,) = job.world("loader.py", 1, context, 1)
     rank.wait_for("^step 3$")
     workers = [int(pid) for pid in re.findall(r"^worker (\d+)$", rank.stdout, re.MULTILINE)]
     os.killpg(rank.pid, SIGTERM)

@@ -7,7 +7,7 @@ import re
 import signal
 
 import pytest
-from harness import AGENT, GRACE, HANDWRITTEN, wait_until
+from harness import AGENT, GRACE, HANDWRITTEN, SHORT, wait_until
 
 ALONE = {"AUTOTEARDOWN_PEERS": "off"}
 
@@ -48,7 +48,7 @@ def test_control_something_never_returns(job, role, faults):
     """The hand-written handler in the same places is SIGKILLed."""
     (rank,) = job.world("faulty.py", 1, role, mode=HANDWRITTEN, FAULTS=faults)
     rank.wait_blocked("ready") if role == "stuck" else rank.wait_for("step 2")
-    assert rank.evict(2) == -signal.SIGKILL, rank.story()
+    assert rank.evict(SHORT) == -signal.SIGKILL, rank.story()
 
 
 def test_destroy_that_holds_the_gil(job):

@@ -9,7 +9,7 @@ import time
 from datetime import datetime, timezone
 
 import pytest
-from harness import AGENT, GRACE, HANDWRITTEN, LOG_LINE, NONE, SIGTERM, wait_until
+from harness import AGENT, GRACE, HANDWRITTEN, LOG_LINE, NONE, SHORT, SIGTERM, wait_until
 
 FIELDS = {
     "schema", "host", "pid", "program", "rank", "local_rank", "world_size", "backend", "python", "torch", "cause",
@@ -203,7 +203,7 @@ def test_logging_lock_is_held(job, mode):
         mode=mode,
     )
     rank.wait_for("ready")
-    grace = GRACE if mode == AGENT else 2
+    grace = GRACE if mode == AGENT else SHORT
     assert rank.evict(grace) in ((0,) if mode == AGENT else (0, -9)), rank.story()
 
 

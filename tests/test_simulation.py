@@ -1,83 +1,94 @@
-"""Thousands of schedules of whole jobs, each held against the promises of the protocol."""
+"""Thousands of schedules of whole jobs, each held against the promises of the protocol.
+
+A failure prints the schedule; `assert_promises(<what it printed>)` replays it. `AUTOTEARDOWN_SIM_SEED=<number>` starts
+the sweep elsewhere. With CI set, hypothesis tries the same schedules every time.
+"""
 
 from __future__ import annotations
 
 import os
 import re
+from dataclasses import replace
 from math import inf
 from random import Random
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from simulation import DEFAULT, Limits, Member, Schedule, World
+from simulated_rank import BREAKABLE, FATES, POSTS, Member
+from simulation import DEFAULT, Schedule, World
 
-FATES = ("crash", "freeze", "wedge", "backup", "loop", "block", "save", "end")
-LETTERS = dict(
-    {"yield": "y", "step": "s", "park": "p", "drain": "d"}, abort="a", quiet="q", destroy="r", exit="e"
-)
+from autoteardown.protocol import SKEW, Limits
 
-
-def total(limits: Limits) -> float:
-    return limits.step + limits.drain + limits.destroy + limits.abort + limits.exit
+FIRST_SEED = int(os.environ.get("AUTOTEARDOWN_SIM_SEED", "0"))
+LETTERS = {
+    "yield": "y",
+    "step": "s",
+    "park": "p",
+    "drain": "d",
+    "abort": "a",
+    "quiet": "q",
+    "destroy": "r",
+    "exit": "e",
+}
+TICK = 1e-6
 
 
 def grace(seconds: float) -> Limits:
-    """As settings.py makes the limits fit."""
-    scale = min(1.0, (seconds - 1) / total(DEFAULT))
-    return Limits(seconds - 1, max(0.0, seconds - 7), *(each * scale for each in DEFAULT[2:]))
+    """What settings.py makes of a grace period."""
+    return DEFAULT._replace(hard=seconds - 1, yield_=max(0.0, seconds - 7)).within(seconds - 1)
+
+
+def total(limits: Limits) -> float:
+    return sum(limits[2:])
 
 
 # -- schedules --------------------------------------------------------------------------------------------------
 
 
-def random_member(random: Random, signalled: bool, spread: float, mishaps: bool) -> Member:
-    def sometimes(chance: float, value, otherwise):
-        return value() if random.random() < chance else otherwise
-
-    fate = sometimes(0.25 * mishaps, lambda: random.choice(FATES), "")
-    return Member(
-        signal=1 + random.random() * spread if signalled else None,
-        role=sometimes(0.2, lambda: random.choice(["helper", "idle"]), "train"),
-        pace=sometimes(0.2, lambda: random.choice([0.1, 3.0]), 1.0),
-        fate=fate,
-        at=random.random() * random.choice([1, 3, 10]) if fate else 0.0,
-        lasts=random.choice([0.5, 5.0, 12.0, 40.0])
-        if fate == "freeze"
-        else random.choice([0.5, 5.0, 12.0, inf]),
-        broken=sometimes(
-            0.15 * mishaps,
-            lambda: frozenset(
-                random.sample(["drain", "abort", "destroy", "callbacks", "exit"], random.choice([1, 2]))
-            ),
-            frozenset(),
-        ),
-        cannot=sometimes(0.05 * mishaps, lambda: True, False),
-    )
+def random_member(random: Random, signal: float | None, handler: bool, mishaps: bool) -> Member:
+    member = Member(signal=signal, handler=handler)
+    if random.random() < 0.2:
+        member = replace(member, role=random.choice(["helper", "idle"]))
+    if random.random() < 0.2:
+        member = replace(member, pace=random.choice([0.1, 3.0]))
+    if mishaps and random.random() < 0.25:
+        fate = random.choice(FATES)
+        lasts = random.choice([0.5, 5.0, 12.0, 40.0 if fate == "freeze" else inf])
+        member = replace(member, fate=fate, at=random.uniform(0, random.choice([1, 3, 10])), lasts=lasts)
+    if mishaps and random.random() < 0.15:
+        member = replace(member, broken=frozenset(random.sample(BREAKABLE, random.choice([1, 2]))))
+    if mishaps and random.random() < 0.05:
+        member = replace(member, cannot=True)
+    return member
 
 
-def random_schedule(random: Random, mishaps: bool = True) -> Schedule:
+def random_schedule(random: Random) -> Schedule:
+    mishaps = random.random() < 0.7
     ranks = random.choice([1, 2, 2, 3, 3, 4, 5, 8])
     victims = random.choice([1, 1, 2, ranks])
-    spread = random.choice([0.0, 0.01, 1.0, 3.0])
+    spread = random.choice([0.0, 0.01, 1.0, SKEW])
     handlers = random.choice([0.0, 0.0, 0.0, 0.5, 1.0])
-    members = []
-    for index in range(ranks):
-        member = random_member(random, index < victims, spread, mishaps)
-        members.append(member)
+    members = [
+        random_member(
+            random,
+            signal=random.uniform(2, 2 + spread) if index < victims else None,
+            handler=random.random() < handlers,
+            mishaps=mishaps,
+        )
+        for index in range(ranks)
+    ]
     random.shuffle(members)
-    members = [Member(**{**vars(member), "handler": random.random() < handlers}) for member in members]
-    board = random.choice(["none", "lost", "silent"]) if mishaps and random.random() < 0.2 else "ok"
     return Schedule(
         members=tuple(members),
         seed=random.randrange(1000),
-        limits=grace(random.choice([25.0, 25.0, 25.0, 10.0, 3.0, 60.0])),
+        limits=grace(random.choice([25, 25, 25, 60, 10, 3])),
         accelerator=random.random() < 0.7,
         ahead=random.choice([0, 0, 1, 2]),
         step=random.choice([0.1, 0.2, 0.5, 1.5]),
         delay=random.choice([0.001, 0.05, 0.3]),
-        board=board,
-        board_at=random.random() * 6,
+        board=random.choice(["none", "lost", "silent"]) if mishaps and random.random() < 0.2 else "ok",
+        board_at=random.uniform(0, 6),
         host=random.choice([None, 0]),
         stop_at_step=random.random() < 0.9,
     )
@@ -87,138 +98,160 @@ def random_schedule(random: Random, mishaps: bool = True) -> Schedule:
 
 
 def broken_promises(world: World) -> list[str]:
-    schedule = world.schedule
     broken = [f"rank {rank.index} spins in {rank.stop.state}" for rank in world.spins]
     for rank in world.ranks:
-        broken += [f"rank {rank.index}: {line}" for line in rank_promises(rank) if not rank.crashed]
-    for rank, what, at in world.unsafe:
-        if at < floor(rank) - 1e-6:
-            broken.append(f"rank {rank.index} did {what} at {at:.3f}, under a running kernel of another")
-        elif is_sound(schedule):
+        if rank.stop is not None and not rank.crashed:
+            broken += [f"rank {rank.index} {what}" for what in of_rank(rank)]
+    for rank, how, at in world.unsafe:
+        if at < floor(rank) - TICK:
+            broken.append(f"rank {rank.index} did {how} at {at:.3f} s under another's kernels")
+        elif is_sound(world.schedule):
             broken.append(
-                f"rank {rank.index} did {what} at {at:.3f}, floor or not, and nobody was dead or mute"
+                f"rank {rank.index} needed the floor at {at:.3f} s, though everyone could hear and speak"
             )
-    if is_healthy(schedule):
-        broken += health(world)
+    if is_healthy(world.schedule):
+        broken += of_healthy(world)
     return broken
 
 
-def rank_promises(rank):
-    if rank.stop is None:
-        return
-    schedule, stop = rank.world.schedule, rank.stop
+def of_rank(rank):
+    stop, schedule = rank.stop, rank.world.schedule
     if rank.alive:
-        yield f"still there, in {stop.state}"
+        yield f"is still there, in {stop.state}"
         return
-    if rank.left_at > schedule.limits.hard + 1e-6 and not rank.late:
-        yield f"left after {rank.left_at}"
-    posts = [
-        do for do in rank.did if do in ("tell", "answer", "plan_now", "arrived", "halt", "quiet", "left")
-    ]
-    if len(posts) != len(set(posts)):
-        yield f"says things twice: {posts}"
-    if "abort" in rank.did[rank.did.index("drained") :] if "drained" in rank.did else False:
-        if "drain" not in rank.member.broken: yield "drained, and yet aborts"
-    if any(
-        stop.on(event, None, rank.left_at + 1) for event in ("tick", "quiet", "drained", "parked", "gone")
+    if rank.left_at > schedule.limits.hard + TICK and not rank.woken:
+        yield f"left after {rank.left_at} s"
+    if rank.cut_at < schedule.limits.hard - schedule.limits.exit - TICK:
+        yield f"cuts a save after {rank.cut_at} s"
+    said = [do for do in rank.did if do in POSTS]
+    if len(said) > len(set(said)):
+        yield f"says things twice: {said}"
+    if "drained" in rank.did and "abort" in rank.did[rank.did.index("drained") :]:
+        yield "aborts although its device is idle"
+    if stop.state == "done" and any(
+        stop.on(event, None, inf) for event in ("tick", "quiet", "parked", "drained")
     ):
-        if "die" in rank.did:
-            yield "goes on after its end"
-    yield from report(stop)
+        yield "goes on after its end"
+    if "leave" in rank.did or "die" in rank.did:
+        yield from of_report([phase.as_dict() for phase in stop.phases], stop.outcome)
 
 
-def report(stop):
-    phases = [phase.as_dict() for phase in stop.phases]
+def of_report(phases, outcome):
     letters = "".join(LETTERS[phase["name"]] for phase in phases)
-    if not re.fullmatch(r"y?(s(p(d?a?q?r?e?)?)?)?", letters):
-        yield f"phases in the order {letters}"
-    if letters[-1:] != "e" and stop.outcome != "forced":
-        yield f"ends in phase {letters}"
+    if not re.fullmatch(r"y?(s(p(d?a?q?r?e?)?)?)?", letters) or not (
+        letters.endswith("e") or outcome == "forced"
+    ):
+        yield f"reports the phases {letters}, {outcome}"
     clock = 0.0
     for phase in phases:
         if phase["outcome"] not in ("ok", "skipped", "timeout", "error"):
-            yield f"{phase['name']} has the outcome {phase['outcome']!r}"
-        elif abs(phase["start"] - clock) > 1e-6 or phase["end"] < phase["start"]:
-            yield f"{phase['name']} from {phase['start']} to {phase['end']} begins after {clock}"
-        clock = phase["end"] or clock
+            yield f"reports {phase['name']} as {phase['outcome']!r}"
+        elif abs(phase["start"] - clock) > TICK or phase["end"] < phase["start"]:
+            yield f"reports {phase['name']} from {phase['start']} to {phase['end']}, after {clock}"
+        clock = phase["end"]
 
 
 def floor(rank) -> float:
-    """By then every rank that was told at the same time has drained or aborted, without a second to spare."""
+    """When every rank that was told at the same time has drained or aborted, with no second to spare."""
     limits, begin = rank.world.schedule.limits, 0.0
     for phase in rank.stop.phases:
         if phase.name == "yield":
             begin = phase.end
     left = min(limits.hard - begin, rank.stop.heard.get("notice", {}).get("left", inf))
-    scale = min(1.0, left / total(limits))
-    return begin + scale * (limits.step + limits.drain + limits.abort)
+    return begin + (limits.step + limits.drain + limits.abort) * min(1.0, left / total(limits))
 
 
 def is_sound(schedule: Schedule) -> bool:
-    """Whatever the training does, every rank hears, speaks and can abort: then no floor is needed."""
+    """Whatever the training does, every rank hears, speaks and can abort: nobody needs a floor."""
     return (
         schedule.board == "ok"
-        and not any(member.handler for member in schedule.members)
-        and not any(member.fate in ("crash", "freeze", "save", "backup") for member in schedule.members)
-        and not any(member.broken for member in schedule.members)
-        and schedule.limits.hard >= 9
+        and schedule.limits.hard > 5
+        and not any(m.handler or m.broken for m in schedule.members)
+        # With a save, time may be up before the device of that rank is idle.
+        and not any(m.fate in ("crash", "freeze", "deaf", "save", "backup") for m in schedule.members)
     )
 
 
 def is_healthy(schedule: Schedule) -> bool:
     """Everyone can get to the agreed step in time."""
     members, limits = schedule.members, schedule.limits
-    step = schedule.step * max(member.pace for member in members)
+    handlers = {m.handler for m in members}
     signals = [m.signal for m in members if m.signal is not None]
-    handlers = sum(member.handler for member in members)
-    if handlers and max(signals) - min(signals) > min(3.0, limits.yield_ / 2) - schedule.delay:
-        return False
-    left = limits.hard - (limits.yield_ if handlers else 0)
-    fits = limits.step * min(1, left / total(limits))
+    joins = min(SKEW, limits.yield_ / 2) if handlers == {True} else inf
+    left = limits.hard - (limits.yield_ if handlers == {True} else 0)
+    step = limits.step * min(1.0, left / total(limits))
     return (
         schedule.board == "ok"
-        and not any(m.fate or m.broken or m.cannot for m in members)
-        and handlers in (0, len(members))
         and schedule.stop_at_step
         and any(m.role == "train" for m in members)
-        and (3 + schedule.ahead) * step + 8 * schedule.delay < fits
-        and 4 * schedule.delay + 0.1 < fits / 2
+        and not any(m.fate or m.broken or m.cannot for m in members)
+        and len(handlers) == 1
+        and max(signals) - min(signals) < joins - schedule.delay
+        and (3 + schedule.ahead) * schedule.step * max(m.pace for m in members) + 8 * schedule.delay < step
+        and 4 * schedule.delay + 0.1 < step / 2
     )
 
 
-def health(world):
-    stops = [rank.stop for rank in world.ranks]
-    if any(stop is None for stop in stops):
-        yield "somebody was not told"
+def of_healthy(world):
+    if any(rank.stop is None for rank in world.ranks):
+        yield "somebody has heard nothing"
         return
     trainers = [rank for rank in world.ranks if rank.member.role == "train"]
-    if not all(rank.stop.heard["steps"][0] for rank in trainers):
+    if not all(rank.stop.steps for rank in trainers):
         return  # one that has not stepped yet cannot be told from one that never does
-    where = {rank.stop.heard.get("stopped") for rank in trainers}
-    if len(where) != 1 or None in where:
+    where = {rank.stop.steps["stopped_at"] for rank in trainers}
+    if len(where) > 1 or None in where:
         yield f"stopped at {where}"
-    # One that never steps does not know where the others stop: its next collective never ends.
+    # A rank that never steps does not know where the others stop: its next collective may never end.
     unaware = any(rank.member.role == "helper" for rank in world.ranks)
     for rank in trainers if unaware else world.ranks:
-        if rank.stop.outcome != "clean":
-            yield f"outcome {rank.stop.outcome}"
-        if "abort" in rank.did:
-            yield "an abort"
-        if "destroy" not in rank.did and world.schedule.accelerator and not unaware:
-            yield "no destroy"
-    if world.schedule.host is not None and not unaware and len(world.ranks) > 1:
-        host = world.ranks[world.schedule.host]
-        if any(
-            rank is not host and rank.start + rank.left_at > host.start + host.left_at + 0.11
-            for rank in world.ranks
-        ):
-            yield "the host left before the others"
+        if rank.stop.outcome != "clean" or "abort" in rank.did:
+            yield f"rank {rank.index} is {rank.stop.outcome}, {rank.did}"
+        if "destroy" not in rank.did and rank.member.role == "train" and world.schedule.accelerator and not unaware:
+            yield f"rank {rank.index} did not destroy"
+    if world.schedule.host is not None and not unaware:
+        times = [rank.start + rank.left_at for rank in world.ranks]
+        if times[world.schedule.host] < max(times) - 0.1:  # which is what a process may take to leave
+            yield "the host of the store did not leave last"
 
 
-def run(schedule: Schedule) -> World:
-    return World(schedule).run()
+def assert_promises(schedule: Schedule) -> World:
+    world = World(schedule).run()
+    broken = broken_promises(world)
+    assert not broken, "\n".join([*broken, repr(schedule)])
+    return world
 
 
-def assert_promises(schedule: Schedule) -> None:
-    broken = broken_promises(run(schedule))
-    assert not broken, f"{broken}\nin {schedule}"
+# -- tests ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk", range(8))
+def test_sweep(chunk):
+    for seed in range(FIRST_SEED + 500 * chunk, FIRST_SEED + 500 * (chunk + 1)):
+        assert_promises(random_schedule(Random(seed)))
+
+
+@settings(derandomize="CI" in os.environ, database=None, deadline=None, max_examples=300)
+@given(st.randoms(use_true_random=False))
+def test_any_schedule(random):
+    assert_promises(random_schedule(random))
+
+
+def test_the_sweep_meets_what_it_is_about():
+    schedules = [random_schedule(Random(seed)) for seed in range(1000)]
+    assert sum(map(is_healthy, schedules)) > 100
+    assert sum(map(is_sound, schedules)) > 100
+    worlds = [World(schedule).run() for schedule in schedules]
+    outcomes = {rank.stop.outcome for world in worlds for rank in world.ranks if rank.stop is not None}
+    assert outcomes == {"clean", "aborted", "forced"}
+
+
+@pytest.mark.parametrize("accelerator", [True, False])
+def test_four_thousand_ranks(accelerator):
+    size, random = 4096, Random(FIRST_SEED)
+    members = tuple(Member(signal=random.uniform(2, 5), pace=random.uniform(0.8, 1)) for _ in range(size))
+    schedule = Schedule(members, accelerator=accelerator, ahead=1, step=0.5, delay=0.12)
+    assert is_healthy(schedule)
+    world = assert_promises(schedule)
+    # One answer, one arrival, one quiet device, one farewell each; and a notice from whoever had not heard of it.
+    assert sum(do in POSTS for rank in world.ranks for do in rank.did) < 4.5 * size

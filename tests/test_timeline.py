@@ -465,7 +465,7 @@ some_phase = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_no_report_breaks_the_reader_or_the_page(tmp_path: Path, data: st.DataObject) -> None:
     values = [sample.report(rank, 3) for rank in range(3)]
@@ -562,7 +562,20 @@ def test_the_picture_alone(tmp_path: Path) -> None:
     space = "{http://www.w3.org/2000/svg}"
     assert root.tag == f"{space}svg"
     assert {e.tag for e in root.iter()} <= {
-        space + name for name in "svg style defs pattern rect path g title text line circle".split()
+        space + name
+        for name in (
+            "svg",
+            "style",
+            "defs",
+            "pattern",
+            "rect",
+            "path",
+            "g",
+            "title",
+            "text",
+            "line",
+            "circle",
+        )
     }
     drawings = [e for e in root.iter(f"{space}svg") if e.get("role") == "img"]
     assert [len([g for g in d.iter(f"{space}g") if g.get("class") == "lane"]) for d in drawings] == [1, 4, 2]

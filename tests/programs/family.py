@@ -1,6 +1,6 @@
 """A rank with a child. `family.py KIND`: prints `child PID`, then what became of the child, and trains on.
 
-KIND  fork, spawn, forkserver (multiprocessing), popen, fork-exec, early (forked before init), vfork (subprocess's)
+KIND  fork, early (forked before init), spawn, forkserver (multiprocessing), popen
 """
 
 import multiprocessing
@@ -9,12 +9,15 @@ import subprocess
 import sys
 import time
 
-import torch.distributed as dist
+
+def say(*words):
+    """One line in one write: several processes print here."""
+    os.write(1, f"{' '.join(map(str, words))}\n".encode())
 
 
 def child():
-    """A helper that works in Python."""
-    print("child up", os.getpid(), flush=True)
+    """A helper that works in Python, and has no torch."""
+    say("child up", os.getpid())
     while True:
         time.sleep(0.01)
 
@@ -42,14 +45,16 @@ def start(kind):
 
 
 if __name__ == "__main__":
+    import torch.distributed as dist
+
     kind = sys.argv[1]
     if kind == "early":
         pid, wait = start(kind)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     if kind != "early":
         pid, wait = start(kind)
-    print("child", pid, flush=True)
-    print("it ended with", wait(), flush=True)
-    print("group", dist.is_initialized(), flush=True)
+    say("child", pid)
+    say("it ended with", wait())
+    say("group", dist.is_initialized())
     while True:
         time.sleep(0.01)

@@ -29,6 +29,7 @@ FAULTS = set(filter(None, os.environ.get("FAULTS", "").split(",")))
 DEVICES = {0, 1}  # initialised, out of three
 
 _idle = torch.futures.Future()  # waited for in C++, where no signal handler gets in
+_lock = threading.Lock()
 _both = threading.Barrier(2)
 
 
@@ -103,8 +104,9 @@ class Faulty(dist.ProcessGroup):
             never()
         if "abort-together" in FAULTS:
             _both.wait()
-        if not _idle.done():
-            _idle.set_result(None)
+        with _lock:
+            if not _idle.done():
+                _idle.set_result(None)
         say("aborted", self.size())
 
 

@@ -2,8 +2,9 @@
 
 steps     all_reduce and step
 slow      as steps, 0.1 s slower at each of them
-returns   as steps; when the file `go` is there, the training function returns (the process lives on)
-raises    as steps; when the file `go` is there, it raises and the process ends with an exception
+returns   as steps, on a thread; when the file `go` is there, that ends (the process lives on)
+ends      as steps; when the file `go` is there, the process ends by itself
+raises    as steps; when the file `go` is there, it ends with an exception
 helper    takes part in every all_reduce and has no optimizer
 long      as steps, each of them an hour
 destroys  as steps; when the file `go` is there, destroys the group, prints `destroying` first
@@ -12,6 +13,7 @@ again     as steps, in a second group after a first one was destroyed
 
 import os
 import sys
+import threading
 import time
 
 import torch
@@ -36,7 +38,7 @@ def train():
         weight.grad = torch.ones(1)
         dist.all_reduce(weight.grad)
         if go():
-            if role == "returns":
+            if role in ("returns", "ends"):
                 return
             if role == "raises":
                 raise RuntimeError("a bug of the program's")
@@ -59,7 +61,14 @@ if role == "again":
     dist.destroy_process_group()
     os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
     dist.init_process_group("gloo")
-train()
+if role == "returns":
+    thread = threading.Thread(target=train)
+    thread.start()
+    thread.join()
+else:
+    train()
+if role == "ends":
+    sys.exit(0)
 print("trained", flush=True)
 while True:
     time.sleep(0.01)

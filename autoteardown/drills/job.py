@@ -1,0 +1,352 @@
+"""One training job of a drill: started by torchrun, evicted, and watched until the last of its ranks is gone."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from autoteardown.drills import processes
+from autoteardown.drills.outcome import Outcome, RankOutcome, look_at_checkpoint
+from autoteardown.drills.scenario import AGENT, HAND_WRITTEN, PROTECTIONS, Scenario
+
+STILL = 0.5  # seconds without a tick of processor time: the main thread waits in C
+AFTERMATH = 3.0  # seconds after the grace period in which a launcher may notice what was killed
+_AGENT_LINE = re.compile(r"autoteardown rank=(\S+)/\S+ pid=\d+ host=\S+ (\+\d+\.\d+s .*)")
+
+
+class Rank:
+    """One rank, as its notes and its process show it."""
+
+    def __init__(self, number: int, folder: Path) -> None:
+        self.number = number
+        self.process: processes.Process | None = None
+        self.stage = ""
+        self.backend: str | None = None
+        self.steps = 0
+        self.saving = False
+        self.saved = False
+        self.signalled = self.lost = self.sigkilled = self.hanging = False
+        self.code: int | None = None
+        self.out: float | None = None  # when it was seen to be gone
+        self._notes = Lines(folder / f"rank-{number}")
+        self._idle: tuple[str, int] | None = None
+        self._idle_since = 0.0
+
+    def read(self) -> None:
+        """Take in what it has noted since."""
+        for line in self._notes.new():
+            what, _, value = line.partition(" ")
+            if what == "started":
+                self.process = processes.Process(int(value))
+            elif what == "step":
+                self.steps = int(value)
+            elif what == "joining":
+                self.backend = value
+            self.saving = what == "saving"
+            self.saved = self.saved or what == "saved"
+            if what not in ("saving", "saved"):
+                self.stage = what
+
+    @property
+    def alive(self) -> bool:
+        """Whether its process runs."""
+        return self.process is not None and self.process.alive
+
+    def still(self) -> bool:
+        """Whether its main thread has been asleep for a while."""
+        assert self.process is not None
+        now = self.process.main_thread()
+        if now != self._idle or now[0] != "S":
+            self._idle, self._idle_since = now, time.monotonic()
+        return time.monotonic() - self._idle_since > STILL
+
+
+class Job:
+    """A job under one kind of protection.
+
+    Its state goes from `starting` to `ready` (it is where the scenario begins), `going` (the next good moment is the
+    one), `evicted`, `over`; or to `failed`. `poll` moves it on.
+    """
+
+    def __init__(
+        self,
+        scenario: Scenario,
+        protection: str,
+        ranks: int,
+        grace: float,
+        folder: Path,
+        say: Callable[[str, str], object],
+        quotes: bool,
+    ) -> None:
+        self.scenario = scenario
+        self.protection = protection
+        self.grace = grace
+        self.folder = folder
+        self.state = "starting"
+        self.ranks = [Rank(number, folder) for number in range(ranks)]
+        self.problem: str | None = None
+        self.evicted_at = 0.0
+        self.log: list[str] = []
+        self._say = say
+        self._quotes = quotes
+        self._output = Lines(folder / "output")
+        self._exits = Lines(folder / "exits")
+        self._codes: dict[int, int] = {}
+        self._up = False
+
+    @property
+    def label(self) -> str:
+        """How a person calls it."""
+        return PROTECTIONS[self.protection]
+
+    @property
+    def status(self) -> str:
+        """What it is doing now."""
+        if self.state == "evicted":
+            left = [str(rank.number) for rank in self.ranks if rank.alive]
+            who = f"rank{'s' if len(left) > 1 else ''} {', '.join(left[:8])}" if left else "torchrun"
+            return f"{time.monotonic() - self.evicted_at:4.1f} s since the signal; still there: {who}"
+        if self.state in ("over", "failed"):
+            return self.state
+        steps = min(rank.steps for rank in self.ranks)
+        return f"training, step {steps}" if steps else "starting"
+
+    def start(self) -> None:
+        """Launch it."""
+        self.folder.mkdir()
+        (self.folder / "reports").mkdir()
+        training = ["-m", "autoteardown.drills.training", self.scenario.name, str(self.folder)]
+        if self.protection == HAND_WRITTEN:
+            training.append("--hand-written")
+        with (self.folder / "output").open("wb") as output:
+            self._launcher = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "autoteardown.drills.torchrun", str(self.folder / "exits")),
+                    *("--standalone", f"--nproc-per-node={len(self.ranks)}", *training),
+                ],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment(self.folder, self.grace, self.protection == AGENT),
+                cwd=self.folder,
+                start_new_session=True,
+            )
+        self._tell(f"torchrun starts {len(self.ranks)} rank{'s' if len(self.ranks) > 1 else ''}")
+
+    def poll(self) -> None:
+        """See what has happened, and do what is due."""
+        ended = self._launcher.poll() is not None  # asked first: what was written last must be read too
+        for rank in self.ranks:
+            rank.read()
+        self._read_output()
+        if self.state in ("starting", "ready", "going"):
+            if ended:
+                self.fail(f"the job ended by itself, torchrun with exit {self._launcher.returncode}")
+            elif self.state == "starting" and self._is_ready():
+                self.state = "ready"
+            elif self.state == "going" and (not self.scenario.name == "pod" or self.ranks[0].saving):
+                self._evict()
+        elif self.state == "evicted":
+            self._watch()
+            if ended and not any(rank.alive for rank in self.ranks):
+                self._end()
+
+    def fail(self, problem: str) -> None:
+        """It did not come to an eviction."""
+        self.state, self.problem = "failed", problem
+        self._tell(problem)
+
+    def tail(self, count: int = 12) -> list[str]:
+        """The last lines that torchrun and the ranks have printed."""
+        return (self.folder / "output").read_text(errors="replace").splitlines()[-count:]
+
+    def outcome(self) -> Outcome:
+        """What became of it, once everything of it is gone."""
+        ranks = [
+            RankOutcome(
+                rank=rank.number,
+                pid=rank.process.pid if rank.process else None,
+                code=rank.code,
+                seconds=rank.out - self.evicted_at if rank.out is not None and self.evicted_at else None,
+                right=self.scenario.right_codes(rank.signalled),
+                signalled=rank.signalled,
+                lost=rank.lost,
+                sigkilled=rank.sigkilled,
+                hanging=rank.hanging,
+                step=rank.steps or None,
+            )
+            for rank in self.ranks
+        ]
+        trains = self.scenario.name != "init"
+        found = Outcome(
+            self.scenario.name,
+            self.protection,
+            self.grace,
+            ranks,
+            backend=self.ranks[0].backend,
+            launcher_code=self._launcher.returncode,
+            checkpoint=look_at_checkpoint(self.folder / "checkpoint.pt") if trains else None,
+            compares_steps=self.scenario.stage == "step",
+            log=self.log,
+        )
+        if self.state == "failed":
+            # Nothing more can be said of it.
+            found.ranks, found.checkpoint, found.compares_steps = [], None, False
+            found.problems = [self.problem or "", *self.tail()]
+        else:
+            may_fail_alone = self.scenario.name == "peer-lost"  # before it hears of the signal
+            reporting = ranks if self.protection == AGENT and not may_fail_alone else []
+            found.read_reports(self.folder / "reports", reporting)
+        return found
+
+    # -- on the way -----------------------------------------------------------------------------------------------
+
+    def _tell(self, text: str) -> None:
+        self._say(self.label, text)
+
+    def _is_ready(self) -> bool:
+        ranks, stage = self.ranks, self.scenario.stage
+        if not self._up and all(rank.stage not in ("", "started") for rank in ranks):
+            self._up = True
+            self._tell(f"all {len(ranks)} are up and join a process group ({ranks[0].backend})")
+        if stage == "waiting":
+            there = ranks[0].stage == stage and all(rank.stage == "elsewhere" for rank in ranks[1:])
+            ready = there and ranks[0].still()
+        elif stage == "joining":
+            ready = all(rank.stage == stage for rank in ranks) and all([rank.still() for rank in ranks])
+        else:
+            ready = ranks[0].saved and all(rank.stage == stage for rank in ranks)
+        if ready:
+            self._tell(
+                {
+                    "waiting": "rank 0 waits in an all_reduce that nobody joins",
+                    "joining": "the ranks wait in init_process_group",
+                }.get(stage, f"training is at step {ranks[0].steps}, a checkpoint is saved")
+            )
+        return ready
+
+    def _evict(self) -> None:
+        """Send the signals: what a platform does first."""
+        self.evicted_at = time.monotonic()
+        self.state = "evicted"
+        number = self.scenario.lost(len(self.ranks))
+        if number is not None:
+            lost = self.ranks[number]
+            assert lost.process is not None
+            lost.lost = lost.process.signal(signal.SIGKILL)
+            self._tell(f"SIGKILL to rank {number} (pid {lost.process.pid})")
+        if self.scenario.whole_pod:
+            self._launcher.send_signal(signal.SIGTERM)
+            for rank in self.ranks:
+                rank.signalled = True
+            busy = ", which is writing a checkpoint" if self.ranks[0].saving else ""
+            self._tell(f"SIGTERM to torchrun (pid {self._launcher.pid}), for rank 0{busy}, and the others")
+        else:
+            victim = self.ranks[self.scenario.victim(len(self.ranks))]
+            assert victim.process is not None
+            victim.signalled = victim.process.signal(signal.SIGTERM)
+            step = f", at step {victim.steps}" if self.scenario.stage == "step" else ""
+            self._tell(f"SIGTERM to rank {victim.number} (pid {victim.process.pid}){step}")
+
+    def _watch(self) -> None:
+        now = time.monotonic()
+        for rank in self.ranks:
+            if rank.out is None and not rank.alive:
+                rank.out = now
+            if rank.out is not None and rank.code is None and rank.process is not None:
+                rank.code = self._codes.get(rank.process.pid)
+                if rank.code is None:
+                    rank.code = processes.reap(rank.process.pid)
+                if rank.code is not None:
+                    after = rank.out - self.evicted_at
+                    how = f"exit {rank.code}" if rank.code >= 0 else signal.Signals(-rank.code).name
+                    self._tell(f"+{after:.2f} s rank {rank.number} is gone: {how}")
+        if now >= self.evicted_at + self.grace + AFTERMATH:
+            self._end()
+        elif now >= self.evicted_at + self.grace:
+            self._end_of_grace()
+
+    def _end_of_grace(self) -> None:
+        """SIGKILL to whoever had the signal: what a platform does next."""
+        for rank in self.ranks:
+            if rank.alive and not rank.sigkilled and not rank.hanging:
+                assert rank.process is not None
+                rank.sigkilled, rank.hanging = rank.signalled, not rank.signalled
+                what = "SIGKILL to" if rank.signalled else "hanging:"
+                self._tell(f"the grace period is over; {what} rank {rank.number} (pid {rank.process.pid})")
+                if rank.signalled:
+                    rank.process.signal(signal.SIGKILL)
+        if self.scenario.whole_pod and self._launcher.poll() is None:
+            self._launcher.kill()
+
+    def _end(self) -> None:
+        """Nothing more is waited for."""
+        for rank in self.ranks:
+            if rank.code is None and rank.sigkilled:
+                rank.code = -signal.SIGKILL
+        self.state = "over"
+
+    def _read_output(self) -> None:
+        for line in self._exits.new():
+            pid, code = map(int, line.split())
+            self._codes[pid] = code
+        for line in self._output.new():
+            match = _AGENT_LINE.match(line)
+            if match:
+                self.log.append(line)
+                if self._quotes:
+                    self._tell(f"    rank {match[1]}: {match[2]}")
+
+
+class Lines:
+    """The lines that a file has got since the last look."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = 0
+        self._rest = b""
+
+    def new(self) -> list[str]:
+        """Whole lines only; none while there is no file."""
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._offset)
+                data = file.read()
+        except FileNotFoundError:
+            return []
+        self._offset += len(data)
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        return [line.decode(errors="replace") for line in lines]
+
+
+def environment(folder: Path, grace: float, agent: bool) -> dict[str, str]:
+    """This process's, without what an agent or a launcher around it has put there."""
+    foreign = ("AUTOTEARDOWN", "TORCHELASTIC_", "PET_", "GROUP_", "ROLE_", "MASTER_")
+    env = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        env.pop(name, None)
+    if env.get("PYTHONPATH"):  # the job runs in another folder
+        env["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, env["PYTHONPATH"].split(os.pathsep)))
+    env.setdefault("OMP_NUM_THREADS", "1")
+    if any(name == "lo" for _, name in socket.if_nameindex()):
+        env.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a host name that resolves to nowhere must not spoil it
+    if agent:
+        env.update(AUTOTEARDOWN="1", **settings(folder, grace))
+    return env
+
+
+def settings(folder: Path, grace: float) -> dict[str, str]:
+    """What the agent in a drilled job is told."""
+    return {
+        "AUTOTEARDOWN_GRACE": f"{grace:g}",
+        "AUTOTEARDOWN_REPORT_DIR": str(folder / "reports"),
+        "AUTOTEARDOWN_RUNTIME_DIR": str(folder / "runtime"),
+        "AUTOTEARDOWN_TERMINATION_LOG": "",
+    }

@@ -1,0 +1,72 @@
+"""`drill --html`: what the terminal shows, and a drawing of it, as one self-contained page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+from autoteardown.cli import lanes, page
+from autoteardown.cli.stops import Phase, Rank, Stop
+from autoteardown.drills import table
+from autoteardown.drills.outcome import Outcome, RankOutcome
+
+
+def html(outcomes: Sequence[Outcome], introduction: str) -> str:
+    """The whole page."""
+    parts = [
+        "<h1>Fire drill</h1>",
+        f'<p class="soft">{page.esc(introduction)}</p>',
+        page.table(table.HEAD, ([_cell(cell) for cell in row] for row in table.rows(outcomes))),
+        f'<p class="soft">{page.esc(table.LEGEND)}</p>',
+    ]
+    for name, run in groupby(outcomes, key=lambda outcome: outcome.scenario):
+        group = list(run)
+        stop = picture(group)
+        parts += [f"<section><h2>{page.esc(name)}: {page.esc(group[0].title)}</h2>"]
+        for outcome in group:
+            kind = "" if outcome.clean else ' class="bad"'
+            parts.append(f"<p{kind}><b>{page.esc(outcome.label)}</b> {page.esc(outcome.summary())}</p>")
+        if stop.ranks:
+            parts += [lanes.key(stop), lanes.draw(stop, group[0].grace)]
+        for outcome in group:
+            if outcome.log:
+                log = page.esc("\n".join(outcome.log))
+                parts.append(f"<details><summary>What the agent said</summary><pre>{log}</pre></details>")
+        parts.append("</section>")
+    return page.document("Fire drill", "\n".join(parts))
+
+
+def picture(outcomes: Sequence[Outcome]) -> Stop:
+    """All ranks of one scenario as one stop, a lane each; the protection stands where the host would."""
+    ranks = []
+    for outcome in outcomes:
+        told = {(r.rank, r.pid): r for stop in outcome.stops for r in stop.ranks}
+        for rank in outcome.ranks:
+            report = told.get((rank.rank, rank.pid))
+            ranks.append(_drawn(outcome, rank, report))
+    return Stop(ranks)
+
+
+def _drawn(outcome: Outcome, rank: RankOutcome, report: Rank | None) -> Rank:
+    drawn = Rank(
+        file="",
+        host=outcome.label,
+        pid=rank.pid,
+        rank=rank.rank,
+        cause="signal" if rank.signalled else "peer",
+        signal="SIGTERM" if rank.signalled else "",
+        stopped_at=rank.step,
+        exit_code=rank.code,
+    )
+    if report is None:
+        # It says nothing of itself: all that is known is how long it was there.
+        drawn.outcome = "lost" if rank.lost else "SIGKILLed" if rank.sigkilled else "hangs" if rank.hanging else "ended"
+        drawn.phases = [Phase("alive", 0.0, rank.seconds, "ok", "no handler or agent has reported")]
+        return drawn
+    drawn.phases, drawn.outcome, drawn.stuck = report.phases, report.outcome, report.stuck
+    drawn.at_signal, drawn.stopped_at = report.at_signal, report.stopped_at
+    return drawn
+
+
+def _cell(cell: table.Cell) -> str:
+    return f'<span class="bad">{page.esc(cell.text)}</span>' if cell.bad else page.esc(cell.text)

@@ -1,0 +1,104 @@
+"""The processes that a drill has started, however far down: see them, signal them, end them all."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+from autoteardown import procfs
+
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+class Process:
+    """Another process; never a stranger that got its pid later."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self._started = procfs.start_time(pid)
+
+    @property
+    def alive(self) -> bool:
+        """Whether it runs; a zombie does not."""
+        return self._started is not None and procfs.lives(self.pid, self._started)
+
+    def signal(self, signum: int) -> bool:
+        """Send a signal; whether it was there to get it."""
+        if not self.alive:
+            return False
+        try:
+            os.kill(self.pid, signum)
+        except OSError:
+            return False
+        return True
+
+    def main_thread(self) -> tuple[str, int]:
+        """State letter and processor time (in ticks) of its main thread, where Python code would run."""
+        try:
+            text = Path(f"/proc/{self.pid}/task/{self.pid}/stat").read_bytes()
+            fields = text[text.rindex(b")") + 1 :].split()
+        except (OSError, ValueError):
+            return "X", 0
+        return fields[0].decode("ascii"), int(fields[11]) + int(fields[12])
+
+
+def adopt_orphans() -> None:
+    """Become the parent of every descendant that loses its own: none can slip out of the tree."""
+    import ctypes
+
+    try:
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    except (OSError, AttributeError):
+        pass  # orphans go to init then; the ranks themselves are known by their pids
+
+
+def descendants() -> set[int]:
+    """The pids of all living processes below this one."""
+    children: dict[int, list[int]] = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            try:
+                text = Path(f"/proc/{entry}/stat").read_bytes()
+            except OSError:
+                continue
+            state, parent = text[text.rindex(b")") + 1 :].split()[:2]
+            if state not in (b"Z", b"X"):
+                children.setdefault(int(parent), []).append(int(entry))
+    found: set[int] = set()
+    queue = [os.getpid()]
+    while queue:
+        below = [pid for pid in children.get(queue.pop(), ()) if pid not in found]
+        found.update(below)
+        queue += below
+    return found
+
+
+def end_all(patience: float = 5.0) -> set[int]:
+    """SIGKILL every descendant, and reap what is a child. Whoever could not be killed in that time is returned."""
+    deadline = time.monotonic() + patience
+    while True:
+        left = descendants()
+        for pid in left:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except OSError:
+                pass
+        try:
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:
+            pass
+        if not left or time.monotonic() > deadline:
+            return left
+        time.sleep(0.01)
+
+
+def reap(pid: int) -> int | None:
+    """The exit code of an orphan that has become our child and is dead, as `subprocess` counts; else None."""
+    try:
+        found, status = os.waitpid(pid, os.WNOHANG)
+    except ChildProcessError:
+        return None
+    return os.waitstatus_to_exitcode(status) if found else None

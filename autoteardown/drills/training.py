@@ -1,0 +1,141 @@
+"""The training job of a drill: an MLP learns scikit-learn's digits, under DDP, and rank 0 saves checkpoints.
+
+A script like any other (see `examples/train_ddp.py`) but for two things: it gets itself into the state that the
+scenario asks for, and it notes what it does in `<folder>/rank-<n>`, for the drill to read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import io
+import itertools
+import os
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+LIFETIME = 900.0  # seconds; nobody has stopped the job by then
+STEP_SECONDS = 0.01  # what a step takes at least: a drill is no benchmark, and needs its processors itself
+CHECKPOINT_STEPS = 20
+DISK_BYTES_PER_SECOND = 200_000  # makes saving 80 kB a matter of 0.4 s, as large checkpoints to network storage are
+
+
+class Notes:
+    """What the drill is told, a line at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+
+    def __call__(self, what: str, value: object = "") -> None:
+        os.write(self._file, f"{what} {value}\n".encode())
+
+
+class SlowDisk(io.FileIO):
+    """A file on storage that takes its time."""
+
+    def write(self, data: Any) -> int:
+        """As ever, later."""
+        time.sleep(memoryview(data).nbytes / DISK_BYTES_PER_SECOND)
+        return super().write(data)
+
+
+def digits() -> TensorDataset:
+    """1,797 images of handwritten digits, from the file that `sklearn.datasets.load_digits` reads.
+
+    Importing scikit-learn itself would take each rank two more seconds.
+    """
+    sklearn = find_spec("sklearn")
+    assert sklearn is not None and sklearn.submodule_search_locations
+    with gzip.open(Path(sklearn.submodule_search_locations[0], "datasets/data/digits.csv.gz"), "rt") as file:
+        table = np.loadtxt(file, delimiter=",", dtype=np.float32)
+    return TensorDataset(torch.from_numpy(table[:, :-1]) / 16, torch.from_numpy(table[:, -1]).long())
+
+
+def batches(world: int, rank: int) -> Iterator[Any]:
+    """Shuffled batches, epoch after epoch, each rank its share."""
+    data = digits()
+    sampler: Any = DistributedSampler(data, world, rank)
+    loader: Any = DataLoader(data, batch_size=64, sampler=sampler)
+    for epoch in itertools.count():
+        sampler.set_epoch(epoch)
+        yield from loader
+
+
+def stick(note: Notes, rank: int, device: Any) -> None:
+    """Rank 0 waits in a collective; the others have taken another turn and never join it."""
+    note("waiting" if rank == 0 else "elsewhere")
+    if rank == 0:
+        dist.all_reduce(torch.ones(1, device=device))
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    end = time.monotonic() + LIFETIME
+    while time.monotonic() < end:
+        time.sleep(STEP_SECONDS)
+
+
+def train(scenario: str, folder: Path) -> None:
+    """Train until somebody stops it."""
+    rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    note = Notes(folder / f"rank-{rank}")
+    note("started", os.getpid())
+    on_gpu = dist.is_nccl_available() and torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
+    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    if scenario == "init":  # one rank more than torchrun has started: it is on a node that never comes up
+        os.environ["WORLD_SIZE"] = str(int(os.environ["WORLD_SIZE"]) + 1)
+    note("joining", "nccl" if on_gpu else "gloo")
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(seconds=LIFETIME))
+
+    torch.manual_seed(0)
+    layers = torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 10)
+    model = DistributedDataParallel(torch.nn.Sequential(*layers).to(device))
+    optimizer: Any = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    steps = itertools.count(1)
+    # In the optimizer's own hook: whoever is stopped right after a step has noted it before.
+    optimizer.register_step_post_hook(lambda *_: note("step", next(steps)))
+    end = time.monotonic() + LIFETIME
+    for step, (images, labels) in enumerate(batches(dist.get_world_size(), rank), 1):
+        loss = torch.nn.functional.cross_entropy(model(images.to(device)), labels.to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % CHECKPOINT_STEPS == 0 and rank == 0:
+            note("saving", step)
+            with SlowDisk(folder / "checkpoint.pt", "w") as file:
+                torch.save({"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+            note("saved", step)
+        if scenario == "stuck" and step == CHECKPOINT_STEPS:
+            stick(note, rank, device)
+        if time.monotonic() > end:
+            break
+        time.sleep(STEP_SECONDS)
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("scenario")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--hand-written", action="store_true", help="install that handler")
+    options = parser.parse_args()
+    if options.hand_written:
+        from autoteardown.drills import handwritten
+
+        handwritten.install()
+    train(options.scenario, options.folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""Promise 2: the host never pays for our bugs. Each function of ours that a host meets raises, in turn.
+
+Which those are is found out by running the host once with every function of the package writing down that it was
+called, so that a new one is in here from its first day. `programs/breaker.py` breaks them from outside.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from harness import NONE, PROGRAMS, Job, free_port
+
+import autoteardown
+
+sys.path.insert(0, str(PROGRAMS))
+import breaker
+
+PACKAGE = Path(autoteardown.__file__).parent
+MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if any(breaker.functions(path)))
+AT_ONCE = 3  # jobs
+
+
+@pytest.fixture(scope="module")
+def new_job(tmp_path_factory, fork_servers):
+    jobs = []
+
+    def make():
+        jobs.append(Job(tmp_path_factory.mktemp("job"), fork_servers))
+        return jobs[-1]
+
+    yield make
+    for each in jobs:
+        each.close()
+
+
+def called(path, module=None):
+    names = set(path.read_text().split())
+    return sorted(name for name in names if module is None or name.partition(":")[0] == module)
+
+
+def in_parallel(names, start, complaint):
+    """Start something for each name, a few at a time; what `complaint` makes of each, where it does complain."""
+    found, running = [], []
+    for name in [*names, *[None] * AT_ONCE]:
+        if name is None or len(running) == AT_ONCE:
+            if running:
+                broken, *started = running.pop(0)
+                said = complaint(*started)
+                found += [f"{broken} broken: {said}"] if said else []
+        if name is not None:
+            running.append((name, *start(name)))
+    assert not found, "\n\n".join(found)
+
+
+# -- a whole life ----------------------------------------------------------------------------------------------------
+
+
+def live(job, *args, **options):
+    return job.world("whole_life.py", 2, *args, SECOND_PORT=free_port(), **options)
+
+
+def outcome(rank):
+    """What the world sees of a program, and what is left of its stderr without our lines."""
+    rank.wait()
+    noise = [line for line in rank.noise if not line.startswith("autoteardown: ")]
+    return rank.code, rank.stdout, noise
+
+
+@pytest.fixture(scope="module")
+def life(new_job):
+    """What a life without the agent looks like, and all that a life with it calls."""
+    without, job = new_job(), new_job()
+    expected = [outcome(rank) for rank in live(without, mode=NONE)]
+    assert [(code, noise) for code, _, noise in expected] == [(7, [])] * 2, expected
+    for rank, each in zip(live(job, CALLED=job.folder / "called"), expected):
+        assert outcome(rank) == each, rank.story()
+    return expected, job.folder / "called"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_whole_life(new_job, life, module):
+    """Init, steps, saves, workers, forks, handlers, destroy, init again: as without us, and one line of ours."""
+    expected, path = life
+
+    def complaint(*ranks):
+        for rank, each in zip(ranks, expected):
+            if outcome(rank) != each or len(rank.stderr.splitlines()) > 2:
+                return rank.story()
+        return None
+
+    in_parallel(called(path, module), lambda name: live(new_job(), BREAK=name), complaint)
