@@ -6,6 +6,7 @@ import sys
 from typing import Any, Callable
 
 from autoteardown import startup
+from autoteardown.boundary import guarded
 
 
 def status() -> dict[str, Any]:
@@ -15,6 +16,11 @@ def status() -> dict[str, Any]:
         `active` (the switch is on here), `state` (`off`, `idle`, `armed`, `stopping`), and for an armed rank `rank`,
         `world_size`, `backend` and `steps`, the optimizer steps counted so far.
     """
+    return _status() or {"active": False, "state": "off", "reason": "the agent has failed"}
+
+
+@guarded
+def _status() -> dict[str, Any]:
     from autoteardown import training
 
     if not startup.active():
@@ -41,6 +47,11 @@ def arm() -> bool:
     Returns:
         Whether the agent is active now.
     """
+    return bool(_arm())
+
+
+@guarded
+def _arm() -> bool:
     if not startup.activate():
         return False
     from autoteardown import instrument
@@ -52,6 +63,7 @@ def arm() -> bool:
     return True
 
 
+@guarded
 def disarm() -> None:
     """Take the guard off this process, for good: handlers, threads and registry entry go."""
     if not startup.active():
@@ -71,16 +83,22 @@ class protect:
     ...     write_checkpoint()
     """
 
+    _gate: Any = None
+
+    @guarded
     def __enter__(self) -> None:
         """Begin the block; a thread that should have stopped by now stops here."""
         from autoteardown import training
 
-        self._gate = training.gate
-        self._gate.enter_save()
+        gate = training.gate
+        gate.enter_save()
+        self._gate = gate
 
+    @guarded
     def __exit__(self, *exc_info: object) -> None:
         """End it; a thread that should have stopped inside stops here."""
-        self._gate.leave_save()
+        if self._gate is not None:
+            self._gate.leave_save()
 
 
 def on_teardown(callback: Callable[[], object]) -> Callable[[], object]:
@@ -94,11 +112,16 @@ def on_teardown(callback: Callable[[], object]) -> Callable[[], object]:
     """
     if not callable(callback):
         raise TypeError(f"on_teardown() takes a callable, not {callback!r}")
+    _register(callback)
+    return callback
+
+
+@guarded
+def _register(callback: Callable[[], object]) -> None:
     if startup.active():
         from autoteardown import guard
 
         guard.callbacks.append(callback)
-    return callback
 
 
 def _guard() -> Any:

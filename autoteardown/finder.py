@@ -87,9 +87,12 @@ class _Finder:
             wanted, after = "torch", False
         else:
             return None
-        spec = self._ask_the_others(name, path, target)
-        if spec is not None and hasattr(spec.loader, "exec_module"):
-            spec.loader = _Loader(spec.loader, wanted, after)  # type: ignore[assignment, arg-type]
+        try:
+            spec = self._ask_the_others(name, path, target)
+            if spec is not None and hasattr(spec.loader, "exec_module"):
+                spec.loader = _Loader(spec.loader, wanted, after)  # type: ignore[assignment, arg-type]
+        except Exception:
+            return None  # importlib asks the others now: if it was not us, they will raise it again
         return spec
 
     def _ask_the_others(

@@ -14,8 +14,9 @@ import socket
 import sys
 from typing import Any, Callable, Optional
 
-from autoteardown import backends, registry, report, settings, signals, training
+from autoteardown import backends, ray_rank, registry, report, settings, signals, training
 from autoteardown import board as boards
+from autoteardown.boundary import guarded
 from autoteardown.teardown import Teardown
 
 SCHEMA = 1
@@ -73,7 +74,7 @@ class Guard:
         if self.settings.peers and world.size > 1 and world.store is not None:
             board = boards.Board.open(world.store, world.rank, world.size, self._debug)
             if board is not None:
-                _thread.start_new_thread(board.watch, (self._hear,))
+                _thread.start_new_thread(guarded(board.watch), (self._hear,))
             self.board = board
 
     def leave(self) -> None:
@@ -109,6 +110,7 @@ class Guard:
     def _on_signal(self, signum: int) -> None:
         """On the listener thread."""
         try:
+            ray_rank.call_abort_off()
             if self._begun.acquire(False):
                 origin = {"rank": self.rank, "host": self.host, "pid": os.getpid()}
                 self._begin("signal", signum, origin)
@@ -236,9 +238,9 @@ def at_exit() -> None:
 
 def _after_fork_in_child() -> None:
     global guard
-    if guard is not None and guard.board is not None:
-        guard.board.forget()
-    guard = None
+    parents, guard = guard, None
+    if parents is not None and parents.board is not None:
+        parents.board.forget()
 
 
-os.register_at_fork(after_in_child=_after_fork_in_child)
+os.register_at_fork(after_in_child=guarded(_after_fork_in_child))

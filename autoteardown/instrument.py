@@ -12,6 +12,7 @@ import sys
 from types import ModuleType
 from typing import Any, Callable
 
+from autoteardown.boundary import guarded
 from autoteardown.startup import say
 
 _MARK = "_autoteardown_wrapped"
@@ -27,21 +28,8 @@ def register() -> None:
         ("torch.distributed.checkpoint.state_dict_saver", _patch_checkpoint),
         ("torch.utils.data._utils.signal_handling", _patch_workers),
     ):
-        wrapt.register_post_import_hook(_failing_open(patch), name)
-
-
-def _failing_open(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A bug of ours costs the protection, not the program: a hook that raises would make `import torch` fail."""
-
-    @functools.wraps(function)
-    def safe(*args: Any) -> Any:
-        try:
-            return function(*args)
-        except Exception as error:
-            say(f"{function.__name__.strip('_')} failed, this rank is not guarded: {error!r}")
-            return None
-
-    return safe
+        # One that raises would make `import torch` fail.
+        wrapt.register_post_import_hook(guarded(patch), name)
 
 
 def _patch(module: ModuleType, name: str, wrap: Callable[[Any], Any], *others: str) -> None:
@@ -103,21 +91,38 @@ def _patch_checkpoint(module: ModuleType) -> None:
 
 def _wrap_save(real: Callable[..., Any]) -> Callable[..., Any]:
     def save(*args: Any, **kwargs: Any) -> Any:
-        from autoteardown import training
-
-        gate = training.gate
-        gate.enter_save()
+        gate = _enter_save()
         try:
             result = real(*args, **kwargs)
-            # dcp.async_save: a future, or (2.8 and later, on request) an object with two of them.
-            future = getattr(result, "upload_completion", result)
-            if hasattr(future, "add_done_callback"):
-                gate.background_save(future)
+            _save_returned(gate, result)
         finally:
-            gate.leave_save()
+            _leave_save(gate)
         return result
 
     return save
+
+
+@guarded
+def _enter_save() -> Any:
+    from autoteardown import training
+
+    gate = training.gate
+    gate.enter_save()
+    return gate
+
+
+@guarded
+def _save_returned(gate: Any, result: Any) -> None:
+    # dcp.async_save: a future, or (2.8 and later, on request) an object with two of them.
+    future = getattr(result, "upload_completion", result)
+    if gate is not None and hasattr(future, "add_done_callback"):
+        gate.background_save(future)
+
+
+@guarded
+def _leave_save(gate: Any) -> None:
+    if gate is not None:
+        gate.leave_save()
 
 
 def _patch_workers(module: ModuleType) -> None:
@@ -133,7 +138,7 @@ def _wrap_worker_handlers(real: Callable[..., Any]) -> Callable[..., Any]:
     return _set_worker_signal_handlers
 
 
-@_failing_open
+@guarded
 def _in_worker() -> None:
     from autoteardown import workers
 
@@ -143,7 +148,7 @@ def _in_worker() -> None:
 # -- what the wrapped init and destroy do -----------------------------------------------------------------------------
 
 
-@_failing_open
+@guarded
 def _joining() -> None:
     from autoteardown import guard
 
@@ -152,7 +157,7 @@ def _joining() -> None:
         guard.of_process(c10d.destroy_process_group.__wrapped__).joining()
 
 
-@_failing_open
+@guarded
 def adopt() -> None:
     """Guard a process group that was there before us."""
     from autoteardown import guard
@@ -164,7 +169,7 @@ def adopt() -> None:
         rank.join()
 
 
-@_failing_open
+@guarded
 def _joined() -> None:
     from autoteardown import guard
 
@@ -172,7 +177,7 @@ def _joined() -> None:
         guard.guard.join()
 
 
-@_failing_open
+@guarded
 def _not_joined() -> None:
     from autoteardown import guard
 

@@ -22,6 +22,8 @@ import time
 from datetime import timedelta
 from typing import Any, Callable
 
+from autoteardown.boundary import guarded
+
 CONNECT_TIMEOUT = 30.0
 # TCPStore hands its time-out to poll(2) as a C int of milliseconds: 2**31 of them are negative there, so the wait has
 # no end. Should torch clamp it one day, the wait ends after 24 days, and `read` waits again.
@@ -67,7 +69,7 @@ class Relay:
             self._sockets.append(door)
             doors[door.fileno()] = (door, server)
         addresses = [door.getsockname() for door, _ in doors.values()]
-        _thread.start_new_thread(self._copy, (doors,))
+        _thread.start_new_thread(guarded(self._copy), (doors,))
         for host, port, *_ in addresses:
             self._clients.append(
                 # use_libuv is about the server's kind; False spares a client the question whether libuv is there.
@@ -182,9 +184,12 @@ class Relay:
                 server.close()
 
     def __del__(self) -> None:
-        self._clients.clear()  # before our ends of them: a client that finds its peer gone prints a warning
-        for each in self._sockets:
-            each.close()
+        try:
+            self._clients.clear()  # before our ends of them: a client that finds its peer gone prints a warning
+            for each in self._sockets:
+                each.close()
+        except Exception:  # half made
+            pass
 
 
 def _loopback_listener() -> socket.socket:

@@ -100,21 +100,37 @@ class Tap:
 
         @functools.wraps(self._signal)
         def signal(signalnum: Any, handler: Any) -> Any:
-            return self._set_handler(signalnum, handler)
+            try:
+                return self._set_handler(signalnum, handler)
+            except Exception as error:
+                problem = error
+            # If it was not us, the original raises it again: as itself, and without a traceback of ours.
+            old = self._signal(signalnum, handler)
+            _failed("signal.signal", problem)
+            return old
 
         @functools.wraps(self._getsignal)
         def getsignal(signalnum: Any) -> Any:
-            return self.handler_of(signalnum)
+            try:
+                return self.handler_of(signalnum)
+            except Exception as error:
+                problem = error
+            handler = self._getsignal(signalnum)
+            _failed("signal.getsignal", problem)
+            return handler
 
         @functools.wraps(self._set_wakeup_fd)
         def set_wakeup_fd(*args: Any, **kwargs: Any) -> int:
             old = self._set_wakeup_fd(*args, **kwargs)
-            if not self.armed:
-                return old
-            # The real call has checked the thread and the fd. A signal that comes before the slot is ours again
-            # reaches us through the trampoline, which runs on this very thread.
-            self._set_wakeup_fd(self._fd, warn_on_full_buffer=False)
-            old, self._app_fd = self._app_fd, int(args[0] if args else kwargs["fd"])
+            try:
+                if not self.armed:
+                    return old
+                # The real call has checked the thread and the fd. A signal that comes before the slot is ours again
+                # reaches us through the trampoline, which runs on this very thread.
+                self._set_wakeup_fd(self._fd, warn_on_full_buffer=False)
+                old, self._app_fd = self._app_fd, int(args[0] if args else kwargs["fd"])
+            except Exception as error:
+                _failed("signal.set_wakeup_fd", error)
             return old
 
         self._module.signal = signal  # type: ignore[attr-defined]
@@ -161,14 +177,18 @@ class Tap:
 
     def _on_main_thread(self, signum: int, frame: FrameType | None) -> object:
         """The trampoline: Python's handler for every eviction signal."""
-        if self.armed:
-            try:
-                # In case an event loop had the wake-up fd when the signal came. The mark keeps it from the loop.
-                os.write(self._fd, bytes([signum | _OWN]))
-            except OSError:
-                pass
-            if self._on_main(signum):
-                return None
+        try:
+            if self.armed:
+                try:
+                    # In case an event loop had the wake-up fd when the signal came. The mark keeps it from the loop.
+                    os.write(self._fd, bytes([signum | _OWN]))
+                except OSError:
+                    pass
+                if self._on_main(signum):
+                    return None
+        except Exception as error:
+            _failed("signal handler", error)
+            return None  # the listener has the signal as well, and sees to the end
         handler = self._handlers.get(signum, self._default)
         if callable(handler):
             return handler(signum, frame)
@@ -189,7 +209,11 @@ class Tap:
 
     def _answer_doorbell(self, signum: int, frame: FrameType | None) -> None:
         while self._errands:
-            self._errands.pop(0)()
+            errand = self._errands.pop(0)
+            try:
+                errand()
+            except Exception as error:  # not the SystemExit with which the main thread leaves
+                _failed("errand", error)
 
     def on_main(self, errand: Callable[[], object]) -> bool:
         """Have the main thread call `errand` soon: at its next bytecode, or out of a sleep or a lock.
@@ -205,6 +229,13 @@ class Tap:
         self._errands.append(errand)
         self._module.pthread_kill(main, self._doorbell)
         return True
+
+    def _run_listener(self, receiver: socket.socket) -> None:
+        try:
+            self._listen(receiver)
+        except Exception as error:  # deaf, it must not keep what event loops wait for
+            _failed("listener", error)
+            self.disarm()
 
     def _listen(self, receiver: socket.socket) -> None:
         """The listener thread: ends when the sockets are closed."""
@@ -244,22 +275,25 @@ class Tap:
         self._on_signal, self._on_main = on_signal, on_main
         if self.armed:
             return
+        from autoteardown.boundary import guarded
+
         if not self._fork_hooks:
             os.register_at_fork(
-                before=self._before_fork,
+                before=guarded(self._before_fork),
                 after_in_parent=self._unmask,
-                after_in_child=self._after_fork_in_child,
+                after_in_child=guarded(self._after_fork_in_child),
             )
+            os.register_at_fork(after_in_child=self._unmask)  # whatever comes of the other
             self._fork_hooks = True
         receiver, sender = _socket_pair()
-        self._pid = os.getpid()
+        self._sockets, self._fd, self._pid = (receiver, sender), sender.fileno(), os.getpid()
         try:
-            _thread.start_new_thread(self._listen, (receiver,))
+            _thread.start_new_thread(self._run_listener, (receiver,))
         except BaseException:
+            self._sockets, self._fd = None, -1
             receiver.close()
             sender.close()
             raise
-        self._sockets, self._fd = (receiver, sender), sender.fileno()
         self._settle(self._take_slots)
 
     def _settle(self, errand: Callable[[], object]) -> None:
@@ -341,8 +375,12 @@ class Tap:
                 self._give_slots_back()
         except (OSError, ValueError):  # the event loop's fd is gone: so be it
             pass
-        finally:
-            self._unmask()
+
+
+def _failed(what: str, error: BaseException) -> None:
+    from autoteardown.boundary import failed  # nothing to import before something has failed
+
+    failed(what, error)
 
 
 def _socket_pair() -> tuple[socket.socket, socket.socket]:

@@ -115,5 +115,8 @@ def _unsupported() -> "str | None":
 
 def _at_exit() -> None:
     guard = sys.modules.get("autoteardown.guard")
-    if guard is not None:
-        guard.at_exit()
+    try:
+        if guard is not None:
+            guard.at_exit()
+    except Exception as error:
+        say(f"at exit: {error!r}")

@@ -20,7 +20,7 @@ import time
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any, Callable, Optional
 
-from autoteardown import backends, lastwords, protocol, report, training
+from autoteardown import backends, lastwords, protocol, ray_rank, report, training
 
 if TYPE_CHECKING:
     from autoteardown.guard import Guard
@@ -265,6 +265,8 @@ class Teardown:
         self.guard.entry_update(state="leaving")
         if not soft:
             return
+        if ray_rank.waits_for_method(self.guard.gate.loop):
+            self._finish()
         self.leaving = True
         gate = self.guard.gate
         gate.open_exit(self.exit_code)

@@ -15,6 +15,8 @@ from collections import deque
 from time import monotonic
 from typing import Any, Callable, Optional
 
+from autoteardown.boundary import failed, guarded
+
 _NOW = -1
 
 
@@ -45,12 +47,12 @@ class Gate:
         self._exit.acquire()
         self._saves: dict[int, int] = {}
         self._background = 0
-        self._loop: Any = None
+        self.loop: Any = None  # the event loop of that thread
 
     def begin(self, thread: int) -> None:
         """A new world: every rank of it counts from nought."""
         self.thread = thread
-        self._loop = _running_loop()
+        self.loop = _running_loop()
         self.count = 0
         self.times.clear()
 
@@ -90,7 +92,7 @@ class Gate:
     def wake_loop(self) -> None:
         """An event loop with nothing to do waits in C (Ray's async actors do): have it come to a bytecode."""
         try:
-            self._loop.call_soon_threadsafe(_nothing)
+            self.loop.call_soon_threadsafe(_nothing)
         except (AttributeError, RuntimeError):  # none, or closed
             pass
 
@@ -169,12 +171,15 @@ def renew(tell: Callable[[tuple[str, Any]], None] = lambda event: None) -> Gate:
 
 def step_hook(optimizer: object, args: object, kwargs: object) -> None:
     """`torch.optim.optimizer.register_optimizer_step_post_hook`: global, after every optimizer's step."""
-    g = gate
-    g.thread = _thread.get_ident()
-    g.times.append(monotonic())
-    g.count += 1
-    if g.holding:
-        g.at_step()
+    try:
+        g = gate
+        g.thread = _thread.get_ident()
+        g.times.append(monotonic())
+        g.count += 1
+        if g.holding:
+            g.at_step()
+    except Exception as error:
+        failed("step hook", error)
 
 
 # As `torch.compiler.disable` would, which would import the compiler: a compiled step calls the hook, untraced.
@@ -235,4 +240,4 @@ class Parking(BaseException):
         gate.hold()
 
 
-os.register_at_fork(after_in_child=renew)
+os.register_at_fork(after_in_child=guarded(renew))

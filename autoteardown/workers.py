@@ -30,14 +30,17 @@ def stay_with_parent() -> None:
     parent_pid, alive = parent.pid, parent.is_alive
 
     def on_signal(signum: int, frame: object) -> None:
-        until = time.monotonic() + _ASK_FOR
-        while alive() and time.monotonic() < until:
-            state = registry.state_of(runtime_dir, parent_pid)
-            if state in _STAY:
-                return
-            if state is None or state in _GO:
-                break
-            time.sleep(0.01)
+        try:
+            until = time.monotonic() + _ASK_FOR
+            while alive() and time.monotonic() < until:
+                state = registry.state_of(runtime_dir, parent_pid)
+                if state in _STAY:
+                    return
+                if state is None or state in _GO:
+                    break
+                time.sleep(0.01)
+        except Exception:  # what it has to do, it does
+            pass
         signal.signal(signum, signal.SIG_DFL)
         os.kill(os.getpid(), signum)
 

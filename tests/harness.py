@@ -62,9 +62,9 @@ def free_port():
 
 def environment(mode, mark, **changes):
     """The environment of a rank: this one's, without what a surrounding agent or launcher has put into it."""
-    foreign = ("AUTOTEARDOWN", "TORCHELASTIC", "MASTER_", "GROUP_", "ROLE_")
+    foreign = ("AUTOTEARDOWN", "TORCHELASTIC", "MASTER_", "GROUP_", "ROLE_", "PYTHON")
     env = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "PYTHONPATH"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         env.pop(name, None)
     env.update(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo", MASTER_ADDR="127.0.0.1", TEST_MARK=mark)
     if mode == AGENT:

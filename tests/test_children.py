@@ -53,7 +53,6 @@ def test_a_child_reports_nothing(job, kind):
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_dataloader_worker_killed_alone(job, context):
     """Issue 2: SIGTERM to a DataLoader worker alone kills it within a second, and its parent as without us."""
-    seen = []
     for mode in (AGENT, NONE):
         (rank,) = job.world("loader.py", 1, context, 1, mode=mode)
         rank.wait_for("^step 3$")
@@ -63,10 +62,11 @@ def test_dataloader_worker_killed_alone(job, context):
         wait_until(lambda: not alive(worker), "the worker's end")  # noqa: B023
         assert time.monotonic() - sent < 3  # 1 s, and room for a busy machine
         assert rank.wait() == 1, rank.story()
-        assert f"DataLoader worker (pid {worker}) is killed by signal: Terminated" in rank.stderr
         assert not list(job.reports.iterdir()), rank.story()
-        seen.append(re.sub(r"\d+", "N", rank.stderr.splitlines()[-1]))
-    assert seen[0] == seen[1]
+        # torch raises the one or the other, whichever it notices first.
+        assert re.search(
+            r"DataLoader worker .* (killed by signal: Terminated|exited unexpectedly)", rank.stderr
+        )
 
 
 @pytest.mark.parametrize("context", ["fork", "spawn"])

@@ -6,7 +6,7 @@ called, so that a new one is in here from its first day. `programs/breaker.py` b
 
 import os
 import shutil
-import subprocess
+import signal
 import sys
 from pathlib import Path
 
@@ -36,20 +36,19 @@ def new_job(tmp_path_factory, fork_servers):
         each.close()
 
 
-def called(path, module=None):
+def called(path, module):
     names = set(path.read_text().split())
-    return sorted(name for name in names if module is None or name.partition(":")[0] == module)
+    return sorted(name for name in names - breaker.NEVER if name.partition(":")[0] == module)
 
 
 def in_parallel(names, start, complaint):
     """Start something for each name, a few at a time; what `complaint` makes of each, where it does complain."""
     found, running = [], []
     for name in [*names, *[None] * AT_ONCE]:
-        if name is None or len(running) == AT_ONCE:
-            if running:
-                broken, *started = running.pop(0)
-                said = complaint(*started)
-                found += [f"{broken} broken: {said}"] if said else []
+        if running and (name is None or len(running) == AT_ONCE):
+            broken, *started = running.pop(0)
+            said = complaint(*started)
+            found += [f"{broken} broken: {said}"] if said else []
         if name is not None:
             running.append((name, *start(name)))
     assert not found, "\n\n".join(found)
@@ -62,9 +61,18 @@ def live(job, *args, **options):
     return job.world("whole_life.py", 2, *args, SECOND_PORT=free_port(), **options)
 
 
+def repeats(rank):
+    """Whether our lines are more than one for each process: the rank, its DataLoader worker, its other child."""
+    return len(rank.stderr.splitlines()) > 3
+
+
 def outcome(rank):
     """What the world sees of a program, and what is left of its stderr without our lines."""
-    rank.wait()
+    try:
+        rank.wait(20)
+    except AssertionError:
+        rank.signal(signal.SIGKILL)
+        rank.wait()
     noise = [line for line in rank.noise if not line.startswith("autoteardown: ")]
     return rank.code, rank.stdout, noise
 
@@ -87,8 +95,45 @@ def test_a_whole_life(new_job, life, module):
 
     def complaint(*ranks):
         for rank, each in zip(ranks, expected):
-            if outcome(rank) != each or len(rank.stderr.splitlines()) > 2:
+            if outcome(rank) != each or repeats(rank):
                 return rank.story()
         return None
 
     in_parallel(called(path, module), lambda name: live(new_job(), BREAK=name), complaint)
+
+
+# -- an eviction -----------------------------------------------------------------------------------------------------
+
+
+def evict(job, **env):
+    ranks = live(job, "train", **env)
+    for rank in ranks:
+        rank.wait_for("^step 3$")
+    ranks[1].signal()
+    return ranks
+
+
+@pytest.fixture(scope="module")
+def eviction(new_job):
+    """All that an eviction calls."""
+    job = new_job()
+    peer, signalled = evict(job, CALLED=job.folder / "called")
+    assert signalled.outlast() == 0, signalled.story()
+    assert peer.outlast() == 143, peer.story()
+    return job.folder / "called"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_an_eviction(new_job, eviction, module):
+    """The signalled rank leaves in time with the right code, or dies of the signal as without us."""
+
+    def complaint(peer, signalled):
+        code = signalled.outlast()
+        if code == 0 or (code == -signal.SIGTERM and "may not be guarded" in signalled.stderr):
+            # Without us it loses its connection; the test ends it if it has to wait for that.
+            code = peer.outlast(20)
+            return None if code in (143, 1) else f"the peer: {peer.story()}"
+        peer.outlast(0)
+        return signalled.story()
+
+    in_parallel(called(eviction, module), lambda name: evict(new_job(), BREAK=name), complaint)

@@ -207,7 +207,12 @@ def of_healthy(world):
     for rank in trainers if unaware else world.ranks:
         if rank.stop.outcome != "clean" or "abort" in rank.did:
             yield f"rank {rank.index} is {rank.stop.outcome}, {rank.did}"
-        if "destroy" not in rank.did and rank.member.role == "train" and world.schedule.accelerator and not unaware:
+        if (
+            "destroy" not in rank.did
+            and rank.member.role == "train"
+            and world.schedule.accelerator
+            and not unaware
+        ):
             yield f"rank {rank.index} did not destroy"
     if world.schedule.host is not None and not unaware:
         times = [rank.start + rank.left_at for rank in world.ranks]

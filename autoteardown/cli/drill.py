@@ -6,27 +6,25 @@ import argparse
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from autoteardown import procfs, settings
-from autoteardown.drills import display, page, processes, run as drills, table
+from autoteardown.drills import display, page, processes, table
+from autoteardown.drills import run as drills
 from autoteardown.drills.command import CommandDrill
-from autoteardown.drills.job import environment
+from autoteardown.drills.environment import environment
 from autoteardown.drills.outcome import Outcome
 from autoteardown.drills.scenario import AGENT, PROTECTIONS, SCENARIOS
 
 GRACE = 10.0
 RANKS = 2
 PATIENCE = 180.0
-AFTER = 2.0
+AFTER = 5.0
 _PLATFORM_GRACE = 25.0  # the agent's default
 
 _EPILOG = """scenarios:
@@ -43,7 +41,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
-        "--ranks", type=_ranks, metavar="N", help=f"ranks to start (default: {RANKS}); of a COMMAND: to wait for"
+        "--ranks",
+        type=_ranks,
+        metavar="N",
+        help=f"ranks to start (default: {RANKS}); of a COMMAND: to wait for",
     )
     parser.add_argument(
         "--scenario",
@@ -94,20 +95,13 @@ def run(args: argparse.Namespace) -> int:
     if missing is not None:
         sys.stderr.write(f"autoteardown drill: {missing}\n")
         return 2
-    processes.adopt_orphans()
-    before = {signum: signal.signal(signum, _interrupt) for signum in _SIGNALS}
-    try:
-        with tempfile.TemporaryDirectory(prefix="autoteardown-drill-", ignore_cleanup_errors=True) as folder:
-            try:
-                return _run(args, Path(folder))
-            finally:
-                # All that is left, whatever has gone wrong; nobody may cut this short.
-                for signum in _SIGNALS:
-                    signal.signal(signum, signal.SIG_IGN)
-                processes.end_all()
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
+    # The folder is the outer one: nobody writes into it any more when it is removed.
+    with tempfile.TemporaryDirectory(prefix="autoteardown-drill-") as folder, processes.contained():
+        try:
+            return _run(args, Path(folder))
+        except KeyboardInterrupt:
+            sys.stderr.write("\nautoteardown drill: interrupted; what it has started ends with it\n")
+            raise
 
 
 def _run(args: argparse.Namespace, folder: Path) -> int:
@@ -119,9 +113,11 @@ def _run(args: argparse.Namespace, folder: Path) -> int:
     introduction = _introduction(args, outcomes)
     clean = all(outcome.clean for outcome in outcomes if outcome.protection == AGENT)
     show.line()
-    show.table(outcomes)
-    show.line()
-    show.line(table.LEGEND, "dim")
+    if any(outcome.ranks for outcome in outcomes):
+        show.table(outcomes)
+        show.line()
+        for line in table.LEGEND:
+            show.line(line, "dim")
     if args.html is not None:
         try:
             args.html.write_text(page.html(outcomes, introduction), encoding="utf-8")
@@ -149,7 +145,11 @@ def _own(args: argparse.Namespace, folder: Path, show: display.Display) -> list[
         f"Fire drill: {ranks} rank{'s' if ranks > 1 else ''} train on scikit-learn's digits with DDP, under torchrun.",
         "bold",
     )
-    note = f" (the usual {_PLATFORM_GRACE:g} s and more, cut short for a drill)" if grace < _PLATFORM_GRACE else ""
+    note = (
+        f" (the usual {_PLATFORM_GRACE:g} s and more, cut short for a drill)"
+        if grace < _PLATFORM_GRACE
+        else ""
+    )
     show.line(f"From SIGTERM to SIGKILL there are {grace:g} s{note}; AUTOTEARDOWN_GRACE is the same.")
     return drills.run(
         [SCENARIOS[name] for name in names],
@@ -188,7 +188,9 @@ def _check(args: argparse.Namespace) -> None:
     """What the options cannot say one by one."""
     if args.launch:
         if args.compare:
-            args.fail("--compare: a COMMAND of your own has no other handler to compare with; leave one of them out")
+            args.fail(
+                "--compare: a COMMAND of your own has no other handler to compare with; leave one of them out"
+            )
         if args.scenario and args.scenario not in (["train"], ["pod"]):
             args.fail(
                 f"--scenario {','.join(args.scenario)}: a COMMAND of your own can only be drilled in one of: train, pod"
@@ -201,39 +203,26 @@ def _check(args: argparse.Namespace) -> None:
         for name in args.scenario or []:
             if args.ranks and args.ranks < SCENARIOS[name].least:
                 args.fail(f"--ranks {args.ranks}: the scenario {name} needs at least {SCENARIOS[name].least}")
-    if args.html is not None:
-        # Now, and not after a minute of drilling.
-        if args.html.is_dir() or not args.html.absolute().parent.is_dir():
-            args.fail(f"--html {str(args.html)!r}: not a file in a folder that exists")
+    # Now, and not after a minute of drilling.
+    if args.html is not None and (args.html.is_dir() or not args.html.absolute().parent.is_dir()):
+        args.fail(f"--html {str(args.html)!r}: not a file in a folder that exists")
 
 
 def _missing(args: argparse.Namespace) -> str | None:
     """What this machine lacks, and what to do about it."""
     if not procfs.is_ours():
         return "needs Linux, and a /proc of this pid namespace"
-    if not args.launch:
-        if find_spec("torch") is None:
-            return "PyTorch is not installed in this environment: pip install torch"
-        if find_spec("sklearn") is None or find_spec("numpy") is None:
-            return (
-                "the data set comes with scikit-learn, which is not installed in this environment: "
-                "pip install 'autoteardown[drill]'"
-            )
-    env: Mapping[str, str] = environment(Path("/nonexistent"), GRACE, agent=True)
+    if args.launch:
+        return None
+    if find_spec("torch") is None:
+        return "PyTorch is not installed in this environment: pip install torch"
+    if find_spec("sklearn") is None or find_spec("numpy") is None:
+        return "the data set is scikit-learn's, which is not installed in this environment: pip install scikit-learn"
+    env = environment(Path("/nonexistent"), GRACE, agent=True)
     probe = "import sys; from autoteardown import startup; sys.exit(not startup.active())"
-    if not args.launch and subprocess.run([sys.executable, "-c", probe], env=env, cwd="/", check=False).returncode:
+    if subprocess.run([sys.executable, "-c", probe], env=env, cwd="/", check=False).returncode:
         return "AUTOTEARDOWN=1 does not start the agent in this environment; `autoteardown doctor` says why"
     return None
-
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-def _interrupt(signum: int, frame: FrameType | None) -> None:
-    """The first one ends the drill in an orderly way, those after it change nothing."""
-    for other in _SIGNALS:
-        signal.signal(other, signal.SIG_IGN)
-    raise KeyboardInterrupt if signum == signal.SIGINT else SystemExit(128 + signum)
 
 
 def _ranks(text: str) -> int:

@@ -14,8 +14,9 @@ from pathlib import Path
 
 from autoteardown import registry
 from autoteardown import settings as settings_of
-from autoteardown.drills import job, processes
+from autoteardown.drills import environment, processes
 from autoteardown.drills.display import Display
+from autoteardown.drills.job import AFTERMATH
 from autoteardown.drills.outcome import Outcome, RankOutcome
 from autoteardown.drills.scenario import AGENT, Scenario
 from autoteardown.record import Record
@@ -52,7 +53,7 @@ class CommandDrill:
         self._after = after
         self._folder = folder
         self._display = display
-        self._env = {**os.environ, "AUTOTEARDOWN": "1", **job.settings(folder, grace)}
+        self._env = {**os.environ, "AUTOTEARDOWN": "1", **environment.settings(folder, grace)}
         self._settings = settings_of.load(self._env)[0]
         self._ranks: list[tuple[Record, processes.Process, RankOutcome]] = []
 
@@ -113,8 +114,10 @@ class CommandDrill:
             if self._process.poll() is not None:
                 return f"the command ended by itself, with exit {self._process.returncode}, before it was evicted"
             if time.monotonic() > deadline:
-                hint = "" if count else "; `autoteardown doctor`, run as the ranks are, says why"
-                return f"{count} of {wanted} ranks were armed after {self._patience:g} s{hint}"
+                if count:
+                    return f"{count} of {wanted} ranks were armed after {self._patience:g} s"
+                why = "`autoteardown doctor`, run as the ranks are run, says if the agent is active"
+                return f"no rank was armed after {self._patience:g} s; {why}"
             time.sleep(TICK)
 
     def _evict(self) -> None:
@@ -148,7 +151,7 @@ class CommandDrill:
             if not over and elapsed >= self._grace:
                 over = True
                 self._end_of_grace()
-            if (gone and self._process.poll() is not None) or elapsed >= self._grace + job.AFTERMATH:
+            if (gone and self._process.poll() is not None) or elapsed >= self._grace + AFTERMATH:
                 return
             time.sleep(TICK)
 

@@ -62,9 +62,11 @@ class RichDisplay(Display):
         self._live: Any = None
 
     def line(self, text: str = "", style: str = "") -> None:
+        """Above the live view."""
         self._console.print(text, style=style or None, markup=False)
 
     def scenario(self, scenario: Scenario, jobs: Sequence[Job]) -> None:
+        """The live view begins."""
         from rich.live import Live
 
         super().scenario(scenario, jobs)
@@ -72,10 +74,12 @@ class RichDisplay(Display):
         self._live.start()
 
     def say(self, label: str, text: str) -> None:
+        """In colour."""
         style = "dim" if text.startswith(" ") else "yellow" if "SIG" in text else ""
         self.line(f"  {label:{_WIDTH}}  {text}", style)
 
     def tick(self, jobs: Sequence[Job]) -> None:
+        """Renew the live view."""
         from rich.table import Table
 
         view = Table.grid(padding=(0, 2))
@@ -84,11 +88,13 @@ class RichDisplay(Display):
         self._live.update(view)
 
     def pause(self) -> None:
+        """The live view ends."""
         if self._live is not None:
             self._live.stop()
             self._live = None
 
     def table(self, outcomes: Sequence[Outcome]) -> None:
+        """In colour."""
         from rich.table import Table
         from rich.text import Text
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,59 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from autoteardown.drills import processes
+from autoteardown.drills.environment import environment
 from autoteardown.drills.outcome import Outcome, RankOutcome, look_at_checkpoint
+from autoteardown.drills.rank import Lines, Rank
 from autoteardown.drills.scenario import AGENT, HAND_WRITTEN, PROTECTIONS, Scenario
 
-STILL = 0.5  # seconds without a tick of processor time: the main thread waits in C
 AFTERMATH = 3.0  # seconds after the grace period in which a launcher may notice what was killed
 _AGENT_LINE = re.compile(r"autoteardown rank=(\S+)/\S+ pid=\d+ host=\S+ (\+\d+\.\d+s .*)")
-
-
-class Rank:
-    """One rank, as its notes and its process show it."""
-
-    def __init__(self, number: int, folder: Path) -> None:
-        self.number = number
-        self.process: processes.Process | None = None
-        self.stage = ""
-        self.backend: str | None = None
-        self.steps = 0
-        self.saving = False
-        self.saved = False
-        self.signalled = self.lost = self.sigkilled = self.hanging = False
-        self.code: int | None = None
-        self.out: float | None = None  # when it was seen to be gone
-        self._notes = Lines(folder / f"rank-{number}")
-        self._idle: tuple[str, int] | None = None
-        self._idle_since = 0.0
-
-    def read(self) -> None:
-        """Take in what it has noted since."""
-        for line in self._notes.new():
-            what, _, value = line.partition(" ")
-            if what == "started":
-                self.process = processes.Process(int(value))
-            elif what == "step":
-                self.steps = int(value)
-            elif what == "joining":
-                self.backend = value
-            self.saving = what == "saving"
-            self.saved = self.saved or what == "saved"
-            if what not in ("saving", "saved"):
-                self.stage = what
-
-    @property
-    def alive(self) -> bool:
-        """Whether its process runs."""
-        return self.process is not None and self.process.alive
-
-    def still(self) -> bool:
-        """Whether its main thread has been asleep for a while."""
-        assert self.process is not None
-        now = self.process.main_thread()
-        if now != self._idle or now[0] != "S":
-            self._idle, self._idle_since = now, time.monotonic()
-        return time.monotonic() - self._idle_since > STILL
 
 
 class Job:
@@ -151,7 +103,7 @@ class Job:
                 self.fail(f"the job ended by itself, torchrun with exit {self._launcher.returncode}")
             elif self.state == "starting" and self._is_ready():
                 self.state = "ready"
-            elif self.state == "going" and (not self.scenario.name == "pod" or self.ranks[0].saving):
+            elif self.state == "going" and (self.scenario.name != "pod" or self.ranks[0].saving):
                 self._evict()
         elif self.state == "evicted":
             self._watch()
@@ -220,7 +172,8 @@ class Job:
             there = ranks[0].stage == stage and all(rank.stage == "elsewhere" for rank in ranks[1:])
             ready = there and ranks[0].still()
         elif stage == "joining":
-            ready = all(rank.stage == stage for rank in ranks) and all([rank.still() for rank in ranks])
+            still = [rank.still() for rank in ranks]  # each one's clock runs from its own first look
+            ready = all(rank.stage == stage for rank in ranks) and all(still)
         else:
             ready = ranks[0].saved and all(rank.stage == stage for rank in ranks)
         if ready:
@@ -260,6 +213,7 @@ class Job:
         for rank in self.ranks:
             if rank.out is None and not rank.alive:
                 rank.out = now
+        for rank in sorted(self.ranks, key=lambda rank: rank.out or now):
             if rank.out is not None and rank.code is None and rank.process is not None:
                 rank.code = self._codes.get(rank.process.pid)
                 if rank.code is None:
@@ -303,50 +257,3 @@ class Job:
                 self.log.append(line)
                 if self._quotes:
                     self._tell(f"    rank {match[1]}: {match[2]}")
-
-
-class Lines:
-    """The lines that a file has got since the last look."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._offset = 0
-        self._rest = b""
-
-    def new(self) -> list[str]:
-        """Whole lines only; none while there is no file."""
-        try:
-            with self._path.open("rb") as file:
-                file.seek(self._offset)
-                data = file.read()
-        except FileNotFoundError:
-            return []
-        self._offset += len(data)
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        return [line.decode(errors="replace") for line in lines]
-
-
-def environment(folder: Path, grace: float, agent: bool) -> dict[str, str]:
-    """This process's, without what an agent or a launcher around it has put there."""
-    foreign = ("AUTOTEARDOWN", "TORCHELASTIC_", "PET_", "GROUP_", "ROLE_", "MASTER_")
-    env = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-        env.pop(name, None)
-    if env.get("PYTHONPATH"):  # the job runs in another folder
-        env["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, env["PYTHONPATH"].split(os.pathsep)))
-    env.setdefault("OMP_NUM_THREADS", "1")
-    if any(name == "lo" for _, name in socket.if_nameindex()):
-        env.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a host name that resolves to nowhere must not spoil it
-    if agent:
-        env.update(AUTOTEARDOWN="1", **settings(folder, grace))
-    return env
-
-
-def settings(folder: Path, grace: float) -> dict[str, str]:
-    """What the agent in a drilled job is told."""
-    return {
-        "AUTOTEARDOWN_GRACE": f"{grace:g}",
-        "AUTOTEARDOWN_REPORT_DIR": str(folder / "reports"),
-        "AUTOTEARDOWN_RUNTIME_DIR": str(folder / "runtime"),
-        "AUTOTEARDOWN_TERMINATION_LOG": "",
-    }

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from autoteardown.cli import reports
-from autoteardown.cli.stops import Stop, seconds
+from autoteardown.cli.stops import Stop, ranges, seconds
 from autoteardown.drills.scenario import PROTECTIONS, SCENARIOS
 
 WHOLE, CUT, NO_CHECKPOINT = "whole", "cut", "none"
@@ -64,21 +64,20 @@ class RankOutcome:
 
     @property
     def problem(self) -> str | None:
-        """What is wrong with the way in which it ended."""
+        """What is wrong with the way in which it ended, as something to say of one rank or of several."""
         if self.lost or self.withdrew:
             return None
         if self.sigkilled:
-            return f"{self.name} was still there when the grace period ended, and was SIGKILLed"
+            return "still there when the grace period ended, and SIGKILLed"
         if self.hanging:
-            return f"{self.name} was left hanging: still there when the grace period ended"
+            return "left hanging: still there when the grace period ended"
         if self.code in self.right:
             return None
         if self.code is None:
-            return f"{self.name} ended without a teardown; its exit code is not known"
+            return "ended without a teardown; the exit code is not known"
         if self.code < 0:
-            return f"{self.name} died of {self.ending}, without a teardown"
-        allowed = " or ".join(map(str, sorted(self.right)))
-        return f"{self.name} ended with exit {self.code} where {allowed} is right"
+            return f"died of {self.ending}, without a teardown"
+        return f"ended with exit {self.code} where {' or '.join(map(str, sorted(self.right)))} is right"
 
 
 @dataclass
@@ -128,7 +127,9 @@ class Outcome:
     @property
     def steps(self) -> list[int]:
         """The last steps of the ranks, where they are to be compared."""
-        return [r.step for r in self.ranks if r.step is not None and not r.lost] if self.compares_steps else []
+        return (
+            [r.step for r in self.ranks if r.step is not None and not r.lost] if self.compares_steps else []
+        )
 
     @property
     def same_step(self) -> bool | None:
@@ -138,7 +139,11 @@ class Outcome:
     @property
     def wrong(self) -> list[str]:
         """Everything that is wrong, a line each."""
-        found = self.problems + [rank.problem for rank in self.ranks if rank.problem]
+        found = list(self.problems)
+        for text in dict.fromkeys(rank.problem for rank in self.ranks):
+            if text is not None:
+                numbers = [rank.rank for rank in self.ranks if rank.problem == text]
+                found.append(f"{ranges([n for n in numbers if n is not None])} {text}")
         if self.checkpoint == CUT:
             found.append("the last checkpoint was cut in half")
         if self.same_step is False:

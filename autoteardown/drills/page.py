@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import groupby
 
-from autoteardown.cli import lanes, page
+from autoteardown.cli import lanes, page, picture
 from autoteardown.cli.stops import Phase, Rank, Stop
 from autoteardown.drills import table
 from autoteardown.drills.outcome import Outcome, RankOutcome
@@ -17,17 +17,17 @@ def html(outcomes: Sequence[Outcome], introduction: str) -> str:
         "<h1>Fire drill</h1>",
         f'<p class="soft">{page.esc(introduction)}</p>',
         page.table(table.HEAD, ([_cell(cell) for cell in row] for row in table.rows(outcomes))),
-        f'<p class="soft">{page.esc(table.LEGEND)}</p>',
+        f'<p class="soft">{page.esc(" ".join(table.LEGEND))}</p>',
     ]
     for name, run in groupby(outcomes, key=lambda outcome: outcome.scenario):
         group = list(run)
-        stop = picture(group)
+        stop, told = stop_of(group)
         parts += [f"<section><h2>{page.esc(name)}: {page.esc(group[0].title)}</h2>"]
         for outcome in group:
             kind = "" if outcome.clean else ' class="bad"'
             parts.append(f"<p{kind}><b>{page.esc(outcome.label)}</b> {page.esc(outcome.summary())}</p>")
         if stop.ranks:
-            parts += [lanes.key(stop), lanes.draw(stop, group[0].grace)]
+            parts += [picture.key(told), f'<div class="scroll">{lanes.draw(stop, group[0].grace)}</div>']
         for outcome in group:
             if outcome.log:
                 log = page.esc("\n".join(outcome.log))
@@ -36,15 +36,19 @@ def html(outcomes: Sequence[Outcome], introduction: str) -> str:
     return page.document("Fire drill", "\n".join(parts))
 
 
-def picture(outcomes: Sequence[Outcome]) -> Stop:
-    """All ranks of one scenario as one stop, a lane each; the protection stands where the host would."""
-    ranks = []
+def stop_of(outcomes: Sequence[Outcome]) -> tuple[Stop, Stop]:
+    """All ranks of one scenario as one stop, a lane each, and those of them alone that the agent has reported.
+
+    The protection stands where the host would.
+    """
+    everyone, reported = [], []
     for outcome in outcomes:
-        told = {(r.rank, r.pid): r for stop in outcome.stops for r in stop.ranks}
+        told = {report.pid: report for stop in outcome.stops for report in stop.ranks}
         for rank in outcome.ranks:
-            report = told.get((rank.rank, rank.pid))
-            ranks.append(_drawn(outcome, rank, report))
-    return Stop(ranks)
+            everyone.append(_drawn(outcome, rank, told.get(rank.pid)))
+            if rank.pid in told:
+                reported.append(everyone[-1])
+    return Stop(everyone), Stop(reported)
 
 
 def _drawn(outcome: Outcome, rank: RankOutcome, report: Rank | None) -> Rank:
@@ -60,7 +64,7 @@ def _drawn(outcome: Outcome, rank: RankOutcome, report: Rank | None) -> Rank:
     )
     if report is None:
         # It says nothing of itself: all that is known is how long it was there.
-        drawn.outcome = "lost" if rank.lost else "SIGKILLed" if rank.sigkilled else "hangs" if rank.hanging else "ended"
+        drawn.outcome = "ended" if rank.ending.isdigit() else rank.ending
         drawn.phases = [Phase("alive", 0.0, rank.seconds, "ok", "no handler or agent has reported")]
         return drawn
     drawn.phases, drawn.outcome, drawn.stuck = report.phases, report.outcome, report.stuck

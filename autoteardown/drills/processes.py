@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 
 from autoteardown import procfs
 
 _PR_SET_CHILD_SUBREAPER = 36
+_INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Process:
@@ -44,7 +48,35 @@ class Process:
         return fields[0].decode("ascii"), int(fields[11]) + int(fields[12])
 
 
-def adopt_orphans() -> None:
+@contextlib.contextmanager
+def contained() -> Iterator[None]:
+    """Nothing that is started inside outlives the block, whichever way that ends: Ctrl-C, SIGTERM and SIGHUP included.
+
+    Of several such signals the first ends the block in an orderly way, and those after it change nothing.
+    """
+    _adopt_orphans()
+    before = {signum: signal.signal(signum, _interrupt) for signum in _INTERRUPTS}
+    try:
+        yield
+    finally:
+        _ignore_interrupts()
+        end_all()
+        for signum, handler in before.items():
+            if handler is not None:  # None: not set from Python
+                signal.signal(signum, handler)
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    _ignore_interrupts()
+    raise KeyboardInterrupt if signum == signal.SIGINT else SystemExit(128 + signum)
+
+
+def _ignore_interrupts() -> None:
+    for signum in _INTERRUPTS:
+        signal.signal(signum, signal.SIG_IGN)
+
+
+def _adopt_orphans() -> None:
     """Become the parent of every descendant that loses its own: none can slip out of the tree."""
     import ctypes
 

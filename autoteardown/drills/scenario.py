@@ -39,10 +39,12 @@ class Scenario(NamedTuple):
 
         torchrun sends SIGTERM to the rest as soon as one worker has failed, so that a rank which is already on its
         way out because of a peer may get a signal of its own. And gloo tells the peers of a dead rank at once: they
-        may fail by themselves before they hear of any signal.
+        may fail by themselves before they hear of any signal, and torchrun's may then hit them in their last moments.
         """
         codes = {0} if signalled and not self.whole_pod else {0, 143}
-        return codes | {1} if self.name == "peer-lost" else codes
+        if self.name == "peer-lost":
+            codes |= {1} if signalled else {1, -15}
+        return codes
 
 
 SCENARIOS = {

@@ -13,9 +13,9 @@ HEAD = (
     "scenario", "protection", "exit codes", "last exit", "hanging", "SIGKILLed", "checkpoint", "last step", "verdict",
 )  # fmt: skip
 LEGEND = (
-    "Exit codes by rank, from rank 0 on; SIGTERM and SIGKILL: ended by it. Last exit: seconds from the first signal. "
-    "Hanging: had no signal, and was still there at the end of the grace period. "
-    "SIGKILLed: had the signal, and was still there."
+    "Exit codes by rank, from rank 0 on; SIGTERM or SIGKILL: ended by it. Last exit: time since the first signal.",
+    "Hanging: without a signal of its own, and still there at the end of the grace period.",
+    "SIGKILLed: had the signal, and was still there. Last step: where the ranks stopped; one number is right.",
 )
 
 

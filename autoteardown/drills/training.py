@@ -27,7 +27,9 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 LIFETIME = 900.0  # seconds; nobody has stopped the job by then
 STEP_SECONDS = 0.01  # what a step takes at least: a drill is no benchmark, and needs its processors itself
 CHECKPOINT_STEPS = 20
-DISK_BYTES_PER_SECOND = 200_000  # makes saving 80 kB a matter of 0.4 s, as large checkpoints to network storage are
+DISK_BYTES_PER_SECOND = (
+    200_000  # makes saving 80 kB a matter of 0.4 s, as large checkpoints to network storage are
+)
 
 
 class Notes:
@@ -37,6 +39,7 @@ class Notes:
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
 
     def __call__(self, what: str, value: object = "") -> None:
+        """Write one."""
         os.write(self._file, f"{what} {value}\n".encode())
 
 
@@ -113,7 +116,9 @@ def train(scenario: str, folder: Path) -> None:
         if step % CHECKPOINT_STEPS == 0 and rank == 0:
             note("saving", step)
             with SlowDisk(folder / "checkpoint.pt", "w") as file:
-                torch.save({"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+                torch.save(
+                    {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}, file
+                )
             note("saved", step)
         if scenario == "stuck" and step == CHECKPOINT_STEPS:
             stick(note, rank, device)

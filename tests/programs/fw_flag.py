@@ -1,7 +1,7 @@
 """Megatron-LM's way: a handler that sets a flag, an all_gather of the flags each iteration, a save, exit 0.
 
-As in megatron/training/dist_signal_handler.py and training.py. `fw_flag.py FOLDER [stuck]`; stuck: rank 1 never comes
-to the all_gather after the signal.
+As in megatron/training/dist_signal_handler.py and training.py. `fw_flag.py FOLDER`; once there is a file
+`stuck`, rank 1 never comes to the next all_gather.
 """
 
 import os

@@ -1,6 +1,6 @@
-"""Hugging Face Trainer, a tiny model made from its config. `fw_trainer.py FOLDER [jit] [stuck]`
+"""Hugging Face Trainer, a tiny model made from its config. `fw_trainer.py FOLDER [jit]`
 
-jit: its checkpoint on SIGTERM. stuck: the step after the signal never ends (what a hung collective looks like).
+jit: its checkpoint on SIGTERM. Once there is a file `stuck`, rank 1 never ends its step (a hung collective for rank 0).
 """
 
 import os

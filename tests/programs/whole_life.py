@@ -62,7 +62,7 @@ def save(model):
 
 def signals():
     seen = []
-    print(signal.getsignal(signal.SIGTERM), flush=True)
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
     signal.signal(signal.SIGTERM, lambda signum, frame: seen.append(signum))
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGUSR1, lambda signum, frame: seen.append(signum))

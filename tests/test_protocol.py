@@ -1,0 +1,568 @@
+"""The stop of one rank, rule by rule. `test_simulation.py` has many of them at once."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from autoteardown.protocol import COURTESY, LOOK, SKEW, Facts, Limits, Stop
+
+LIMITS = Limits()  # 8 s for the step, 5 drain, 5 destroy, 3 abort, 3 exit: 24 in all
+PEERS = Facts(world=4, board=True)
+GPU = PEERS._replace(accelerator=True, can_abort=True)
+
+
+class Script:
+    """A machine, and what it has wanted so far."""
+
+    def __init__(self, facts=PEERS, limits=LIMITS):
+        self.stop = Stop(limits, facts)
+        self.did = []
+
+    def __call__(self, now, event, value=None):
+        """What it wants done at this event; for `run until then`, pass `tick`."""
+        actions = self.stop.on(event, value, now)
+        self.did += [action.do for action in actions]
+        return [action.do if action.value is None else tuple(action) for action in actions]
+
+    def to(self, state):
+        """On the straight way to that state: told to stop at 0 s, there at 1 s."""
+        script = (
+            ("begin", None),
+            ("steps", (7, False)),
+            ("plan", 9),
+            ("stopped", 9),
+            ("drained", None),
+            ("called", None),
+            ("quiet", True),
+            ("destroyed", None),
+            ("gone", None),
+        )
+        for event, value in script:
+            if self.stop.state == state:
+                return self
+            self(1.0 if self.stop.phases else 0.0, event, value)
+        assert self.stop.state == state
+        return self
+
+    @property
+    def phases(self):
+        return [(phase.name, phase.outcome) for phase in self.stop.phases]
+
+
+def test_the_whole_way():
+    on = Script(GPU)
+    assert on(0.0, "begin") == [("tell", 24.0), "hold"]
+    assert on(0.1, "steps", (7, False)) == [("answer", (7, False))]
+    assert on(0.2, "notice", {"rank": 0}) == []  # its own
+    assert on(0.3, "plan", 9) == [("stop_at", 9)]
+    assert on(0.8, "stopped", 9) == ["park", "drain"]
+    assert on(0.9, "drained")[0] == "arrived"
+    assert on(0.9, "called") == [("quiet", True)]
+    assert on(1.0, "quiet", True) == ["destroy"]
+    assert on(1.2, "destroyed") == ["left", ("leave", True)]
+    assert on(1.3, "gone") == []
+    assert on.phases == [(name, "ok") for name in ("step", "park", "drain", "quiet", "destroy", "exit")]
+    assert on.stop.steps == {"at_signal": 7, "agreed": 9, "stopped_at": 9}
+    assert on.stop.outcome == "clean"
+
+
+def test_a_peer_goes_the_same_way_and_tells_nobody():
+    on = Script(GPU._replace(cause="peer"))
+    on(0.0, "notice", {"rank": 2, "left": 24.0})
+    assert on(0.0, "begin") == ["hold"]
+
+
+def test_without_a_board_it_finishes_the_step_it_is_in():
+    on = Script(Facts())
+    on(0.0, "begin")
+    assert on(0.1, "steps", (7, False)) == [("stop_at", 8)]
+    on(0.4, "stopped", 8)
+    on(0.4, "drained")
+    assert on(0.4, "called") == ["destroy"]
+    assert on(0.5, "destroyed") == [("leave", True)]
+
+
+@given(st.permutations(range(6)))
+def test_early_messages_change_nothing(order):
+    # Whatever others say may be heard at once, and twice; what this rank does itself has its order.
+    said = [("plan", 9), ("halt", None), ("quiet", True), ("gone", None), ("notice", {}), ("plan", 5)]
+    straight, hasty = Script(GPU), Script(GPU)
+    own = [
+        ("begin", None),
+        ("steps", (7, False)),
+        ("stopped", 9),
+        ("drained", None),
+        ("called", None),
+        ("destroyed", None),
+    ]
+    for event, value in own:
+        straight(1.0, event, value)
+        if event == "steps":
+            straight(1.0, "plan", 9)
+        if event == "called":
+            straight(1.0, "quiet", True)
+    hasty(0.5, "plan", 9)
+    for index in order:
+        hasty(0.5, *said[index])
+    for event, value in own:
+        hasty(1.0, event, value)
+    assert straight.stop.outcome == hasty.stop.outcome == "clean"
+    skipped = {"arrived", "stop_at", "tell"}  # said already, or nobody waits for it any more
+    assert [do for do in straight.did if do not in skipped] == [do for do in hasty.did if do not in skipped]
+
+
+# -- step -------------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_of_now_parks_at_once():
+    on = Script().to("step")
+    on(1.1, "steps", (7, False))
+    assert on(1.2, "plan", None) == ["park"]
+    assert on.phases[0] == ("step", "skipped")
+
+
+def test_stop_at_now_is_an_answer():
+    on = Script(PEERS._replace(step=False)).to("step")
+    assert on(1.1, "steps", (7, False)) == [("answer", (7, True))]
+
+
+def test_a_rank_whose_steps_are_too_long_says_so():
+    on = Script().to("step")
+    assert on(1.1, "steps", (7, True)) == [("answer", (7, True))]
+
+
+def test_a_rank_that_never_steps_goes_on_until_the_others_are_there():
+    on = Script().to("step")
+    assert on(1.1, "steps", (None, False)) == [("answer", (None, False))]
+    on(1.2, "plan", 9)
+    assert on.stop.state == "step"
+    assert on(1.5, "halt") == ["park"]
+    on(1.6, "parked")
+    on(1.6, "drained")
+    assert "arrived" not in on.did
+    assert on.stop.steps is None
+
+
+def test_a_rank_that_is_about_to_make_its_first_step_makes_it():
+    on = Script().to("step")
+    on(1.1, "steps", (None, False))
+    assert on(1.2, "plan", 9) == [("stop_at", 9)]
+
+
+def test_who_is_there_says_so_when_its_device_is_idle():
+    # Until then it may wait for the part of a rank that never steps.
+    on = Script(GPU).to("drain")
+    assert "arrived" not in on.did
+    assert on(1.1, "drained")[0] == "arrived"
+
+
+def test_a_missing_answer_costs_half_the_time():
+    on = Script()
+    on(0.0, "begin")
+    on(0.1, "steps", (7, False))
+    assert on.stop.wake == 4.0
+    assert on(4.0, "tick") == ["plan_now"]
+    assert on(4.1, "plan", None) == ["park"]
+
+
+def test_a_silent_board_costs_the_time_and_no_more():
+    on = Script()
+    on(0.0, "begin")
+    on(0.1, "steps", (7, False))
+    on(4.0, "tick")
+    assert on.stop.wake == 8.0
+    assert on(8.0, "tick") == [("stacks", "step"), "park"]
+
+
+def test_a_lost_board_costs_nothing():
+    on = Script().to("step")
+    on(1.1, "steps", (7, False))
+    assert on(1.2, "lost", "reset") == ["park"]
+    assert on(1.3, "parked") == ["drain"]
+    on(1.3, "drained")
+    assert on(1.3, "called") == [("leave", True)]  # says nothing to a board that is gone
+    assert on.stop.outcome == "clean"
+
+
+def test_with_the_step_agreed_a_lost_board_changes_nothing():
+    on = Script().to("step")
+    on(1.1, "steps", (7, False))
+    on(1.2, "plan", 9)
+    assert on(1.3, "lost", "reset") == []
+    assert on(1.4, "stopped", 9) == ["park", "drain"]
+
+
+def test_a_thread_that_ends_on_its_way_halts_everybody():
+    on = Script().to("step")
+    on(1.1, "steps", (7, False))
+    on(1.2, "plan", 9)
+    assert on(1.3, "ended") == ["halt", "park", "drain"]
+
+
+def test_the_end_of_a_thread_that_never_stepped_halts_nobody():
+    on = Script().to("step")
+    on(1.1, "steps", (None, False))
+    assert on(1.3, "ended") == ["park", "drain"]
+
+
+def test_a_step_that_is_not_reached_halts_everybody():
+    on = Script()
+    on(0.0, "begin")
+    on(0.1, "steps", (7, False))
+    on(0.2, "plan", 9)
+    assert on.stop.wake == 8.0
+    assert on(8.0, "tick") == ["halt", ("stacks", "step"), "park"]
+
+
+def test_halt_parks():
+    on = Script().to("step")
+    on(1.1, "steps", (7, False))
+    on(1.2, "plan", 9)
+    assert on(1.3, "halt") == ["park"]
+
+
+# -- park and drain ---------------------------------------------------------------------------------------------
+
+
+def test_parking_and_draining_have_one_budget():
+    on = Script(PEERS).to("step")
+    on(1.0, "steps", (7, False))
+    on(1.0, "plan", None)
+    assert on.stop.wake == 6.0
+    assert on(4.0, "parked") == ["drain"]
+    assert on.stop.wake == 6.0
+
+
+def test_a_device_may_wait_for_peers_that_are_on_their_way():
+    on = Script(GPU)
+    on(0.0, "begin")
+    on(0.0, "steps", (7, False))
+    on(0.0, "plan", 9)
+    on(1.0, "stopped", 9)
+    assert on.stop.wake == 8.0 + 5.0
+    on(2.0, "halt")  # nobody is on the way any more
+    assert on.stop.wake == 2.0 + 5.0
+
+
+def test_a_save_is_waited_for_while_there_is_time_for_an_abort():
+    on = Script().to("step")
+    on(1.0, "saving", True)
+    on(1.0, "steps", (7, False))
+    on(1.0, "plan", None)
+    assert on(1.0, "parked") == []  # another thread saves
+    assert on.stop.wake == 24.0 - 3.0 - 3.0
+    assert on(10.0, "saving", False) == ["drain"]
+    assert on.stop.wake == 10.0 + 5.0
+
+
+def test_after_a_save_the_thread_has_its_time_to_park():
+    on = Script().to("step")
+    on(1.0, "saving", True)
+    on(1.0, "steps", (7, False))
+    on(1.0, "plan", None)
+    on(10.0, "saving", False)
+    assert on.stop.wake == 15.0
+    assert on(10.1, "parked") == ["drain"]
+
+
+def test_a_save_that_outlasts_everything_is_cut_by_the_exit_only():
+    on = Script(GPU).to("step")
+    on(1.0, "saving", True)
+    on(1.0, "steps", (7, False))
+    on(1.0, "plan", None)
+    latest = 24.0 - 3.0 - 3.0 - 5.0 * LOOK
+    assert on.stop.wake == latest
+    assert on(latest, "tick") == [("stacks", "park"), "drain"]
+    on(latest, "drained")
+    assert on(latest, "quiet", False) == ["left"]
+    assert on.stop.wake == 24.0 - 3.0
+    assert on(20.0, "saving", False) == [("leave", False), "die"]
+
+
+def test_a_blocked_thread_with_an_idle_device_is_not_aborted():
+    on = Script(GPU).to("step")
+    on(1.0, "steps", (7, False))
+    on(1.0, "plan", None)
+    look = 1.0 + 5.0 * (1 - LOOK)
+    assert on.stop.wake == look
+    assert on(look, "tick") == [("stacks", "park"), "drain"]
+    assert on.stop.wake == 6.0
+    assert on(look, "drained") == [("quiet", False)]
+    assert on(look, "quiet", False) == ["left", ("leave", False), "die"]
+    assert on.phases == [
+        ("step", "skipped"), ("park", "timeout"), ("drain", "ok"), ("abort", "skipped"), ("quiet", "ok"), ("exit", "ok")
+    ]  # fmt: skip
+    assert on.stop.outcome == "aborted"
+
+
+def wedged():
+    """A rank whose device does not become idle, at 13 s."""
+    on = Script(GPU).to("drain")
+    assert on(13.0, "tick") == [("stacks", "drain"), "halt", "abort"]
+    return on
+
+
+def test_a_busy_device_is_aborted_and_then_quiet():
+    on = wedged()
+    assert on(13.2, "aborted") == [("quiet", False)]
+    assert on(13.3, "quiet", False) == ["left", ("leave", False), "die"]
+    assert on.stop.outcome == "aborted"
+
+
+def test_an_abort_that_does_not_return_is_not_quiet():
+    on = wedged()
+    assert on.stop.wake == 16.0
+    on(16.0, "tick")
+    assert "quiet" not in on.did
+    assert on.stop.wake == on.stop.floor == 19.0
+
+
+def test_a_failed_abort_is_not_quiet():
+    on = wedged()
+    assert on(13.2, "aborted", "NCCL error") == []
+
+
+def test_a_failed_drain_is_an_abort():
+    on = Script(GPU).to("drain")
+    assert on(1.1, "drained", "CUDA error") == ["halt", "abort"]
+
+
+def test_a_blocked_gloo_rank_is_dropped_with_its_process():
+    on = Script().to("step")
+    on(1.0, "steps", (7, False))
+    on(1.0, "halt")
+    did = on(6.0, "tick")
+    assert did == [("stacks", "park"), ("quiet", False), "left", ("leave", False), "die"]
+    assert on.phases[-2:] == [("abort", "skipped"), ("exit", "ok")]
+    assert on.stop.outcome == "aborted"
+
+
+def test_what_was_heard_counts_before_what_time_it_is():
+    # A process that was frozen for 10 s finds an answer, and a deadline that has passed.
+    on = Script(GPU).to("drain")
+    assert "abort" not in on(20.0, "halt")
+    on(20.0, "drained")
+    assert on.stop.state == "callbacks"
+
+
+# -- quiet and release ------------------------------------------------------------------------------------------
+
+
+def test_callbacks_have_half_of_the_time_that_is_left():
+    on = Script(GPU).to("drain")
+    assert on(2.0, "drained")[-1] == ("callbacks", (19.0 - 2.0) / 2)
+    assert on(10.5, "tick") == [("quiet", True)]
+
+
+def test_nobody_leaves_before_all_are_quiet_or_the_floor_has_passed():
+    on = Script(GPU).to("quiet")
+    assert on.stop.wake == on.stop.floor == 8.0 + 5.0 + 3.0 + SKEW
+    assert on(18.9, "tick") == []
+    assert on(19.0, "tick") == [("stacks", "quiet"), "left", ("leave", True)]
+    assert ("destroy", "skipped") in on.phases
+    assert on.stop.outcome == "clean"
+
+
+def test_the_floor_leaves_time_to_exit():
+    on = Script(GPU, LIMITS.within(9.0)._replace(hard=9.0))
+    on(0.0, "begin")
+    assert on.stop.floor == 9.0 - 9.0 / 8
+
+
+def test_without_an_accelerator_peers_get_a_moment():
+    on = Script().to("quiet")
+    on(1.0, "halt")
+    assert on.stop.wake == 1.0 + COURTESY
+    assert on(2.0, "tick")[-1] == ("leave", True)
+
+
+def test_without_an_accelerator_peers_get_a_moment_after_their_last_step():
+    on = Script().to("quiet")
+    assert on.stop.wake == 8.0 + COURTESY
+
+
+def test_a_drained_rank_among_wedged_ones_neither_destroys_nor_aborts():
+    on = Script(GPU).to("quiet")
+    assert on(1.2, "quiet", False) == ["left", ("leave", True)]
+
+
+def test_a_group_of_one_has_nobody_to_wait_for():
+    on = Script(Facts(accelerator=True, can_abort=True)).to("destroy")
+    assert on.did[-1] == "destroy"
+    assert ("quiet", "skipped") in on.phases
+
+
+def test_a_gpu_rank_without_a_board_waits_for_the_floor():
+    on = Script(GPU._replace(board=False))
+    on(0.0, "begin")
+    on(0.0, "steps", (7, False))
+    on(0.5, "stopped", 8)
+    on(0.5, "drained")
+    assert on(0.5, "called") == []
+    assert on.stop.wake == on.stop.floor
+    assert "destroy" not in on(on.stop.floor, "tick")
+
+
+def test_a_destroy_that_does_not_return():
+    on = Script(GPU).to("destroy")
+    assert on.stop.wake == 6.0
+    assert on(6.0, "tick") == [("stacks", "destroy"), "left", ("leave", False), "die"]
+    assert on.stop.outcome == "aborted"
+
+
+def test_a_late_destroy_leaves_time_to_exit():
+    on = Script(GPU).to("quiet")
+    assert on(18.9, "quiet", True) == ["destroy"]
+    assert on.stop.wake == 24.0 - 3.0
+
+
+# -- exit -------------------------------------------------------------------------------------------------------
+
+
+def test_the_host_of_the_store_leaves_last():
+    on = Script(GPU._replace(hosts_store=True)).to("exit")
+    assert on.did[-1] == "left"
+    assert on.stop.wake == 1.0 + 5.0  # others may still be in their destroy
+    assert on(1.1, "gone") == [("leave", True)]
+
+
+def test_the_host_of_the_store_gives_ranks_that_say_nothing_a_moment():
+    on = Script(PEERS._replace(hosts_store=True)).to("quiet")
+    on(1.0, "halt")
+    assert on(2.0, "tick") == [("stacks", "quiet"), "left"]
+    assert on(2.0 + COURTESY, "tick") == [("leave", True)]
+
+
+def test_the_program_has_a_moment_to_leave_by_itself():
+    on = Script().to("leaving")
+    assert on.stop.wake == 1.0 + 3.0
+    assert on(4.0, "tick") == [("stacks", "exit"), "die"]
+    assert on.phases[-1] == ("exit", "timeout")
+    assert on.stop.outcome == "clean"
+
+
+def test_a_rank_in_rendezvous_just_leaves():
+    on = Script(Facts(joined=False))
+    assert on(0.0, "begin") == ["park"]
+    assert on(0.1, "parked") == [("leave", True)]
+    on = Script(Facts(joined=False))
+    on(0.0, "begin")
+    assert on(on.stop.wake, "tick") == [("stacks", "park"), ("leave", False), "die"]
+
+
+STATES = ("yield", "step", "park", "drain", "callbacks", "quiet", "destroy", "exit", "leaving")
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_the_hard_deadline_ends_every_state(state):
+    on = Script(GPU._replace(hosts_store=True), LIMITS._replace(yield_=18.0 * (state == "yield")))
+    if state == "park":
+        on.to("step")
+        on(1.0, "steps", (7, False))
+        on(1.0, "halt")
+    else:
+        on.to(state)
+    assert on.stop.state == state
+    assert on(24.0, "tick")[-1] == "die"
+    assert on.stop.outcome == ("clean" if state == "leaving" else "forced")
+    assert all(phase.end is not None for phase in on.stop.phases)
+    assert on(25.0, "tick") == on(25.0, "quiet", True) == on(25.0, "drained") == []
+
+
+# -- the application's own handler ------------------------------------------------------------------------------
+
+YIELD = LIMITS._replace(yield_=18.0)
+
+
+def test_the_application_has_its_time_and_nobody_is_told():
+    on = Script(GPU, YIELD)
+    assert on(0.0, "begin") == []
+    assert on.stop.wake == 18.0
+    assert on(18.0, "tick") == [("stacks", "yield"), ("tell", 6.0), "hold"]
+
+
+def test_what_comes_after_the_yield_fits_into_what_is_left():
+    on = Script(GPU, YIELD)
+    on(0.0, "begin")
+    on(18.0, "tick")
+    assert on.stop.limits[2:] == tuple(limit / 4 for limit in LIMITS[2:])
+    assert on.stop.floor == 24.0 - 3.0 / 4
+
+
+def test_a_peer_has_the_time_that_is_left_to_the_rank_that_tells():
+    on = Script(GPU._replace(cause="peer"))
+    on(0.0, "notice", {"rank": 0, "left": 6.0})
+    on(0.0, "begin")
+    assert on.stop.limits.step == 2.0
+    assert on.stop.floor == 2.0 + 5.0 / 4 + 3.0 / 4 + SKEW
+
+
+def test_a_notice_near_the_end_of_the_yield_ends_it():
+    on = Script(GPU, YIELD)
+    on(0.0, "begin")
+    assert on(18.0 - SKEW, "notice", {"left": 6.0}) == ["hold"]
+    assert on.phases == [("yield", "ok"), ("step", "")]
+
+
+def test_a_notice_in_the_yield_leaves_the_application_its_time():
+    on = Script(GPU, YIELD)
+    on(0.0, "begin")
+    assert on(1.0, "notice", {"left": 24.0}) == [("answer", (None, False))]
+    on(1.1, "plan", 9)
+    on(1.5, "halt")
+    assert on.stop.state == "yield"
+    assert on(16.0, "lost") == []
+    # The group has stopped without it: there is no step to go for.
+    assert on(18.0, "tick") == [("stacks", "yield"), "park"]
+    assert on.phases == [("yield", "timeout"), ("step", "skipped"), ("park", "")]
+
+
+def test_a_notice_takes_at_most_half_of_a_short_yield():
+    on = Script(GPU, LIMITS._replace(hard=9.0, yield_=3.0))
+    on(0.0, "begin")
+    assert on(1.0, "notice", {"left": 9.0}) == [("answer", (None, False))]
+
+
+# -- anything at any time ---------------------------------------------------------------------------------------
+
+VALUES = {
+    "begin": st.none(),
+    "steps": st.tuples(st.one_of(st.none(), st.integers(1, 9)), st.booleans()),
+    "notice": st.sampled_from([{}, {"left": 6.0}]),
+    "plan": st.one_of(st.none(), st.integers(1, 9)),
+    "quiet": st.booleans(),
+    "saving": st.booleans(),
+    "stopped": st.integers(1, 9),
+    **dict.fromkeys(("halt", "gone", "lost", "parked", "ended", "called"), st.none()),
+    **dict.fromkeys(("drained", "destroyed", "aborted"), st.sampled_from([None, "failed"])),
+}
+EVENTS = st.sampled_from(sorted(VALUES)).flatmap(lambda event: st.tuples(st.just(event), VALUES[event]))
+
+
+@given(
+    facts=st.builds(
+        Facts,
+        *[st.sampled_from(["signal", "peer"]), st.booleans(), st.sampled_from([1, 4])] + [st.booleans()] * 5,
+    ),
+    limits=st.sampled_from([LIMITS, YIELD, LIMITS.within(1.0)._replace(hard=1.0), LIMITS._replace(step=0.0)]),
+    script=st.lists(st.tuples(st.floats(0, 3), EVENTS), max_size=20),
+)
+def test_it_ends_in_time_and_in_order_whatever_it_hears(facts, limits, script):
+    on, now = Script(facts, limits), 0.0
+    on(0.0, "begin")
+    for after, (event, value) in [*script, *[(30.0, ("halt", None))]]:
+        until = now + after
+        while on.stop.state != "done" and on.stop.wake <= until:
+            asked, now = on.stop.wake, max(now, on.stop.wake)
+            on(now, "tick")
+            assert on.stop.state == "done" or on.stop.wake > now, f"spins: woken at {asked}"
+        now = until
+        on(now, event, value)
+    assert on.stop.state == "done"
+    assert on.did.count("die") == 1
+    assert on.did[-1] == "die"
+    assert len(on.did) == len(set(on.did)) + max(0, on.did.count("stacks") - 1)
+    assert all(first.end == second.start for first, second in zip(on.stop.phases, on.stop.phases[1:]))
+    assert all(phase.outcome and phase.start <= phase.end <= limits.hard for phase in on.stop.phases)
