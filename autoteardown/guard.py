@@ -17,7 +17,7 @@ from typing import Any, Callable, Optional
 from autoteardown import backends, ray_rank, registry, report, settings, signals, training
 from autoteardown import board as boards
 from autoteardown.boundary import guarded
-from autoteardown.teardown import Teardown
+from autoteardown.teardown import Teardown, end
 
 SCHEMA = 1
 _PLAN_WAIT = 2.0  # seconds that the main thread waits, in the signal handler, to know if it is to run on
@@ -116,8 +116,10 @@ class Guard:
                 self._begin("signal", signum, origin)
         except BaseException as error:
             # What is left of the contract: out in time, with the right code.
-            self.log.line(f"internal error: {type(error).__name__}: {error}")
-            os._exit(self.settings.exit_code_for(signum))
+            try:
+                self.log.line(f"internal error: {type(error).__name__}: {error}")
+            finally:
+                end(lambda: self.settings.exit_code_for(signum))
 
     def _begin(self, cause: str, signum: Optional[int], origin: dict[str, Any]) -> None:
         yields = signum is not None and self._application_owns(signum)
@@ -137,7 +139,10 @@ class Guard:
         """On the main thread, from the trampoline."""
         committed = self.teardown is not None and self.teardown.committed
         if not committed and self._application_owns(signum):
-            return False
+            if self.tap.application_owns(signum):
+                return False
+            # It has put the default back, and the signal has come again: uvicorn raises it when it has shut down.
+            self.events.put(("released", None))
         if not self._main_waits:  # in a signal storm each handler runs on top of the last
             self._main_waits = True
             # Some C code (`re`, big integers) runs signal handlers but never lets go of the GIL: this may be the only

@@ -89,9 +89,9 @@ class Stop:
 
     Events for `on` (`value` in brackets): `begin`; `steps` (`(completed or None, cannot)`); from the board `notice`
     (origin, with what `tell` said as `left`; before `begin` if that is why this rank stops), `plan` (step or None),
-    `halt`, `quiet` (clean), `gone`, `lost`; from the training thread `stopped` (step), `parked`, `ended`; `saving`
-    (bool); from the workers `drained`, `called`, `destroyed`, `aborted` (None, or what went wrong); `tick`, when
-    `wake` has come and no event is waiting.
+    `halt`, `quiet` (clean), `gone`, `lost`; from the application `released` (it has put its handler away); from the
+    training thread `stopped` (step), `parked`, `ended`; `saving` (bool); from the workers `drained`, `called`,
+    `destroyed`, `aborted` (None, or what went wrong); `tick`, when `wake` has come and no event is waiting.
     """
 
     def __init__(self, limits: Limits, facts: Facts) -> None:
@@ -229,6 +229,9 @@ class Stop:
                 return self._enter_step(now)
             # The application has its time; the group need not wait for it.
             self._post("answer", (None, False))
+        if "released" in self.heard:
+            self._end("ok", now, "the application has put its handler away")
+            return self._enter_step(now)
         if not self._due:
             return False
         self._end("timeout", now, "the application's handler did not end the process")

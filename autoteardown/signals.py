@@ -146,6 +146,8 @@ class Tap:
         return self._default if handler is self._answer else handler
 
     def _set_handler(self, signalnum: Any, handler: Handler) -> Handler:
+        if self._doorbell and isinstance(signalnum, int) and signalnum == self._doorbell:
+            return self._set_doorbell(signalnum, handler)
         if not isinstance(signalnum, int) or signalnum not in self.signals or handler is self._trampoline:
             return self._signal(signalnum, handler)
         signum, old = int(signalnum), self.handler_of(signalnum)
@@ -165,6 +167,14 @@ class Tap:
                 self._handlers[signum] = before
             raise
         return old
+
+    def _set_doorbell(self, signum: int, handler: Handler) -> Handler:
+        # Lightning saves and restores the handlers of all signals: the default that it found here is ours. Without it,
+        # to ring would end the process. Where somebody wants the signal for himself, it is not ours any more.
+        default = handler == self._default
+        old = self._signal(signum, self._answer if default else handler)
+        self._doorbell = self._doorbell if default else 0
+        return self._default if old is self._answer else old
 
     def application_owns(self, signum: int) -> bool:
         """Whether the handler in force is the application's and does more than to leave."""

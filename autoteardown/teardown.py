@@ -18,9 +18,10 @@ import sys
 import threading
 import time
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING, Any, Callable, Optional
+from typing import TYPE_CHECKING, Any, Callable, NoReturn, Optional
 
 from autoteardown import backends, lastwords, protocol, ray_rank, report, training
+from autoteardown.boundary import guarded
 
 if TYPE_CHECKING:
     from autoteardown.guard import Guard
@@ -71,11 +72,13 @@ class Teardown:
             self._drive()
 
     def _deadline(self) -> None:
-        time.sleep(max(0.0, self.guard.settings.hard - 0.1 - self.now))
-        if self.stop is not None:
-            self.stop.forced = True
-        self.say("hard deadline: ending the process")
-        self._finish(patience=0.05)
+        try:
+            time.sleep(max(0.0, self.guard.settings.hard - 0.1 - self.now))
+            if self.stop is not None:
+                self.stop.forced = True
+            self.say("hard deadline: ending the process")
+        finally:
+            self._finish(patience=0.05)
 
     def _drive(self) -> None:
         try:
@@ -93,7 +96,8 @@ class Teardown:
                 self._take(stop, event, value)
         except BaseException as error:  # ours: it may cost the teardown, not the exit code
             self.say(f"internal error: {type(error).__name__}: {error}")
-        self._finish()
+        finally:
+            self._finish()
 
     @property
     def now(self) -> float:
@@ -313,16 +317,16 @@ class Teardown:
         """End the process. Whoever comes first does it; the others wait for the end, but for the deadline."""
         if not self._finishing.acquire(False) and patience is None:
             time.sleep(3600)
-        if patience is None:
-            patience = max(_LAST_WORDS, min(2.0, self.guard.settings.hard - _LAST_WORDS - self.now))
         try:
+            if patience is None:
+                patience = max(_LAST_WORDS, min(2.0, self.guard.settings.hard - _LAST_WORDS - self.now))
             written = _thread.allocate_lock()
             written.acquire()
             _thread.start_new_thread(self._write, (written,))
             written.acquire(timeout=patience)
             self.say(lastwords.summary(self))
         finally:
-            os._exit(self.exit_code)
+            end(lambda: self.exit_code)
 
     def _write(self, written: Any) -> None:
         """Whatever can hang on a dead disk or a full pipe."""
@@ -341,11 +345,20 @@ class Teardown:
             if not entry["frames"][-1].startswith(ours):
                 self.stuck.append({"when": when, **entry})
 
+    @guarded
     def say(self, text: str, stacks: str = "") -> None:
         """One line on stderr; `stacks` also takes those of the threads, and says when that was."""
         self.guard.log.line(text, self.now)
         if stacks:
             self._work(None, lambda: self._take_stacks(stacks))
+
+
+def end(code: Callable[[], int]) -> NoReturn:
+    """End the process now, whatever comes of asking for the code."""
+    try:
+        os._exit(code())
+    finally:
+        os._exit(1)
 
 
 def _alive(ident: Optional[int]) -> bool:

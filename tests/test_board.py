@@ -94,7 +94,7 @@ class Group:
             start.wait()
             getattr(self.boards[rank], name)(*values)
 
-        threads = [threading.Thread(target=run, args=(rank,)) for rank in ranks]
+        threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in ranks]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -188,7 +188,7 @@ def test_last_answer_and_timeout_make_one_plan(group):
         start.wait()
         group.boards[0].plan_now()
 
-    thread = threading.Thread(target=give_up)
+    thread = threading.Thread(target=give_up, daemon=True)
     thread.start()
     start.wait()
     group.boards[3].answer(7)
@@ -382,7 +382,7 @@ def test_nothing_is_left_after_close(tcp_group):
     before = held()
     for _ in range(20):
         board = Board.open(store, 0, 2)
-        thread = threading.Thread(target=board.watch, args=(lambda *said: None,))
+        thread = threading.Thread(target=board.watch, args=(lambda *said: None,), daemon=True)
         thread.start()
         board.close()  # at any moment of its life: connecting, enrolling, waiting
         thread.join(PATIENCE)
@@ -432,7 +432,7 @@ def test_store_operations_are_a_few_a_rank():
         group.boards[rank] = Board(stores.Line(relay, "x", rank == 0), rank, world)
         heard = group.heard[rank] = queue.SimpleQueue()
         group.threads[rank] = threading.Thread(
-            target=group.boards[rank].watch, args=(lambda *said, heard=heard: heard.put(said),)
+            target=group.boards[rank].watch, args=(lambda *said, heard=heard: heard.put(said),), daemon=True
         )
         group.threads[rank].start()
     group.boards[1].tell(ORIGIN)
@@ -486,7 +486,7 @@ def test_posts_come_back_if_the_server_was_gone_before_the_board_was_connected()
     del server
     gc.collect()
     heard = queue.SimpleQueue()
-    poster = threading.Thread(target=board.tell, args=(ORIGIN,))
+    poster = threading.Thread(target=board.tell, args=(ORIGIN,), daemon=True)
     poster.start()
     board.watch(lambda *said: heard.put(said))
     kind, reason = heard.get(timeout=PATIENCE)

@@ -471,6 +471,12 @@ def test_the_hard_deadline_ends_every_state(state):
     assert on(25.0, "tick") == on(25.0, "quiet", True) == on(25.0, "drained") == []
 
 
+def test_nothing_waits_beyond_the_hard_deadline():
+    on = Script(GPU, LIMITS._replace(yield_=99.0))
+    on(0.0, "begin")
+    assert on.stop.wake == 24.0
+
+
 # -- the application's own handler ------------------------------------------------------------------------------
 
 YIELD = LIMITS._replace(yield_=18.0)

@@ -54,7 +54,7 @@ def random_member(random: Random, signal: float | None, handler: bool, mishaps: 
         member = replace(member, pace=random.choice([0.1, 3.0]))
     if mishaps and random.random() < 0.25:
         fate = random.choice(FATES)
-        lasts = random.choice([0.5, 5.0, 12.0, 40.0 if fate == "freeze" else inf])
+        lasts = random.choice([0.5, 6.0, 12.0, 40.0 if fate == "freeze" else inf])
         member = replace(member, fate=fate, at=random.uniform(0, random.choice([1, 3, 10])), lasts=lasts)
     if mishaps and random.random() < 0.15:
         member = replace(member, broken=frozenset(random.sample(BREAKABLE, random.choice([1, 2]))))
@@ -123,6 +123,8 @@ def of_rank(rank):
         yield f"left after {rank.left_at} s"
     if rank.cut_at < schedule.limits.hard - schedule.limits.exit - TICK:
         yield f"cuts a save after {rank.cut_at} s"
+    if stop.phases and stop.phases[0].name == "yield" and stop.phases[0].end < schedule.limits.yield_ - SKEW:
+        yield f"takes the application's time after {stop.phases[0].end} s"
     said = [do for do in rank.did if do in POSTS]
     if len(said) > len(set(said)):
         yield f"says things twice: {said}"
@@ -180,14 +182,16 @@ def is_healthy(schedule: Schedule) -> bool:
     joins = min(SKEW, limits.yield_ / 2) if handlers == {True} else inf
     left = limits.hard - (limits.yield_ if handlers == {True} else 0)
     step = limits.step * min(1.0, left / total(limits))
+    slowest = schedule.step * max(m.pace for m in members)
+    hiccups = [m.lasts for m in members if m.fate in ("loop", "block")]
     return (
         schedule.board == "ok"
         and schedule.stop_at_step
         and any(m.role == "train" for m in members)
-        and not any(m.fate or m.broken or m.cannot for m in members)
+        and not any(m.fate not in ("", "loop", "block") or m.broken or m.cannot for m in members)
         and len(handlers) == 1
         and max(signals) - min(signals) < joins - schedule.delay
-        and (3 + schedule.ahead) * schedule.step * max(m.pace for m in members) + 8 * schedule.delay < step
+        and slowest * (3 + schedule.ahead) + sum(hiccups) + 8 * schedule.delay < step
         and 4 * schedule.delay + 0.1 < step / 2
     )
 
@@ -197,9 +201,9 @@ def of_healthy(world):
         yield "somebody has heard nothing"
         return
     trainers = [rank for rank in world.ranks if rank.member.role == "train"]
-    if not all(rank.stop.steps for rank in trainers):
+    if any(rank.stop.heard.get("steps") == (None, False) for rank in trainers):
         return  # one that has not stepped yet cannot be told from one that never does
-    where = {rank.stop.steps["stopped_at"] for rank in trainers}
+    where = {rank.stop.heard.get("stopped") for rank in trainers}
     if len(where) > 1 or None in where:
         yield f"stopped at {where}"
     # A rank that never steps does not know where the others stop: its next collective may never end.

@@ -1,7 +1,7 @@
 """Breaks one function of the agent from outside, or has each one write down that it was called.
 
-A statement is put at the front of functions of the package, by their source: methods, closures and properties included,
-and whatever is added to the package later. `swap` does it in a process that runs already; `rewrite` in a copy of a file.
+A statement is put at the front of functions of the package, by their source: methods, closures and properties too, and
+whatever is added to the package later. `swap` does it in a process that runs already; `rewrite` in a copy of a file.
 
 BREAK=module:qualified.name   that function raises
 CALLED=path                   every function appends its name to that file
@@ -14,8 +14,8 @@ import os
 from pathlib import Path
 from types import CodeType, FunctionType
 
-# The functions that the host itself calls have nobody above them to catch what they raise: these guard what they do with
-# a `try`, and break within it.
+# The functions that the host itself calls have nobody above them to catch what they raise: these guard what they do
+# with a `try`, and break within it.
 WITHIN = {
     "boundary:guarded.safe",
     "finder:_Finder.find_spec",
@@ -29,6 +29,8 @@ WITHIN = {
     "startup:_at_exit",
     "startup:say",
     "startup:start",
+    "teardown:Teardown._finish",
+    "teardown:end",
     "training:step_hook",
 }
 # And these do nothing of their own that could fail: they call the host's code, and ours through such a guard.

@@ -17,7 +17,9 @@ class Training(submitit.helpers.Checkpointable):
 
     def __call__(self):
         rank = submitit.JobEnvironment().global_rank
-        dist.init_process_group("gloo", init_method=f"file://{self.folder}/rendezvous{self.step}", rank=rank, world_size=2)
+        dist.init_process_group(
+            "gloo", init_method=f"file://{self.folder}/rendezvous{self.step}", rank=rank, world_size=2
+        )
         weight = torch.nn.Parameter(torch.zeros(1))
         optimizer = torch.optim.SGD([weight], lr=0.1)
         print(f"rank {rank} begins at {self.step}", flush=True)

@@ -5,6 +5,7 @@ Prints `rank R pid P step K` after every step, and `rank R done` at its end.
 
 import argparse
 import os
+import sys
 import time
 
 import torch
@@ -93,7 +94,10 @@ def main():
                 optimizer.zero_grad()
             scaler.update()
         step += 1
-        print(f"rank {rank} pid {os.getpid()} step {step}", flush=True)
+        sys.stdout.write(
+            f"rank {rank} pid {os.getpid()} step {step}\n"
+        )  # one write: ranks share a launcher's stdout
+        sys.stdout.flush()
         if step == options.steps:
             break
     # A moment for gloo's threads to drop what they hold of Python: otherwise torch 2.13 deadlocks now and then when

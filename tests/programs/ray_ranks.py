@@ -1,0 +1,81 @@
+"""Ray actors and tasks that are ranks; they know nothing of evictions.
+
+Each says where it is by way of a file in `folder`, `<what>-<rank>`, that holds its pid and its thread's number.
+"""
+
+import asyncio
+import os
+import threading
+import time
+from pathlib import Path
+
+import ray
+
+
+def say(folder, what, rank):
+    """Leave a file, whole."""
+    path = Path(folder, f"{what}-{rank}")
+    path.with_suffix(".new").write_text(f"{os.getpid()} {threading.get_native_id()}")
+    path.with_suffix(".new").rename(path)
+
+
+class Rank:
+    """An actor; which thread its methods run on is up to how it is made."""
+
+    def init(self, folder, rank, port):
+        """Join a world of two."""
+        import torch.distributed as dist
+
+        self.folder, self.rank = folder, rank
+        dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+        dist.barrier()
+        return os.getpid(), threading.current_thread().name
+
+    def busy(self):
+        """Compute, for ever."""
+        say(self.folder, "busy", self.rank)
+        while True:
+            sum(range(1000))
+
+    def blocked(self):
+        """Wait in a collective that the other rank never joins."""
+        import torch
+        import torch.distributed as dist
+
+        say(self.folder, "blocked", self.rank)
+        dist.all_reduce(torch.ones(1))
+        return "the all_reduce returned"
+
+    def sleeps(self, folder):
+        """What an actor that is no rank may do."""
+        say(folder, "sleeps", "none")
+        time.sleep(3600)
+
+    def pid(self):
+        """Answer."""
+        return os.getpid()
+
+
+class AsyncRank(Rank):
+    """One `async def` puts every method on the thread "AsyncIO Thread: default"."""
+
+    async def awaits(self):
+        """Run, without anything to do."""
+        say(self.folder, "awaits", self.rank)
+        await asyncio.sleep(3600)
+
+
+class GroupsRank(Rank):
+    """Concurrency groups put every method on a thread of the group's pool."""
+
+    @ray.method(concurrency_group="io")
+    def other(self):
+        """Be there."""
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def task(folder, rank, port, what):
+    """A rank that is a task."""
+    actor = Rank()
+    actor.init(folder, rank, port)
+    getattr(actor, what)()

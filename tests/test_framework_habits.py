@@ -1,0 +1,110 @@
+"""What frameworks do to signals, in small: the findings of `test_frameworks.py`, in tests that need no framework."""
+
+import pytest
+from harness import AGENT, NONE, SIGTERM
+
+
+def test_every_handler_saved_and_restored(job):
+    """Lightning restores the handlers of all signals at the end of `fit`, the one that wakes the main thread included."""
+    (rank,) = job.world(
+        """
+        import signal, threading, time
+        import torch.distributed as dist
+
+        uncatchable = {signal.SIGKILL, signal.SIGSTOP}
+        found = {each: signal.getsignal(each) for each in signal.valid_signals() - uncatchable}
+        print(sum(callable(handler) for handler in found.values()), "handlers", flush=True)
+        for each, handler in found.items():
+            if handler is not None:
+                assert signal.signal(each, handler) == handler
+
+        def train():
+            dist.init_process_group("gloo")
+            print("ready", flush=True)
+            while True:
+                time.sleep(0.01)
+
+        threading.Thread(target=train, daemon=True).start()
+        time.sleep(3600)
+        """,
+        1,
+    )
+    rank.wait_for("ready")
+    assert rank.evict() == 0, rank.story()
+    assert rank.report()["outcome"] == "clean"
+    assert "1 handlers" in rank.stdout  # of SIGINT: Python's own
+
+
+def test_an_application_that_wants_our_doorbell(job):
+    """It gets the signal that nobody used, as if we had not been there; a rank can be torn down all the same."""
+    program = """
+        import os, signal, time
+        import torch.distributed as dist
+        mine = []
+        last = signal.SIGRTMAX
+        for signum in range(last - 12, last):
+            print(signal.signal(signum, lambda *args: mine.append(args[0])), flush=True)
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        for signum in range(last - 12, last):
+            os.kill(os.getpid(), signum)
+        print("ready", len(mine), flush=True)
+        while True:
+            time.sleep(0.01)
+        """
+    seen = []
+    for mode in (AGENT, NONE):
+        rank = job.start(program, mode=mode)
+        rank.wait_for("ready 12")
+        assert rank.evict() == (0 if mode == AGENT else -SIGTERM), rank.story()
+        seen.append(rank.stdout)
+    assert seen[0] == seen[1]
+
+
+@pytest.mark.parametrize("where", ["main", "thread"])
+def test_a_handler_put_away_and_the_signal_raised_again(job, where):
+    """uvicorn's way: shut down, restore what was there, raise the signal again. Then it is the agent's turn, at once."""
+    ranks = job.world(
+        """
+        import signal, sys, threading, time
+        import torch, torch.distributed as dist
+
+        def train():
+            dist.init_process_group("gloo")
+            weight = torch.nn.Parameter(torch.zeros(1))
+            optimizer = torch.optim.SGD([weight], lr=0.1)
+            while True:
+                weight.grad = torch.ones(1)
+                dist.all_reduce(weight.grad)
+                optimizer.step()
+                print("step", flush=True)
+                yield
+
+        def serve(training):
+            caught = []
+            original = signal.signal(signal.SIGTERM, lambda *args: caught.append(args[0]))
+            while not caught:
+                next(training)
+            signal.signal(signal.SIGTERM, original)
+            print("shut down", flush=True)
+            signal.raise_signal(caught[0])
+            for _ in training:
+                pass
+
+        if sys.argv[1] == "main":
+            serve(train())
+        else:
+            threading.Thread(target=lambda: list(train()), daemon=True).start()
+            serve(iter(lambda: time.sleep(0.01), 0))
+        """,
+        2,
+        where,
+        AUTOTEARDOWN_GRACE=30,
+    )
+    for rank in ranks:
+        rank.wait_for("step")
+    ranks[1].signal()
+    assert [rank.outlast(30) for rank in reversed(ranks)] == [0, 143], ranks[1].story()
+    assert "shut down" in ranks[1].stdout
+    reports = job.all_reports()
+    assert {report["outcome"] for report in reports.values()} == {"clean"}, reports
+    assert ranks[1].phase("yield")["outcome"] == "ok"
