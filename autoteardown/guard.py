@@ -170,6 +170,7 @@ class Guard:
         if self.teardown is not None and self.teardown.committed:
             self.teardown.ended()
         self.entry_leave()
+        boards.close_all()
 
     def run_callbacks(self, say: Callable[[str], None]) -> None:
         """`on_teardown` callbacks, last in, first out, each on its own."""

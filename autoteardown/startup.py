@@ -101,6 +101,10 @@ def _start() -> None:
 
     # Handlers run last in, first out: registered this early, ours runs when the program's own are done.
     atexit.register(_at_exit)
+    if atexit._ncallbacks() > 1:
+        from autoteardown import exits
+
+        exits.remember(_at_exit)
     finder.install()
     _active = True
 

@@ -20,7 +20,7 @@ import time
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any, Callable, NoReturn, Optional
 
-from autoteardown import backends, lastwords, protocol, ray_rank, report, training
+from autoteardown import backends, exits, lastwords, protocol, ray_rank, report, training
 from autoteardown.boundary import guarded
 
 if TYPE_CHECKING:
@@ -305,6 +305,7 @@ class Teardown:
         if not self.leaving:
             self.guard.events.put(("ended", None))
             self.guard.gate.wait_for_exit()
+        exits.run_earlier()
         self._finish()
 
     def _flush_posts(self) -> None:

@@ -1,7 +1,13 @@
 """Fixtures of the tests that start real ranks."""
 
+import os
+
 import pytest
 from harness import ForkServer, Job
+
+# c10d looks the name of every client of a store up, on the server's only thread: where DNS packets get lost, each loss
+# stalls a rendezvous for 5 s.
+os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:5")
 
 
 @pytest.fixture(scope="session")

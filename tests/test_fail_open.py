@@ -4,12 +4,17 @@ Which those are is found out by running the host once with every function of the
 called, so that a new one is in here from its first day. `programs/breaker.py` breaks them from outside.
 """
 
+import ast
+import os
+import shutil
 import signal
+import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
-from harness import NONE, PROGRAMS, Job, free_port
+from harness import AGENT, NONE, PROGRAMS, Job, environment, free_port
 
 import autoteardown
 
@@ -52,6 +57,104 @@ def in_parallel(names, start, complaint):
     assert not found, "\n\n".join(found)
 
 
+# -- start-up --------------------------------------------------------------------------------------------------------
+
+# As much of torch as its importer meets of us, in a few files that are read in milliseconds.
+TORCH = {
+    "torch/__init__.py": "import signal\nfrom torch.serialization import save\nimport torch.distributed\n",
+    "torch/serialization.py": "def save(what, where):\n    print('saved', what)\n",
+    "torch/distributed/__init__.py": "from torch.distributed.distributed_c10d import *\n",
+    "torch/distributed/distributed_c10d.py": """
+        here = False
+        def init_process_group(backend):
+            global here
+            here = True
+        def destroy_process_group():
+            global here
+            here = False
+        def is_initialized():
+            return here
+        def get_rank(group=None):
+            return 0
+        def get_world_size(group=None):
+            return 1
+        def get_backend(group=None):
+            return "gloo"
+        def _get_default_store():
+            return None
+    """,
+    "torch/optim/__init__.py": "",
+    "torch/optim/optimizer.py": """
+        hooks = []
+        class Handle:
+            def remove(self):
+                hooks.clear()
+        def register_optimizer_step_post_hook(hook):
+            hooks.append(hook)
+            return Handle()
+        def step():
+            for hook in hooks:
+                hook(None, (), {})
+    """,
+}
+HOST = """
+    import signal, sys
+    import torch, torch.distributed as dist, torch.optim.optimizer as optim
+    for _ in range(2):
+        dist.init_process_group("gloo")
+        optim.step()
+        torch.save("model", "file")
+        dist.destroy_process_group()
+    old = signal.signal(signal.SIGTERM, lambda *args: None)
+    print(old, signal.signal(signal.SIGTERM, old) is old, dist.init_process_group.__module__)
+    sys.exit(7)
+"""
+HELPER = "print('ran'); raise SystemExit(7)"
+
+
+@pytest.fixture(scope="module")
+def torch_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("torch")
+    for name, text in TORCH.items():
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
+        (folder / name).write_text(textwrap.dedent(text))
+    return folder
+
+
+@pytest.mark.parametrize("program, error", [(HOST, "RuntimeError"), (HELPER, "SystemExit")])
+def test_start_up(tmp_path, torch_folder, program, error):
+    """From the `.pth` file on: whatever is broken there, a program runs as without us."""
+
+    def package(folder, **environ):
+        ignored = shutil.ignore_patterns("cli", "drills")
+        shutil.copytree(PACKAGE, tmp_path / folder / "autoteardown", ignore=ignored)
+        for path in (tmp_path / folder / "autoteardown").glob("*.py"):
+            if "CALLED" in environ or environ["BREAK"].partition(":")[0] == path.stem:
+                path.write_text(ast.unparse(breaker.rewrite(path, environ)))
+        return tmp_path / folder
+
+    def run(folder=None):
+        env = environment(AGENT if folder else NONE, "", AUTOTEARDOWN_RUNTIME_DIR=tmp_path / "runtime")
+        env["PYTHONPATH"] = f"{folder or ''}{os.pathsep}{torch_folder}"
+        argv = [sys.executable, "-c", textwrap.dedent(program)]
+        done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=60)
+        ours = [line for line in done.stderr.splitlines() if line.startswith("autoteardown: ")]
+        noise = [line for line in done.stderr.splitlines() if not line.startswith("autoteardown: ")]
+        return (done.returncode, done.stdout, noise), ours
+
+    expected, _ = run()
+    path = tmp_path / "called"
+    assert run(package("whole", CALLED=str(path))) == (expected, [])
+    names = set(path.read_text().split()) - breaker.NEVER
+    assert "startup:start" in names
+    wrong = {}
+    for name in sorted(names):
+        got, ours = run(package(name, BREAK=name, BREAK_WITH=error))
+        if got != expected or len(ours) > 1:
+            wrong[name] = got, ours
+    assert not wrong, "\n".join(f"{name}: {got}" for name, got in wrong.items())
+
+
 # -- a whole life ----------------------------------------------------------------------------------------------------
 
 
@@ -86,6 +189,7 @@ def life(new_job):
     return expected, job.folder / "called"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", MODULES)
 def test_a_whole_life(new_job, life, module):
     """Init, steps, saves, workers, forks, handlers, destroy, init again: as without us, and one line of ours."""
@@ -121,6 +225,7 @@ def eviction(new_job):
     return job.folder / "called"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", MODULES)
 def test_an_eviction(new_job, eviction, module):
     """The signalled rank leaves in time with the right code, or dies of the signal as without us."""

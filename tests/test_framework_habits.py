@@ -108,3 +108,30 @@ def test_a_handler_put_away_and_the_signal_raised_again(job, where):
     reports = job.all_reports()
     assert {report["outcome"] for report in reports.values()} == {"clean"}, reports
     assert ranks[1].phase("yield")["outcome"] == "ok"
+
+
+def test_exit_callbacks_registered_before_ours(job):
+    """coverage's .pth comes before ours, so its exit callback would come after it, when the process is gone."""
+    rank = job.start(
+        """
+        import atexit, time
+        import autoteardown
+        import torch.distributed as dist
+
+        for word in ("earliest", "earlier"):
+            atexit.register(print, word, flush=True)
+        autoteardown.arm()
+        for word in ("later", "latest"):
+            atexit.register(print, word, flush=True)
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        print("ready", flush=True)
+        while True:
+            time.sleep(0.01)
+        """,
+        mode=NONE,
+        fresh=True,
+    )
+    rank.wait_for("ready")
+    assert rank.evict() == 0, rank.story()
+    assert rank.stdout.split() == ["ready", "latest", "later", "earlier", "earliest"]
+    assert rank.noise == []

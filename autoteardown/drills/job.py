@@ -73,7 +73,10 @@ class Job:
     def start(self) -> None:
         """Launch it."""
         self.folder.mkdir()
-        (self.folder / "reports").mkdir()
+        for name in ("reports", "tmp"):
+            (self.folder / name).mkdir()
+        env = environment(self.folder, self.grace, self.protection == AGENT)
+        env["TMPDIR"] = str(self.folder / "tmp")  # torch and torchrun leave folders behind
         training = ["-m", "autoteardown.drills.training", self.scenario.name, str(self.folder)]
         if self.protection == HAND_WRITTEN:
             training.append("--hand-written")
@@ -86,7 +89,7 @@ class Job:
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=environment(self.folder, self.grace, self.protection == AGENT),
+                env=env,
                 cwd=self.folder,
                 start_new_session=True,
             )

@@ -3,7 +3,7 @@
 A statement is put at the front of functions of the package, by their source: methods, closures and properties too, and
 whatever is added to the package later. `swap` does it in a process that runs already; `rewrite` in a copy of a file.
 
-BREAK=module:qualified.name   that function raises
+BREAK=module:qualified.name   that function raises (BREAK_WITH: which error, RuntimeError unless told)
 CALLED=path                   every function appends its name to that file
 """
 
@@ -30,7 +30,6 @@ WITHIN = {
     "startup:say",
     "startup:start",
     "teardown:Teardown._finish",
-    "teardown:end",
     "training:step_hook",
 }
 # And these do nothing of their own that could fail: they call the host's code, and ours through such a guard.
@@ -51,6 +50,7 @@ NEVER = {
     "instrument:_wrap_worker_handlers._set_worker_signal_handlers",
     "signals:Tap._unmask",
     "signals:_failed",
+    "teardown:end",
 }
 
 
@@ -67,23 +67,23 @@ def functions(path):
     return walk(ast.parse(path.read_text()), "")
 
 
-def statement(name):
+def statement(name, environ):
     """What goes to the front of the function of that name; None: nothing."""
-    if "CALLED" in os.environ:
-        return f"__import__('_io').open({os.environ['CALLED']!r}, 'a').write({name + chr(10)!r})"
-    if os.environ.get("BREAK") == name and name not in NEVER:
-        return f"raise {os.environ.get('BREAK_WITH', 'RuntimeError')}('broken: {name}')"
+    if "CALLED" in environ:
+        return f"__import__('_io').open({environ['CALLED']!r}, 'a').write({name + chr(10)!r})"
+    if environ.get("BREAK") == name and name not in NEVER:
+        return f"raise {environ.get('BREAK_WITH', 'RuntimeError')}('broken: {name}')"
     return None
 
 
-def rewrite(path):
+def rewrite(path, environ=os.environ):
     """The code of a file with the statements in."""
     tree = ast.parse(path.read_text())
     lines = {node.lineno: name for name, node in functions(path)}
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             name = f"{path.stem}:{lines[node.lineno]}"
-            text = statement(name)
+            text = statement(name, environ)
             if text is not None:
                 body = node.body
                 if name in WITHIN:

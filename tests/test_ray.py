@@ -1,0 +1,320 @@
+"""Real Ray: actors of every kind, tasks, Ray Train and drivers as ranks (FACTS F2, F3, F8, F11, F17).
+
+One cluster serves the whole module. Its workers have the agent in them, as in an image with `AUTOTEARDOWN=1`; a test
+without it uses what users have for that, `runtime_env`. This process is the driver.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+from harness import AGENT, NONE, PROGRAMS, alive, environment, free_port, marked, stat, wait_until
+
+ray = pytest.importorskip("ray")
+sys.path.insert(0, str(PROGRAMS))
+import ray_ranks
+
+pytestmark = [pytest.mark.frameworks, pytest.mark.timeout(300)]
+
+# About 2 s on an idle machine. What is compared with it: the hard deadline of the default grace period, 24 s, and the
+# watchdog's 600 s.
+SOON = 15.0
+OFF = {"AUTOTEARDOWN": "0"}
+
+KINDS = {
+    "sync": (ray_ranks.Rank, {}, "MainThread"),
+    "asyncio": (ray_ranks.AsyncRank, {}, "AsyncIO Thread: default"),
+    "uvloop": (ray_ranks.AsyncRank, {}, "AsyncIO Thread: default"),
+    "threaded": (ray_ranks.Rank, {"max_concurrency": 4}, "Dummy-"),
+    "groups": (ray_ranks.GroupsRank, {"concurrency_groups": {"io": 1}}, "Dummy-"),
+}
+
+
+class Cluster:
+    """One node, and what its workers leave behind."""
+
+    def __init__(self):
+        # Ray's sockets are in there, and their paths may not be longer than 107 bytes.
+        self.folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
+        self.mark = uuid.uuid4().hex
+        self.address = f"127.0.0.1:{free_port()}"
+        self.reports = self.folder / "reports"
+        env = environment(
+            AGENT,
+            self.mark,
+            AUTOTEARDOWN_REPORT_DIR=self.reports,
+            AUTOTEARDOWN_RUNTIME_DIR=self.folder / "runtime",
+            PYTHONPATH=PROGRAMS,
+            RAY_enable_metrics_collection="0",
+        )
+        options = ["--head", f"--port={self.address.rpartition(':')[2]}", f"--temp-dir={self.folder}/ray"]
+        options += ["--include-dashboard=false", "--disable-usage-stats", "--object-store-memory=100000000"]
+        options += ["--num-cpus=2"]  # also the number of workers that Ray starts ahead of time
+        command = [str(Path(sys.executable).with_name("ray")), "start", *options]
+        subprocess.run(command, env=env, check=True, stdout=subprocess.DEVNULL, timeout=200)
+
+    def report(self, pid):
+        """The report of a worker; None if there is none."""
+        found = list(self.reports.glob(f"*-{pid}.json"))
+        return json.loads(found[0].read_text()) if found else None
+
+    def log(self, pid):
+        """What a worker has written on stderr."""
+        (path,) = self.folder.glob(f"ray/session_latest/logs/worker-*-{pid}.err")
+        return path.read_text()
+
+    def close(self):
+        """End every process of the cluster."""
+        while pids := marked(self.mark):
+            for pid in pids:
+                os.kill(pid, signal.SIGKILL)
+            time.sleep(0.05)
+        shutil.rmtree(self.folder)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    cluster = Cluster()
+    try:
+        ray.init(cluster.address, log_to_driver=False)
+        yield cluster
+        ray.shutdown()
+    finally:
+        cluster.close()
+
+
+@pytest.fixture
+def world(cluster, tmp_path):
+    """Make a world of two actors."""
+    actors = []
+
+    def make(kind, env=(), **options):
+        env = {"RAY_USE_UVLOOP": str(int(kind == "uvloop")), **dict(env)}
+        made, how, thread = KINDS[kind]
+        actor = ray.remote(num_cpus=0)(made).options(runtime_env={"env_vars": env}, **how, **options)
+        actors.extend(actor.remote() for _ in range(2))
+        port = free_port()
+        joined = ray.get([each.init.remote(str(tmp_path), rank, port) for rank, each in enumerate(actors)])
+        for _, name in joined:
+            assert name.startswith(thread)  # else this is not the case that it is meant to be
+        return actors, [pid for pid, _ in joined]
+
+    yield make
+    for actor in actors:
+        ray.kill(actor)
+
+
+def wait_in(folder, what, rank):
+    """Wait until that rank is there, and asleep in C if it is to be blocked; return its pid."""
+    path = Path(folder, f"{what}-{rank}")
+    wait_until(path.exists, f"rank {rank} to be {what}", 120)
+    pid, thread = map(int, path.read_text().split())
+    seen, times = None, 0
+    while what == "blocked" and times < 8:
+        now = stat(pid, thread)
+        times = times + 1 if now[0] == "S" and now == seen else 0
+        seen = now
+        time.sleep(0.02)
+    return pid
+
+
+def failure(reference, within=SOON):
+    """The error that a reference ends in."""
+    with pytest.raises(ray.exceptions.RayError) as caught:
+        ray.get(reference, timeout=within)
+    return caught.value
+
+
+def gone(*pids):
+    wait_until(lambda: not any(map(alive, pids)), f"the end of {pids}")
+
+
+def outcomes(cluster, pids):
+    """What the reports of a world say, by rank."""
+    gone(*pids)
+    reports = [cluster.report(pid) for pid in pids]
+    assert all(reports), [cluster.log(pid) for pid in pids]
+    for report in reports:
+        limits = [phase for phase in report["phases"] if phase["outcome"] in ("timeout", "error")]
+        # Of the others' quiet: a rank that waits in gloo for one that is about to exit cannot say so before.
+        assert {phase["name"] for phase in limits} <= {"quiet", "step"}, json.dumps(report, indent=1)
+    return [(report["cause"], report["outcome"], report["exit_code"]) for report in reports]
+
+
+CLEAN = [("signal", "clean", 0), ("peer", "clean", 143)]
+CASES = [(kind, state) for kind in KINDS for state in ("idle", "busy", "blocked")]
+CASES += [("asyncio", "awaits"), ("uvloop", "awaits")]
+
+
+@pytest.mark.parametrize("kind, state", CASES)
+def test_an_evicted_actor(cluster, world, tmp_path, kind, state):
+    """Its group is released, the other one is freed, and the driver hears of both instead of waiting."""
+    actors, pids = world(kind)
+    # The evicted one waits for the other in a collective, or is waited for.
+    running = [] if state == "idle" else [getattr(actors[0], state).remote()]
+    if state != "blocked":
+        running.append(actors[1].blocked.remote())
+    for rank, what in enumerate([state, "blocked" if state != "blocked" else "idle"]):
+        if what != "idle":
+            assert wait_in(tmp_path, what, rank) == pids[rank]
+    os.kill(pids[0], signal.SIGTERM)
+    for reference in running:
+        assert isinstance(failure(reference), ray.exceptions.RayActorError)
+    for actor in actors:
+        assert isinstance(failure(actor.pid.remote()), ray.exceptions.RayActorError)
+    assert outcomes(cluster, pids) == CLEAN
+
+
+@pytest.mark.parametrize("kind", ["sync", "asyncio", "threaded"])
+def test_control_a_blocked_actor_without_the_agent(cluster, world, tmp_path, kind):
+    """The control of the test above, and the opt-out of single actors by `runtime_env`."""
+    actors, pids = world(kind, OFF)
+    reference = actors[0].blocked.remote()
+    wait_in(tmp_path, "blocked", 0)
+    os.kill(pids[0], signal.SIGTERM)
+    assert isinstance(failure(reference, within=6), ray.exceptions.GetTimeoutError)
+    assert alive(pids[0])
+    assert "autoteardown" not in cluster.log(pids[0])
+
+
+@pytest.mark.parametrize("evicted, other", [("blocked", "busy"), ("busy", "blocked")])
+def test_tasks(cluster, tmp_path, evicted, other):
+    port = free_port()
+    running = [
+        ray_ranks.task.remote(str(tmp_path), rank, port, what) for rank, what in enumerate([evicted, other])
+    ]
+    pids = [wait_in(tmp_path, what, rank) for rank, what in enumerate([evicted, other])]
+    os.kill(pids[0], signal.SIGTERM)
+    for reference in running:
+        assert isinstance(failure(reference), ray.exceptions.WorkerCrashedError)
+    assert outcomes(cluster, pids) == CLEAN
+
+
+def test_control_tasks(cluster, tmp_path):
+    port = free_port()
+    task = ray_ranks.task.options(runtime_env={"env_vars": OFF})
+    states = ["blocked", "busy"]
+    running = [task.remote(str(tmp_path), rank, port, what) for rank, what in enumerate(states)]
+    pids = [wait_in(tmp_path, what, rank) for rank, what in enumerate(states)]
+    os.kill(pids[0], signal.SIGTERM)
+    ready, _ = ray.wait(running, timeout=6)
+    assert not ready
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("code, restarted", [("0", False), ("signal", True)])
+def test_restarts(cluster, world, tmp_path, code, restarted):
+    """`max_restarts`: code 0 out of a method is an intended exit to Ray. The peer's 143 never is."""
+    actors, pids = world("sync", {"AUTOTEARDOWN_EXIT_CODE": code}, max_restarts=1)
+    running = actors[0].busy.remote()
+    wait_in(tmp_path, "busy", 0)
+    os.kill(pids[0], signal.SIGTERM)
+    assert isinstance(failure(running), ray.exceptions.RayActorError)
+    gone(*pids)
+
+    def answer(actor):
+        try:
+            return ray.get(actor.pid.remote(), timeout=100)
+        except ray.exceptions.ActorUnavailableError:  # it is being restarted
+            return None
+        except ray.exceptions.ActorDiedError as error:
+            return error
+
+    again = [wait_until(lambda actor=actor: answer(actor), "an answer", 100) for actor in actors]
+    assert isinstance(again[0], int) == restarted
+    assert isinstance(again[1], int)
+    if restarted:
+        # The new ones are guarded like the first.
+        port = free_port()
+        ray.get([actor.init.remote(str(tmp_path), rank, port) for rank, actor in enumerate(actors)])
+        running = actors[1].blocked.remote()
+        wait_in(tmp_path, "blocked", 1)
+        os.kill(again[1], signal.SIGTERM)
+        assert isinstance(failure(running), ray.exceptions.RayActorError)
+        gone(*again)
+        assert [cluster.report(pid)["cause"] for pid in again] == ["peer", "signal"]
+
+
+@pytest.mark.parametrize("kind", ["sync", "asyncio"])
+@pytest.mark.parametrize("sleeps", [False, True])
+def test_a_worker_that_never_inits_is_as_without_us(cluster, tmp_path, kind, sleeps):
+    """Same error to the driver, same log."""
+    seen = []
+    for env in ({}, OFF):
+        folder = tmp_path / str(len(seen))
+        folder.mkdir()
+        actor = ray.remote(num_cpus=0)(KINDS[kind][0]).options(runtime_env={"env_vars": {"X": "1", **env}}).remote()
+        pid = ray.get(actor.pid.remote())
+        running = []
+        if sleeps:
+            running = [actor.sleeps.remote(str(folder))]
+            wait_in(folder, "sleeps", "none")
+        os.kill(pid, signal.SIGTERM)
+        if kind == "asyncio" and sleeps:  # Ray waits for the method, without limit
+            assert isinstance(failure(*running, within=4), ray.exceptions.GetTimeoutError)
+            error = "waits"
+            os.kill(pid, signal.SIGKILL)
+        else:
+            error = str(failure(*running or [actor.pid.remote()]))
+        gone(pid)
+        # Numbers, among them identities, differ from one process to the next.
+        seen.append(re.sub(r"[0-9a-f]{32,}|\d+", "#", f"{error}\n{cluster.log(pid)}"))
+    assert seen[0] == seen[1]
+    assert "autoteardown" not in seen[0]
+
+
+@pytest.mark.parametrize("order", ["first", "last"])
+@pytest.mark.parametrize("mode", [AGENT, NONE])
+def test_a_driver_that_is_a_rank(cluster, job, order, mode):
+    """Ray's C++ layer has a driver aborted 3 s after its SIGTERM (ray-project/ray#64830); a wedged rank takes longer."""
+    port = free_port()
+    where = {"WORLD_SIZE": 2, "MASTER_PORT": port, "fresh": True}
+    driver = job.start("ray_driver.py", cluster.address, order, mode=mode, RANK=0, AUTOTEARDOWN_GRACE=16, **where)
+    job.start("bystander.py", mode=NONE, RANK=1, **where)
+    driver.wait_blocked("^ready$")
+    code = driver.evict(16)
+    if mode == NONE:
+        assert code == -signal.SIGABRT, driver.story()
+        return
+    assert code == 0, driver.story()
+    report = driver.report()
+    assert (report["outcome"], report["exit_code"]) == ("aborted", 0)
+    assert report["phases"][-1]["end"] > 4, "too short to tell"
+
+
+@pytest.mark.parametrize("what", ["steps", "stuck"])
+@pytest.mark.parametrize("max_failures", [0, 1])
+def test_ray_train(cluster, job, tmp_path, what, max_failures):
+    """TorchTrainer: all ranks stop after the same step, and Ray Train reports it, or starts again and trains on."""
+    driver = job.start(
+        "ray_trainer.py", cluster.address, tmp_path, what, max_failures, mode=NONE, fresh=True, RAY_TRAIN_V2_ENABLED=1
+    )
+    at = "stepping" if what == "steps" else "training"
+    pids = [wait_in(tmp_path, at, rank) for rank in range(2)]
+    if what == "stuck":
+        path = tmp_path / "training-0"
+        path.rename(tmp_path / "blocked-0")
+        wait_in(tmp_path, "blocked", 0)
+        (tmp_path / "blocked-0").rename(path)
+    os.kill(pids[0], signal.SIGTERM)
+    assert outcomes(cluster, pids) == CLEAN
+    steps = [cluster.report(pid)["steps"] for pid in pids]
+    if what == "steps":
+        assert steps[0]["stopped_at"] == steps[1]["stopped_at"] >= 5
+    else:
+        assert steps == [None, None]
+    driver.wait(200)
+    if max_failures:
+        assert "fit returned {'steps': 10" in driver.stdout, driver.story()
+    else:
+        assert "fit raised WorkerGroupError" in driver.stdout, driver.story()
