@@ -17,6 +17,8 @@ _DEVICE_MODULES = ("cuda", "xpu", "npu", "hpu", "mlu", "musa")
 
 Problem = Optional[str]
 
+_kept: list[Any] = []
+
 
 class World(NamedTuple):
     """The default process group, as this rank sees it."""
@@ -150,6 +152,9 @@ def destroy(real: Callable[[], object]) -> Problem:
     """
     if not _c10d().is_initialized():
         return None  # the program was faster
+    # The last reference to a gloo group must not go in what the program unwinds on its way out: the destructor can
+    # deadlock, with the GIL held.
+    _kept.extend(groups())
     try:
         real()
     except Exception as error:

@@ -2,7 +2,8 @@
 
 They run last in, first out. Most are registered after start-up, so ours comes last. Not so those of a .pth file that
 comes before ours in the alphabet (coverage's, `a1_coverage.pth`, saves its data at exit), and everything of a program
-that starts the agent in code. `atexit` cannot list what is registered, but `unregister` compares each with its argument.
+that starts the agent in code. `atexit` cannot list what is registered, but `unregister` compares
+each with its argument.
 """
 
 from __future__ import annotations

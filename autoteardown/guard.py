@@ -43,9 +43,13 @@ class Guard:
         self.board: Optional[boards.Board] = None
         self.events: _queue.SimpleQueue[tuple[str, Any]] = _queue.SimpleQueue()
         self.gate = training.renew(self.events.put)
+        self.no_board = (
+            "AUTOTEARDOWN_PEERS is off" if not self.settings.peers else "this process group has no store"
+        )
         self._begun = _thread.allocate_lock()
         self._owner: dict[str, bool] = {}
         self._main_waits = False
+        self._finalized = False
         self._entry: Optional[registry.Entry] = None
         self._step_handle: Any = None
 
@@ -57,7 +61,17 @@ class Guard:
         self.log.rank, self.log.world_size = self.rank, self.world_size
         self.gate.begin(_thread.get_ident())
         self.tap.arm(self._on_signal, self._on_main)
+        self._finalize_multiprocessing()
         self._entry = registry.enter(self.settings.runtime_dir, self._entry_fields(), self.log.line)
+
+    def _finalize_multiprocessing(self) -> None:
+        # A forked child of multiprocessing leaves by os._exit: its finalizers are all the atexit that it has.
+        process = sys.modules.get("multiprocessing.process")
+        if process is not None and process.parent_process() is not None and not self._finalized:
+            from multiprocessing import util
+
+            self._finalized = True
+            util.Finalize(None, guarded(at_exit), exitpriority=-(10**6))
 
     def join(self) -> None:
         """After torch's init: the world is known."""
@@ -72,7 +86,7 @@ class Guard:
             optimizer = sys.modules["torch.optim.optimizer"]
             self._step_handle = optimizer.register_optimizer_step_post_hook(training.step_hook)
         if self.settings.peers and world.size > 1 and world.store is not None:
-            board = boards.Board.open(world.store, world.rank, world.size, self._debug)
+            board = boards.Board.open(world.store, world.rank, world.size, self._no_board)
             if board is not None:
                 _thread.start_new_thread(guarded(board.watch), (self._hear,))
             self.board = board
@@ -91,8 +105,9 @@ class Guard:
         self.entry_leave()
         self.joined = False
 
-    def _debug(self, text: str) -> None:
-        self.log.line(text, level="debug")
+    def _no_board(self, reason: str) -> None:
+        self.no_board = reason
+        self.log.line(f"no notice board: {reason}", level="debug")
 
     def _hear(self, kind: str, value: Any) -> None:
         """On the board's watcher thread."""
@@ -102,7 +117,9 @@ class Guard:
             self.board = None  # lost
         else:
             if kind == "notice":
-                self.teardown.origin = value  # the first to be signalled
+                self.teardown.origin = {
+                    key: value[key] for key in value if key != "left"
+                }  # the first to be signalled
             self.events.put((kind, value))
 
     # -- signals ----------------------------------------------------------------------------------------------------
@@ -111,7 +128,9 @@ class Guard:
         """On the listener thread."""
         try:
             ray_rank.call_abort_off()
-            if self._begun.acquire(False):
+            if self.teardown is not None:
+                self.teardown.also_signalled(signum)
+            elif self._begun.acquire(False):
                 origin = {"rank": self.rank, "host": self.host, "pid": os.getpid()}
                 self._begin("signal", signum, origin)
         except BaseException as error:

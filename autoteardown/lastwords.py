@@ -18,8 +18,12 @@ def summary(teardown: Teardown) -> str:
     return f"done: {_outcome(teardown)}, {where}exit {teardown.exit_code}"
 
 
-def write(teardown: Teardown) -> None:
-    """Leave everything behind that outlives the process. May hang on a dead disk."""
+def write(teardown: Teardown, final: bool) -> None:
+    """Leave everything behind that outlives the process. May hang on a dead disk.
+
+    Args:
+        final: the process ends now; else the program's own way out is still ahead.
+    """
     guard, stop = teardown.guard, teardown.stop
     if stop is not None and stop.phases:
         last = stop.phases[-1]
@@ -27,7 +31,10 @@ def write(teardown: Teardown) -> None:
             last.outcome = "timeout" if stop.forced else "ok"
         if last.name == "exit" or last.end is None:  # the program's own way out was part of it
             last.end = teardown.now
-    guard.entry_leave(_outcome(teardown), teardown.exit_code)
+    if final:
+        guard.entry_leave(_outcome(teardown), teardown.exit_code)
+    else:
+        guard.entry_update(state="leaving", outcome=_outcome(teardown), exit_code=teardown.exit_code)
     if guard.settings.report_dir:
         problem = report.write_report(guard.settings.report_dir, guard.report_name, as_dict(teardown))
         if problem:

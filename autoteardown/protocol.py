@@ -451,6 +451,10 @@ class Stop:
 
     def _in_leaving(self, now: float) -> bool:
         if self._soft:
+            if self.heard.get(
+                "saving"
+            ):  # Lightning saves on any exception, the one that it leaves with included
+                self._until(now + self.limits.exit)
             if not self._due:
                 return False
             self._end("timeout", now, "the program's own exit takes too long")

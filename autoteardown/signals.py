@@ -54,7 +54,9 @@ def install(module: ModuleType) -> Tap:
     global tap
     if tap is None:
         signals: tuple[int, ...] = (module.SIGTERM,)
-        if os.environ.get("AUTOTEARDOWN_SIGNALS"):  # else not worth the import, in most processes of the image
+        if os.environ.get(
+            "AUTOTEARDOWN_SIGNALS"
+        ):  # else not worth the import, in most processes of the image
             from autoteardown import settings
 
             signals = settings.load(os.environ)[0].signals

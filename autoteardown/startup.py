@@ -122,5 +122,5 @@ def _at_exit() -> None:
     try:
         if guard is not None:
             guard.at_exit()
-    except Exception as error:
+    except BaseException as error:
         say(f"at exit: {error!r}")

@@ -22,12 +22,17 @@ from typing import TYPE_CHECKING, Any, Callable, NoReturn, Optional
 
 from autoteardown import backends, exits, lastwords, protocol, ray_rank, report, training
 from autoteardown.boundary import guarded
+from autoteardown.fuse import Fuse
 
 if TYPE_CHECKING:
     from autoteardown.guard import Guard
 
 _POLL = 0.02  # seconds between looks at what sends no event: a thread that has ended, a save that is over
+_TOGETHER = (
+    1.0  # seconds within which ranks are signalled together; a launcher that reacts to an exit comes later
+)
 _LAST_WORDS = 0.4  # seconds for report and termination log, before the process is ended without them
+_LONG_LAST_WORDS = 2.0  # the same where there is time
 
 
 class Teardown:
@@ -37,7 +42,7 @@ class Teardown:
         guard: the armed rank.
         cause: `signal` or `peer`.
         signum: the eviction signal, if this rank got one.
-        origin: rank, host and pid of the rank that was signalled first.
+        origin: rank, host and pid of the rank that was signalled first, and how much time it has `left`.
         yields: the application's own handler has its time first.
     """
 
@@ -47,7 +52,8 @@ class Teardown:
         self.guard = guard
         self.cause = cause
         self.signum = signum
-        self.origin = origin
+        self.notice = origin
+        self.origin = {key: value for key, value in origin.items() if key != "left"}
         self.started = time.monotonic()
         self.received_at = datetime.now(timezone.utc).isoformat()
         self.committed = not yields  # from here on the agent ends the process
@@ -59,12 +65,14 @@ class Teardown:
         self._finishing = _thread.allocate_lock()
         self._saving = self._stopping = False
         self._told = 0
+        self._fuse = Fuse()
         self.stop: Optional[protocol.Stop] = None
 
     # -- the two threads ----------------------------------------------------------------------------------------
 
     def begin(self) -> None:
         """Start the threads; on a thread that has nothing else to do, as it is the fallback."""
+        self._light_fuse(self.guard.settings.hard)
         try:
             _thread.start_new_thread(self._deadline, ())
             _thread.start_new_thread(self._drive, ())
@@ -84,6 +92,10 @@ class Teardown:
         try:
             stop = self.stop = protocol.Stop(self._limits(), self._facts())
             self.say(self.opening(), stacks="at the signal")
+            if self.guard.board is None and (self.guard.world_size or 1) > 1 and self.guard.joined:
+                self.say(f"peers are not told: {self.guard.no_board}")
+            if self.cause == "peer":
+                self._take(stop, "notice", self.notice)
             self._take(stop, "begin", None)
             while stop.state != "done":
                 self._look(stop)
@@ -172,8 +184,8 @@ class Teardown:
 
     # -- what the protocol asks for -----------------------------------------------------------------------------
 
-    def _do_tell(self, _: Any) -> None:
-        self._post("tell", self.origin)
+    def _do_tell(self, left: float) -> None:
+        self._post("tell", {**self.origin, "left": left})
 
     def _do_answer(self, value: tuple[Optional[int], bool]) -> None:
         self._post("answer", *value)
@@ -266,9 +278,12 @@ class Teardown:
 
     def _do_leave(self, soft: bool) -> None:
         self._flush_posts()
-        self.guard.entry_update(state="leaving")
         if not soft:
             return
+        # From here on the program's own code decides how the process ends: it may call os._exit, or free what cannot
+        # be freed. So the report is written before, and the fuse made shorter.
+        self._write_within(_LAST_WORDS, final=False)
+        self._light_fuse(self.now + self.guard.settings.exit_timeout + _LONG_LAST_WORDS + _LAST_WORDS)
         if ray_rank.waits_for_method(self.guard.gate.loop):
             self._finish()
         self.leaving = True
@@ -300,6 +315,17 @@ class Teardown:
         """The contract's, whichever way the process ends."""
         return self.guard.settings.exit_code_for(self.signum)
 
+    def also_signalled(self, signum: int) -> None:
+        """A peer's notice was faster than this rank's own signal: it still is a rank that got the signal."""
+        stop = self.stop
+        over = stop is not None and stop.state in ("destroy", "exit", "leaving", "done")
+        if self.signum is None and not over and self.now < _TOGETHER:
+            self.signum = signum
+            self._light_fuse(self.guard.settings.hard)
+
+    def _light_fuse(self, at: float) -> None:
+        self._fuse.light(min(at, self.guard.settings.hard) - 0.02 - self.now, self.exit_code)
+
     def ended(self) -> None:
         """On the main thread, last of all atexit callbacks: the program is over, on our request or by itself."""
         if not self.leaving:
@@ -320,20 +346,24 @@ class Teardown:
             time.sleep(3600)
         try:
             if patience is None:
-                patience = max(_LAST_WORDS, min(2.0, self.guard.settings.hard - _LAST_WORDS - self.now))
-            written = _thread.allocate_lock()
-            written.acquire()
-            _thread.start_new_thread(self._write, (written,))
-            written.acquire(timeout=patience)
+                left = self.guard.settings.hard - _LAST_WORDS - self.now
+                patience = max(_LAST_WORDS, min(_LONG_LAST_WORDS, left))
+            self._write_within(patience, final=True)
             self.say(lastwords.summary(self))
         finally:
             end(lambda: self.exit_code)
 
-    def _write(self, written: Any) -> None:
+    def _write_within(self, seconds: float, final: bool) -> None:
+        written = _thread.allocate_lock()
+        written.acquire()
+        _thread.start_new_thread(self._write, (written, final))
+        written.acquire(timeout=seconds)
+
+    def _write(self, written: Any, final: bool) -> None:
         """Whatever can hang on a dead disk or a full pipe."""
         try:
-            lastwords.write(self)
-            for stream in (sys.stdout, sys.stderr):
+            lastwords.write(self, final)
+            for stream in (sys.stdout, sys.stderr) if final else ():
                 if stream is not None:
                     stream.flush()
         except BaseException as error:

@@ -103,8 +103,8 @@ class Gate:
         if self.shielded(_thread.get_ident()):
             return
         count = self.count
-        with self._known:  # taken only to wait: released for good by `let_run_to`
-            last = self._last
+        _pass(self._known)
+        last = self._last
         if self.closed or (last is not None and count >= last):
             self._tell(("stopped", count))
             self.hold()
@@ -121,15 +121,13 @@ class Gate:
             return
         self.parked.add(ident)
         self._tell(("parked", ident))
-        with self._exit:
-            pass
+        _pass(self._exit)
         raise SystemExit(self.exit_code)
 
     def wait_for_exit(self) -> None:
         """Keep this thread, which has nothing left to run, until the exit."""
         self.parked.add(_thread.get_ident())
-        with self._exit:
-            pass
+        _pass(self._exit)
 
     def enter_save(self) -> None:
         """A save begins on this thread."""
@@ -156,6 +154,18 @@ class Gate:
 
     def _background_over(self, future: Any) -> None:
         self._background -= 1
+
+
+def _pass(lock: Any) -> None:
+    """Wait for a lock that is taken only to wait, and released for good."""
+    while True:
+        try:
+            with lock:
+                return
+        except BaseException:
+            # Out of another signal's handler, on top of this frame: DataLoader's for SIGCHLD raises when a worker is
+            # killed. The program must not go on because of it.
+            continue
 
 
 gate = Gate(lambda event: None)

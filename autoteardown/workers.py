@@ -36,7 +36,11 @@ def stay_with_parent() -> None:
                 state = registry.state_of(runtime_dir, parent_pid)
                 if state in _STAY:
                     return
-                if state is None or state in _GO:
+                if state in _GO:
+                    os._exit(
+                        0
+                    )  # as torch's own handler does if the parent sends it: no error for the parent to raise
+                if state is None:
                     break
                 time.sleep(0.01)
         except Exception:  # what it has to do, it does

@@ -138,8 +138,8 @@ def test_start_up(tmp_path, torch_folder, program, error):
         env["PYTHONPATH"] = f"{folder or ''}{os.pathsep}{torch_folder}"
         argv = [sys.executable, "-c", textwrap.dedent(program)]
         done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=60)
-        ours = [line for line in done.stderr.splitlines() if line.startswith("autoteardown: ")]
-        noise = [line for line in done.stderr.splitlines() if not line.startswith("autoteardown: ")]
+        ours = [line for line in done.stderr.splitlines() if line.startswith("autoteardown")]
+        noise = [line for line in done.stderr.splitlines() if not line.startswith("autoteardown")]
         return (done.returncode, done.stdout, noise), ours
 
     expected, _ = run()
@@ -147,11 +147,13 @@ def test_start_up(tmp_path, torch_folder, program, error):
     assert run(package("whole", CALLED=str(path))) == (expected, [])
     names = set(path.read_text().split()) - breaker.NEVER
     assert "startup:start" in names
-    wrong = {}
+    wrong, said = {}, 0
     for name in sorted(names):
-        got, ours = run(package(name, BREAK=name, BREAK_WITH=error))
-        if got != expected or len(ours) > 1:
+        got, ours = run(package(name.replace(":", "-"), BREAK=name, BREAK_WITH=error))
+        if got != expected or len(ours) > 2:  # two hooks that need it, or two inits
             wrong[name] = got, ours
+        said += len(ours)
+    assert said > len(names) / 3, "most of them cannot fail unsaid"
     assert not wrong, "\n".join(f"{name}: {got}" for name, got in wrong.items())
 
 

@@ -1,6 +1,7 @@
 """What frameworks do to signals, in small: the findings of `test_frameworks.py`, in tests that need no framework."""
 
 import pytest
+import torch
 from harness import AGENT, NONE, SIGTERM
 
 
@@ -60,9 +61,12 @@ def test_an_application_that_wants_our_doorbell(job):
     assert seen[0] == seen[1]
 
 
-@pytest.mark.parametrize("where", ["main", "thread"])
+@pytest.mark.parametrize("where", ["main", "thread", "inside"])
 def test_a_handler_put_away_and_the_signal_raised_again(job, where):
-    """uvicorn's way: shut down, restore what was there, raise the signal again. Then it is the agent's turn, at once."""
+    """uvicorn's way: shut down, restore what was there, raise the signal again. Then it is the agent's turn, at once.
+
+    ddtrace's handler does all of it while it runs (`inside`).
+    """
     ranks = job.world(
         """
         import signal, sys, threading, time
@@ -79,18 +83,23 @@ def test_a_handler_put_away_and_the_signal_raised_again(job, where):
                 print("step", flush=True)
                 yield
 
-        def serve(training):
-            caught = []
-            original = signal.signal(signal.SIGTERM, lambda *args: caught.append(args[0]))
-            while not caught:
-                next(training)
+        def raise_again(*args):
             signal.signal(signal.SIGTERM, original)
             print("shut down", flush=True)
-            signal.raise_signal(caught[0])
+            signal.raise_signal(signal.SIGTERM)
+
+        def serve(training):
+            global original
+            caught = []
+            handler = raise_again if sys.argv[1] == "inside" else lambda *args: caught.append(args)
+            original = signal.signal(signal.SIGTERM, handler)
+            while not caught:
+                next(training)
+            raise_again()
             for _ in training:
                 pass
 
-        if sys.argv[1] == "main":
+        if sys.argv[1] != "thread":
             serve(train())
         else:
             threading.Thread(target=lambda: list(train()), daemon=True).start()
@@ -135,3 +144,41 @@ def test_exit_callbacks_registered_before_ours(job):
     assert rank.evict() == 0, rank.story()
     assert rank.stdout.split() == ["ready", "latest", "later", "earlier", "earliest"]
     assert rank.noise == []
+
+
+def test_a_save_on_the_way_out(job):
+    """Lightning saves on any exception, the SystemExit of the agent's included: it may take longer than other exits."""
+    rank = job.start(
+        """
+        import time
+        import torch, torch.distributed as dist
+
+        class SlowDisk:
+            def __init__(self, path):
+                self.file, self.slow = open(path, "wb"), True
+            def write(self, data):
+                if self.slow:
+                    time.sleep(3)
+                self.slow = False
+                return self.file.write(data)
+            def flush(self):
+                self.file.flush()
+
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        weight = torch.nn.Parameter(torch.zeros(1))
+        optimizer = torch.optim.SGD([weight], lr=0.1)
+        try:
+            while True:
+                weight.grad = torch.ones(1)
+                optimizer.step()
+                print("step", flush=True)
+        except BaseException:
+            torch.save({"weight": weight}, SlowDisk("interrupted.pt"))
+            raise
+        """,
+        AUTOTEARDOWN_GRACE=20,
+        AUTOTEARDOWN_EXIT_TIMEOUT=1,
+    )
+    rank.wait_for("step")
+    assert rank.evict(20) == 0, rank.story()
+    assert set(torch.load(job.folder / "interrupted.pt")) == {"weight"}

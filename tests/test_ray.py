@@ -265,8 +265,8 @@ def test_a_worker_that_never_inits_is_as_without_us(cluster, tmp_path, kind, sle
             error = "waits"
             os.kill(pid, signal.SIGKILL)
         else:
+            gone(pid)  # Ray itself crashes now and then on a call that reaches a worker on its way out
             error = str(failure(*running or [actor.pid.remote()]))
-        gone(pid)
         # Numbers, among them identities, differ from one process to the next.
         seen.append(re.sub(r"[0-9a-f]{32,}|\d+", "#", f"{error}\n{cluster.log(pid)}"))
     assert seen[0] == seen[1]

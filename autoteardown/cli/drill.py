@@ -138,7 +138,6 @@ def _run(args: argparse.Namespace, folder: Path) -> int:
 
 def _own(args: argparse.Namespace, folder: Path, show: display.Display) -> list[Outcome]:
     """The job that the drill brings with it."""
-    names = args.scenario or (list(SCENARIOS) if args.compare else ["train"])
     ranks = args.ranks or RANKS
     grace = args.grace or GRACE
     show.line(
@@ -152,7 +151,7 @@ def _own(args: argparse.Namespace, folder: Path, show: display.Display) -> list[
     )
     show.line(f"From SIGTERM to SIGKILL there are {grace:g} s{note}; AUTOTEARDOWN_GRACE is the same.")
     return drills.run(
-        [SCENARIOS[name] for name in names],
+        [SCENARIOS[name] for name in _wanted(args)],
         list(PROTECTIONS) if args.compare else [AGENT],
         ranks,
         grace,
@@ -171,6 +170,11 @@ def _command(args: argparse.Namespace, folder: Path, show: display.Display) -> l
     show.line(f"From the signal to SIGKILL there are {grace:g} s; AUTOTEARDOWN_GRACE is the same.")
     drill = CommandDrill(args.launch, scenario, grace, args.ranks, args.start_timeout, after, folder, show)
     return [drill.run()]
+
+
+def _wanted(args: argparse.Namespace) -> list[str]:
+    """The scenarios to drill."""
+    return args.scenario or (list(SCENARIOS) if args.compare else ["train"])
 
 
 def _introduction(args: argparse.Namespace, outcomes: list[Outcome]) -> str:
@@ -200,7 +204,7 @@ def _check(args: argparse.Namespace) -> None:
     else:
         if args.after is not None:
             args.fail("--after: only for a COMMAND of your own")
-        for name in args.scenario or []:
+        for name in _wanted(args):
             if args.ranks and args.ranks < SCENARIOS[name].least:
                 args.fail(f"--ranks {args.ranks}: the scenario {name} needs at least {SCENARIOS[name].least}")
     # Now, and not after a minute of drilling.

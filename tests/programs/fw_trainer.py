@@ -1,6 +1,7 @@
 """Hugging Face Trainer, a tiny model made from its config. `fw_trainer.py FOLDER [jit]`
 
-jit: its checkpoint on SIGTERM. Once there is a file `stuck`, rank 1 never ends its step (a hung collective for rank 0).
+jit: its checkpoint on SIGTERM, 3 s later, by a clock of each rank's own: it only works out if all ranks are at the same
+place then, so the steps take 2 s. Once there is a file `stuck`, rank 1 never ends its step (a hung collective for rank 0).
 """
 
 import os
@@ -14,6 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, 
 class Tell(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         print(f"rank {os.environ['RANK']} pid {os.getpid()} step {state.global_step}", flush=True)
+        time.sleep(2.0 if args.enable_jit_checkpoint else 0.0)
         while os.path.exists("stuck") and os.environ["RANK"] == "1":
             time.sleep(0.1)
 
