@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TEST ?=
+# Most tests wait for processes rather than compute: more of them at a time than there are cores.
+JOBS ?= 4
 DRILL ?=
 BENCH ?=
 
@@ -21,7 +23,7 @@ drill: $(VENV)/.has-drill
 	$(BIN)/autoteardown drill $(DRILL)
 
 test: $(VENV)/.has-test
-	$(BIN)/python -m pytest $(TEST)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(TEST)
 
 lint: $(VENV)/.has-dev
 	$(BIN)/ruff check .

@@ -1,8 +1,7 @@
 """Drain, destroy and abort: every difference between torch versions and communication backends lives here.
 
-Shapes that differ (each is tested for, none is looked up by version): `torch.accelerator` (2.6 and later),
-`ProcessGroup.abort` (2.7 and later), `_abort_process_group` (2.6, where `group=None` means the default group only),
-neither (2.4 and 2.5, where `destroy_process_group` is an abort).
+Shapes that differ are tested for, not looked up by version (tests/torch_shapes.json has them all): `ProcessGroup.abort`
+(2.7 and later), the abort of its NCCL backend (2.6), the `_shutdown` of that backend, which is an abort (2.4 and 2.5).
 """
 
 from __future__ import annotations
@@ -89,9 +88,9 @@ def _devices_in_use(torch: Any, name: str, module: Any) -> list[Optional[int]]:
 def groups() -> list[Any]:
     """Every process group, those without an `init_process_group` of their own included."""
     c10d = _c10d()
-    names = c10d._world.pg_names
+    names = dict(c10d._world.pg_names)  # a copy: the program may be making groups
     # The order in which torch itself shuts them down.
-    return sorted(tuple(names), key=lambda group: str(names.get(group)), reverse=True)
+    return sorted(names, key=lambda group: str(names[group]), reverse=True)
 
 
 def can_abort() -> bool:
@@ -112,10 +111,17 @@ def _abort_of(group: Any) -> Callable[[], object] | None:
     abort: Callable[[], object] | None = getattr(group, "abort", None)
     if abort is not None:
         return abort
-    if hasattr(c10d, "_abort_process_group"):
-        return lambda: c10d._abort_process_group(group)
-    destroy = getattr(c10d.destroy_process_group, "__wrapped__", c10d.destroy_process_group)
-    return lambda: destroy(group)
+    # Not through `_abort_process_group` or `destroy_process_group`: for the default group, those take every group in
+    # turn, and they edit the tables that the other groups' aborts look into at the same moment.
+    backend = _backend_of(group)
+    return getattr(backend, "abort", None) or getattr(backend, "_shutdown", None)
+
+
+def _backend_of(group: Any) -> Any:
+    try:
+        return group._get_backend(sys.modules["torch"].device("cuda"))
+    except Exception:  # none for that device
+        return None
 
 
 def abort(done: Callable[[Problem], object]) -> None:
@@ -134,8 +140,7 @@ def abort(done: Callable[[Problem], object]) -> None:
             function()
         except BaseException as error:
             problems.append(_line(error))
-        pending.pop()
-        if not pending:
+        if pending.pop() == 0:  # the last one, and only that
             done("; ".join(problems) or None)
 
     if not aborts:

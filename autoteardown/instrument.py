@@ -113,7 +113,7 @@ def _enter_save() -> Any:
 
 @guarded
 def _save_returned(gate: Any, result: Any) -> None:
-    # dcp.async_save: a future, or (2.8 and later, on request) an object with two of them.
+    # dcp.async_save: a future, or (2.9 and later, on request) an object with two of them.
     future = getattr(result, "upload_completion", result)
     if gate is not None and hasattr(future, "add_done_callback"):
         gate.background_save(future)

@@ -6,7 +6,7 @@ from harness import AGENT, NONE, SIGTERM
 
 
 def test_every_handler_saved_and_restored(job):
-    """Lightning restores the handlers of all signals at the end of `fit`, the one that wakes the main thread included."""
+    """Lightning restores the handlers of all signals after `fit`, that of the one which wakes the main thread, too."""
     (rank,) = job.world(
         """
         import signal, threading, time

@@ -49,7 +49,9 @@ def workers(launcher, text=None, count=2):
 
     def look():
         assert launcher.running, launcher.story()
-        found = re.findall(r"^rank (\d) pid (\d+) step [3-9]", text() if text else launcher.stdout, re.MULTILINE)
+        found = re.findall(
+            r"^rank (\d) pid (\d+) step [3-9]", text() if text else launcher.stdout, re.MULTILINE
+        )
         return {int(rank): int(pid) for rank, pid in found}
 
     return wait_until(lambda: len(look()) == count and look(), "training", START)
@@ -139,6 +141,20 @@ def test_lightning_hangs_in_its_handler(job, mode, tmp_path):
     assert ranks[1].phase("yield")["outcome"] == "timeout"
 
 
+def test_lightning_without_its_time(job, tmp_path):
+    """AUTOTEARDOWN_YIELD=off, for platforms that evict single ranks: the group stops after one step, at once."""
+    pytest.importorskip("lightning")
+    options = {**PATIENT, "AUTOTEARDOWN_YIELD": "off"}
+    ranks = job.world("fw_lightning.py", 2, tmp_path / "own", fresh=True, **options)
+    train(ranks)
+    ranks[1].signal()
+    out_in_time(ranks[1], 0, 60)
+    out_in_time(ranks[0], 143, 60)
+    stopped_together(job, {0: "peer", 1: "signal"}, {0: 143, 1: 0})
+    assert "Received SIGTERM" not in ranks[1].stderr
+    lightning_checkpoint(tmp_path / "own")
+
+
 # -- Hugging Face -----------------------------------------------------------------------------------------------------
 
 
@@ -200,7 +216,12 @@ def test_accelerate_launch(job, who):
     """Its launcher is torchrun's; its optimizer wrapper still counts as a step. The launcher returns 1, as torchrun."""
     pytest.importorskip("accelerate")
     python = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1")
-    options = ("--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0", "--monitor_interval=0.1")
+    options = (
+        "--mixed_precision=no",
+        "--dynamo_backend=no",
+        "--main_process_port=0",
+        "--monitor_interval=0.1",
+    )
     launcher = job.start("fw_accelerate.py", fresh=True, python=python + options, **PATIENT)
     pids = workers(launcher)
     if who == "rank":
@@ -294,7 +315,7 @@ def test_handler_at_import_that_exits(job, mode, tmp_path):
     left_alone(ranks)
 
 
-# -- submitit -----------------------------------------------------------------------------------------------------------
+# -- submitit ---------------------------------------------------------------------------------------------------------
 
 
 def submitted(job, folder, **options):
@@ -336,7 +357,9 @@ def test_submitit_sigusr2(job, mode, tmp_path):
     pids = workers(driver, printed)
     for pid in reversed(pids.values()):
         os.kill(pid, signal.SIGUSR2)
-    wait_until(lambda: re.search(r"^rank 0 begins at [1-9]", printed(), re.MULTILINE), "the second attempt", START)
+    wait_until(
+        lambda: re.search(r"^rank 0 begins at [1-9]", printed(), re.MULTILINE), "the second attempt", START
+    )
     assert "checkpointed" in printed()
     assert not job.all_reports()
 
@@ -345,7 +368,7 @@ def test_submitit_sigusr2(job, mode, tmp_path):
 
 
 def test_server(job):
-    """uvicorn shuts down on SIGTERM, gives the handler back and raises the signal again: then it is the agent's turn."""
+    """uvicorn shuts down, puts the old handler back and raises the signal again: then it is the agent's turn."""
     pytest.importorskip("uvicorn")
     ranks = job.world("fw_server.py", 2, fresh=True, **PATIENT)
     train(ranks)

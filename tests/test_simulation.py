@@ -255,6 +255,14 @@ def test_the_sweep_meets_what_it_is_about():
     assert outcomes == {"clean", "aborted", "forced"}
 
 
+def test_a_device_that_waits_for_a_slow_peer_is_not_stuck():
+    slow = Member(fate="block", at=2.1, lasts=6.5)
+    schedule = Schedule((Member(signal=2.0), Member(), slow), ahead=1)
+    assert is_healthy(schedule)
+    world = assert_promises(schedule)
+    assert world.now > 8.0
+
+
 @pytest.mark.parametrize("accelerator", [True, False])
 def test_four_thousand_ranks(accelerator):
     size, random = 4096, Random(FIRST_SEED)

@@ -38,21 +38,12 @@ CLASSES = {
 IMPORTED = {"torch/utils/data/_utils/signal_handling.py": "_set_worker_signal_handlers"}
 
 
-def parameters(function):
-    """The names of a function's parameters."""
-    args = function.args
-    return [arg.arg for arg in (*args.posonlyargs, *args.args, *args.kwonlyargs) if arg.arg != "self"]
-
-
 def names(node):
-    """What a class body defines, with parameters; None for a plain attribute."""
-    found = {}
-    for each in node.body:
-        if isinstance(each, ast.FunctionDef):
-            found[each.name] = parameters(each)
-        elif isinstance(each, ast.AnnAssign) and isinstance(each.target, ast.Name):
-            found[each.target.id] = None
-    return found
+    """What a class body defines: functions, and annotated attributes."""
+    functions = [each.name for each in node.body if isinstance(each, ast.FunctionDef)]
+    targets = [each.target for each in node.body if isinstance(each, ast.AnnAssign)]
+    attributes = [each.id for each in targets if isinstance(each, ast.Name)]
+    return functions + attributes
 
 
 def shape(wheel):
@@ -63,17 +54,17 @@ def shape(wheel):
         def parse(path):
             return ast.parse(archive.read(path)) if path in present else ast.parse("")
 
-        found = {"source": Path(wheel).name, "torch/accelerator": "torch/accelerator/__init__.py" in present}
+        found = {"source": Path(wheel).name}
         for path, wanted in FUNCTIONS.items():
-            defined = {each.name: each for each in parse(path).body if isinstance(each, ast.FunctionDef)}
-            found[path] = {name: parameters(defined[name]) for name in wanted.split() if name in defined}
+            defined = names(parse(path))
+            found[path] = " ".join(name for name in wanted.split() if name in defined)
         for path, classes in CLASSES.items():
             defined = {each.name: names(each) for each in parse(path).body if isinstance(each, ast.ClassDef)}
             for name, wanted in classes.items():
-                has = defined.get(name, {})
-                found[name] = {each: has[each] for each in wanted.split() if each in has}
+                has = defined.get(name, ())
+                found[name] = " ".join(each for each in wanted.split() if each in has)
         for path, name in IMPORTED.items():
-            found[path] = name in archive.read(path).decode()
+            found[path] = name if name in archive.read(path).decode() else ""
     return found
 
 

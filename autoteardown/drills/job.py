@@ -170,7 +170,7 @@ class Job:
         ranks, stage = self.ranks, self.scenario.stage
         if not self._up and all(rank.stage not in ("", "started") for rank in ranks):
             self._up = True
-            self._tell(f"all {len(ranks)} are up and join a process group ({ranks[0].backend})")
+            self._tell(f"all ranks are up and join a process group ({ranks[0].backend})")
         if stage == "waiting":
             there = ranks[0].stage == stage and all(rank.stage == "elsewhere" for rank in ranks[1:])
             ready = there and ranks[0].still()
@@ -202,8 +202,10 @@ class Job:
             self._launcher.send_signal(signal.SIGTERM)
             for rank in self.ranks:
                 rank.signalled = True
-            busy = ", which is writing a checkpoint" if self.ranks[0].saving else ""
-            self._tell(f"SIGTERM to torchrun (pid {self._launcher.pid}), for rank 0{busy}, and the others")
+            busy = "; rank 0 is writing a checkpoint" if self.ranks[0].saving else ""
+            self._tell(
+                f"SIGTERM to torchrun (pid {self._launcher.pid}), which passes it on to its ranks{busy}"
+            )
         else:
             victim = self.ranks[self.scenario.victim(len(self.ranks))]
             assert victim.process is not None

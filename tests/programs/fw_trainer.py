@@ -1,7 +1,7 @@
 """Hugging Face Trainer, a tiny model made from its config. `fw_trainer.py FOLDER [jit]`
 
-jit: its checkpoint on SIGTERM, 3 s later, by a clock of each rank's own: it only works out if all ranks are at the same
-place then, so the steps take 2 s. Once there is a file `stuck`, rank 1 never ends its step (a hung collective for rank 0).
+jit: its checkpoint on SIGTERM, 3 s later by each rank's own clock. It only works out if all ranks are at the same place
+then, so the steps take 2 s. Once there is a file `stuck`, rank 1 never ends its step: a hung collective for rank 0.
 """
 
 import os
