@@ -292,12 +292,11 @@ def test_a_driver_that_is_a_rank(cluster, job, order, mode):
     assert report["phases"][-1]["end"] > 4, "too short to tell"
 
 
-@pytest.mark.parametrize("what", ["steps", "stuck"])
-@pytest.mark.parametrize("max_failures", [0, 1])
+@pytest.mark.parametrize("what, max_failures", [("stuck", 0), ("steps", 1)])
 def test_ray_train(cluster, job, tmp_path, what, max_failures):
     """TorchTrainer: all ranks stop after the same step, and Ray Train reports it, or starts again and trains on."""
     driver = job.start(
-        "ray_trainer.py", cluster.address, tmp_path, what, max_failures, mode=NONE, fresh=True, RAY_TRAIN_V2_ENABLED=1
+        "ray_trainer.py", cluster.address, tmp_path, what, max_failures, mode=NONE, fresh=True
     )
     at = "stepping" if what == "steps" else "training"
     pids = [wait_in(tmp_path, at, rank) for rank in range(2)]
@@ -315,6 +314,7 @@ def test_ray_train(cluster, job, tmp_path, what, max_failures):
         assert steps == [None, None]
     driver.wait(200)
     if max_failures:
-        assert "fit returned {'steps': 10" in driver.stdout, driver.story()
+        assert "fit returned" in driver.stdout, driver.story()
+        assert all((tmp_path / f"trained-{rank}").exists() for rank in range(2))
     else:
         assert "fit raised WorkerGroupError" in driver.stdout, driver.story()

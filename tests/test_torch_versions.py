@@ -5,9 +5,10 @@ the functions do is what the sources of that version do with the groups of a pro
 """
 
 import json
-import os
+import shutil
 import subprocess
 import sys
+import sysconfig
 import threading
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -33,7 +34,9 @@ class Fake:
     def __init__(self, version, groups):
         self.version = version
         self.events = []
-        self.together = threading.Barrier(sum("nccl" in config for config in groups.values()) or 1, timeout=20)
+        self.together = threading.Barrier(
+            sum("nccl" in config for config in groups.values()) or 1, timeout=20
+        )
         self.c10d = ModuleType("torch.distributed.distributed_c10d")
         self.groups = {name: self._group(name, config) for name, config in groups.items()}
         self.c10d._world = SimpleNamespace(
@@ -73,7 +76,7 @@ class Fake:
             return method
 
         found = {each: record(event) for each, event in meanings.items() if has(self.version, kind, each)}
-        # ruff: noqa: B010  hashable, unlike a SimpleNamespace
+        # A class of its own: a SimpleNamespace cannot be hashed.
         return type(kind, (), {"__init__": lambda self: self.__dict__.update(found)})()
 
     def is_initialized(self):
@@ -201,13 +204,50 @@ def test_drain(fake, version, contexts):
 
 # -- wrapt -----------------------------------------------------------------------------------------------------------
 
-# The ends of the range in pyproject.toml. wrapt 1.14 has no wheels for 3.12 and later, and its C extension does not
-# build there; 1.17 is the first that is tested by its own project on 3.13.
-OLDEST = {(3, 9): "1.14.0", (3, 10): "1.14.0", (3, 11): "1.14.0", (3, 12): "1.16.0", (3, 13): "1.17.0"}
-SUITE = ("test_startup.py", "test_torch_versions.py")
+OLDEST, NEWEST = "wrapt==1.14.0", "wrapt<3"  # the range in pyproject.toml
+
+
+def environment_with(folder, wrapt, python, *packages):
+    """An environment with that wrapt and this package, installed as users do; its python, and how to run pytest."""
+    subprocess.run([python, "-m", "venv", folder], check=True)
+    executable = folder / "bin" / "python"
+    pip = [executable, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
+    subprocess.run([*pip, wrapt, *packages], check=True)
+    subprocess.run([*pip, "--no-deps", "--no-build-isolation", ROOT], check=True)
+    return executable
+
+
+def suite_passes(executable, *tests):
+    command = [executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+    # Away from the source tree, which would be imported instead of what is installed.
+    done = subprocess.run(command, cwd=ROOT / "tests", capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("end", ["oldest", "newest"])
-def test_both_ends_of_the_range_of_wrapt(tmp_path, end):
-    pass
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("wrapt", [OLDEST, NEWEST])
+def test_both_ends_of_the_range_of_wrapt(tmp_path, wrapt):
+    """With this torch: everything that goes through a hook on an import."""
+    executable = environment_with(tmp_path / "venv", wrapt, sys.executable, "hatchling")
+    # torch, pytest and the rest come from here; what is installed there comes first.
+    (next((tmp_path / "venv").glob("lib/*/site-packages")) / "rest.pth").write_text(
+        sysconfig.get_path("purelib")
+    )
+    suite_passes(executable, "test_startup.py", "test_evict_one.py", "test_checkpoint.py")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("wrapt", [OLDEST, NEWEST])
+@pytest.mark.parametrize("minor", [9, 10, 11, 12, 13, 14, 15])
+def test_every_python_at_hand(tmp_path, minor, wrapt):
+    """Without torch: the gate, the tap, the hooks on a torch that is a few lines long."""
+    python = shutil.which(f"python3.{minor}")
+    if python is None:
+        pytest.skip(f"there is no python3.{minor} on the PATH")
+    needs = ("hatchling", "pytest", "pytest-timeout", "hypothesis")
+    executable = environment_with(tmp_path / "venv", wrapt, python, *needs)
+    suite_passes(
+        executable, "test_startup.py", "test_settings.py", "test_registry.py", "test_torch_versions.py"
+    )
