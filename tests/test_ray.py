@@ -253,7 +253,11 @@ def test_a_worker_that_never_inits_is_as_without_us(cluster, tmp_path, kind, sle
     for env in ({}, OFF):
         folder = tmp_path / str(len(seen))
         folder.mkdir()
-        actor = ray.remote(num_cpus=0)(KINDS[kind][0]).options(runtime_env={"env_vars": {"X": "1", **env}}).remote()
+        actor = (
+            ray.remote(num_cpus=0)(KINDS[kind][0])
+            .options(runtime_env={"env_vars": {"X": "1", **env}})
+            .remote()
+        )
         pid = ray.get(actor.pid.remote())
         running = []
         if sleeps:
@@ -279,7 +283,9 @@ def test_a_driver_that_is_a_rank(cluster, job, order, mode):
     """Ray's C++ layer has a driver aborted 3 s after its SIGTERM (ray-project/ray#64830); a wedged rank takes longer."""
     port = free_port()
     where = {"WORLD_SIZE": 2, "MASTER_PORT": port, "fresh": True}
-    driver = job.start("ray_driver.py", cluster.address, order, mode=mode, RANK=0, AUTOTEARDOWN_GRACE=16, **where)
+    driver = job.start(
+        "ray_driver.py", cluster.address, order, mode=mode, RANK=0, AUTOTEARDOWN_GRACE=16, **where
+    )
     job.start("bystander.py", mode=NONE, RANK=1, **where)
     driver.wait_blocked("^ready$")
     code = driver.evict(16)
@@ -295,9 +301,7 @@ def test_a_driver_that_is_a_rank(cluster, job, order, mode):
 @pytest.mark.parametrize("what, max_failures", [("stuck", 0), ("steps", 1)])
 def test_ray_train(cluster, job, tmp_path, what, max_failures):
     """TorchTrainer: all ranks stop after the same step, and Ray Train reports it, or starts again and trains on."""
-    driver = job.start(
-        "ray_trainer.py", cluster.address, tmp_path, what, max_failures, mode=NONE, fresh=True
-    )
+    driver = job.start("ray_trainer.py", cluster.address, tmp_path, what, max_failures, mode=NONE, fresh=True)
     at = "stepping" if what == "steps" else "training"
     pids = [wait_in(tmp_path, at, rank) for rank in range(2)]
     if what == "stuck":

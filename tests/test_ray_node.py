@@ -28,7 +28,8 @@ NODE = """
     ray_node.install(signal)
 
     def handler(signum, frame):
-        print("Ray's handler", signum, frame is not None, len(os.listdir(runtime)), "left", flush=True)
+        line = f"Ray's handler {signum} {frame is not None} {len(os.listdir(runtime))} left\\n"
+        os.write(1, line.encode())  # it may come in the middle of the print below
         sys.exit(1)
 
     assert signal.signal(signal.SIGTERM, handler) is signal.SIG_DFL

@@ -18,6 +18,7 @@ import pytest
 import autoteardown
 
 PACKAGE = Path(autoteardown.__file__).parent
+SOURCE = Path(__file__).parent.parent
 GATE = ["autoteardown", "autoteardown.startup"]
 ON = [*GATE, "autoteardown.finder"]
 
@@ -212,7 +213,7 @@ def test_children_of_multiprocessing(tmp_path, method):
 
 def test_the_line_of_the_start_file_names_a_callable_that_needs_nothing():
     # What Python 3.15 does with it (PEP 829).
-    (entry,) = (PACKAGE.parent / "startup_files" / "autoteardown.start").read_text().split()
+    (entry,) = (SOURCE / "startup_files" / "autoteardown.start").read_text().split()
     start = (
         f"import sys, pkgutil; sys.path.append({str(PACKAGE.parent)!r}); pkgutil.resolve_name({entry!r})()"
     )
@@ -221,7 +222,7 @@ def test_the_line_of_the_start_file_names_a_callable_that_needs_nothing():
 
 
 def test_the_pth_is_one_line_without_exec():
-    text = (PACKAGE.parent / "startup_files" / "autoteardown.pth").read_text()
+    text = (SOURCE / "startup_files" / "autoteardown.pth").read_text()
     assert text.count("\n") == 1 and text.startswith("import os;")
     assert "exec" not in text
 

@@ -1,0 +1,41 @@
+"""What the agent costs and how fast it is: `python -m benchmarks [NAME…] [--quick]`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import time
+
+from benchmarks.common import machine
+
+BENCHMARKS = {
+    "startup": "a Python start, without and with the agent, beside other start-up hooks",
+    "step": "an optimizer step, a DDP loop, an init",
+    "footprint": "memory, descriptors and threads of an armed rank",
+    "teardown": "from the signal to the last exit, and to the last peer free",
+    "board": "the notice board with up to 1,024 ranks",
+}
+
+
+def main() -> None:
+    names = "\n".join(f"  {name:10} {text}" for name, text in BENCHMARKS.items())
+    parser = argparse.ArgumentParser(
+        prog="benchmarks", description=f"{__doc__}\n\n{names}", formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", choices=[*BENCHMARKS, []], help="all unless told")
+    parser.add_argument("--quick", action="store_true", help="few rounds: to see that it works")
+    options = parser.parse_args()
+    print(machine())
+    for name in options.names or BENCHMARKS:
+        print(f"\n## {name}: {BENCHMARKS[name]}\n", flush=True)
+        start = time.monotonic()
+        module = importlib.import_module(f"benchmarks.{name}")
+        if name == "board":
+            module.main(["--ranks", "64", "--rounds", "2"] if options.quick else [])
+        else:
+            module.run(options.quick)
+        print(f"\n({time.monotonic() - start:.0f} s)", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""What an armed rank has more than the same rank without the agent: memory, descriptors, threads."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from benchmarks.common import Ranks, middle, table
+
+PROGRAM = """
+import time
+import torch
+import torch.distributed as dist
+dist.init_process_group("gloo")
+weight = torch.nn.Parameter(torch.zeros(1))
+optimizer = torch.optim.SGD([weight], lr=0.1)
+for _ in range(10):
+    weight.grad = torch.ones(1)
+    dist.all_reduce(weight.grad)
+    optimizer.step()
+dist.barrier()
+time.sleep(1)  # both ranks' boards are open by then
+print("ready", flush=True)
+time.sleep(3600)
+"""
+COLUMNS = ("private memory, KiB", "descriptors", "threads")
+
+
+def look(pid: int) -> dict[str, float]:
+    rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    private = sum(int(number) for number in re.findall(r"^Private_\w+:\s+(\d+)", rollup, re.MULTILINE))
+    counts = (private, len(os.listdir(f"/proc/{pid}/fd")), len(os.listdir(f"/proc/{pid}/task")))
+    return dict(zip(COLUMNS, counts))
+
+
+def run(quick: bool) -> None:
+    found: dict[tuple[str, int], list[dict[str, float]]] = {}
+    ranks = Ranks()
+    try:
+        for _ in range(2 if quick else 9):
+            for mode in ("none", "agent"):
+                with ranks.job() as job:
+                    world = job.world(PROGRAM, 2, mode=mode)
+                    for number, rank in enumerate(world):
+                        rank.wait_for("ready")
+                        found.setdefault((mode, number), []).append(look(rank.pid))
+    finally:
+        ranks.close()
+    rows = []
+    for number, name in enumerate(("rank 0, which hosts the store", "rank 1")):
+        for column in COLUMNS:
+            without, with_ = ([each[column] for each in found[mode, number]] for mode in ("none", "agent"))
+            more = [after - before for before, after in zip(without, with_)]
+            rows.append([name, column, middle(without, 0), middle(with_, 0), middle(more, 0)])
+    table(["two gloo ranks", "", "without", "with the agent", "more"], rows)
