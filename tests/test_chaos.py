@@ -16,7 +16,21 @@ import pytest
 import torch
 from harness import AGENT, ForkServer, Job
 
-ACTIVITIES = ["idle", "step", "all_reduce", "checkpoint", "dataloader", "forks", "threads", "gc", "logging", "import", "everything", "rendezvous", "stuck", "reinit"]
+ACTIVITIES = [
+    *(
+        "idle",
+        "step",
+        "all_reduce",
+        "checkpoint",
+        "dataloader",
+        "forks",
+        "threads",
+        "gc",
+        "logging",
+        "import",
+    ),
+    *("everything", "rendezvous", "stuck", "reinit"),
+]
 EVENTS = ("one", "some", "all", "twice", "killed", "frozen")
 GRACE = 8.0
 SLACK = 4.0  # for a machine that runs many jobs at once; beyond it a process is past its deadline

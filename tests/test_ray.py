@@ -21,7 +21,7 @@ from harness import AGENT, NONE, PROGRAMS, alive, environment, free_port, marked
 
 ray = pytest.importorskip("ray")
 sys.path.insert(0, str(PROGRAMS))
-import ray_ranks
+import ray_ranks  # noqa: E402
 
 pytestmark = [pytest.mark.frameworks, pytest.mark.timeout(300)]
 
@@ -280,7 +280,7 @@ def test_a_worker_that_never_inits_is_as_without_us(cluster, tmp_path, kind, sle
 @pytest.mark.parametrize("order", ["first", "last"])
 @pytest.mark.parametrize("mode", [AGENT, NONE])
 def test_a_driver_that_is_a_rank(cluster, job, order, mode):
-    """Ray's C++ layer has a driver aborted 3 s after its SIGTERM (ray-project/ray#64830); a wedged rank takes longer."""
+    """Ray's C++ layer has a driver aborted 3 s after its SIGTERM (ray-project/ray#64830); a wedge takes longer."""
     port = free_port()
     where = {"WORLD_SIZE": 2, "MASTER_PORT": port, "fresh": True}
     driver = job.start(

@@ -115,7 +115,7 @@ def main():
             time.sleep(0.01)
     if activity == "reinit":
         say_going()
-        for life in range(1000):
+        for _ in range(1000):
             dist.all_reduce(torch.ones(1))
             dist.destroy_process_group()
             os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
