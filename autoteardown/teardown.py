@@ -329,7 +329,9 @@ class Teardown:
     def ended(self) -> None:
         """On the main thread, last of all atexit callbacks: the program is over, on our request or by itself."""
         if not self.leaving:
-            self.guard.events.put(("ended", None))
+            # A daemon thread that trains can still get to its step; if it has ended, too, `_look` notices.
+            if self.guard.gate.thread in (None, _thread.get_ident()):
+                self.guard.events.put(("ended", None))
             self.guard.gate.wait_for_exit()
         exits.run_earlier()
         self._finish()
