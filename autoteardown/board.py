@@ -245,6 +245,10 @@ class Board:
         return [bytes(store.get(f"{key}{rank}")).decode() for rank in range(self.world)]
 
 
+# A watcher comes back within milliseconds, but on a starved node; and this wait is all that keeps it from an abort.
+_AT_EXIT = 10.0
+
+
 def close_all() -> None:
     """Close every board, lost ones too: last thing before the interpreter is finalized.
 
@@ -252,4 +256,4 @@ def close_all() -> None:
     frames turn that into an abort: a job whose ranks all end at the same moment would be one of SIGABRTs.
     """
     for board in list(_watched):
-        board.close()
+        board.close(_AT_EXIT)

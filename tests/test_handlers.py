@@ -200,7 +200,8 @@ def test_stand_ins_are_invisible(job):
     for mode in (AGENT, NONE):
         rank = job.start(program, "yield", mode=mode)
         rank.wait()
-        seen.append(rank.stdout.splitlines())
+        # Which descriptors are free is gloo's business: its threads close theirs some time after a destroy.
+        seen.append(re.sub(r"fd \d", "fd N", rank.stdout).splitlines())
         assert rank.stderr == ""
     assert seen[0] == seen[1]
     assert seen[1][-1] == "end 1"
