@@ -1,5 +1,6 @@
 """The application's own handler keeps its rights (promise 8), whoever installs it, wherever, whenever."""
 
+import re
 import signal
 import time
 
