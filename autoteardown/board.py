@@ -79,7 +79,9 @@ class Board:
         try:
             if world < 2:
                 raise NoLine("a world of one rank has no peers")
-            return Board(line_to(store, rank, world), rank, world)
+            board = Board(line_to(store, rank, world), rank, world)
+            _watched.add(board)  # not only when its thread runs: the program may be at its end by then
+            return board
         except BaseException as error:
             if problem is not None:
                 problem(str(error) if isinstance(error, NoLine) else f"{type(error).__name__}: {error}")
@@ -94,7 +96,6 @@ class Board:
         line = self._line
         self._watcher = _thread.get_ident()
         self._watching.acquire()
-        _watched.add(self)
         try:
             line.connect(lambda reason: deliver("lost", reason))
             self._prefix = prefix = self._enrol()
@@ -192,6 +193,10 @@ class Board:
         if self._watcher not in (None, _thread.get_ident()) and self._watching.acquire(timeout=patience):
             self._watching.release()
 
+    def abandon(self) -> None:
+        """At exit: nothing may wake a thread that still waits in C++. No operation."""
+        self._line.abandon()
+
     def forget(self) -> None:
         """In a forked child: let go of what is the parent's. No operation."""
         self._watcher = None
@@ -246,7 +251,7 @@ class Board:
 
 
 # A watcher comes back within milliseconds, but on a starved node; and this wait is all that keeps it from an abort.
-_AT_EXIT = 10.0
+_AT_EXIT = 5.0
 
 
 def close_all() -> None:
@@ -257,3 +262,4 @@ def close_all() -> None:
     """
     for board in list(_watched):
         board.close(_AT_EXIT)
+        board.abandon()

@@ -129,6 +129,11 @@ class Relay:
         if self._ready:  # else: a client is saying hello to the server; connect() hangs up after that
             self._hang_up()
 
+    def abandon(self) -> None:
+        """At exit: leave the connections open, so that a client that waits in C++ does so until the end."""
+        for each in (*self._sockets, *self._ends):
+            each.detach()
+
     def forget(self) -> None:
         """In a forked child: let go of the parent's descriptors."""
         self.over = self.over or "forked"

@@ -137,6 +137,9 @@ class Polled:
             self._ended(reason)
         self._wake.put(None)
 
+    def abandon(self) -> None:
+        """Nobody waits in C++ here."""
+
     def forget(self) -> None:
         """In a forked child: this is the parent's."""
         self.over = self.over or "forked"

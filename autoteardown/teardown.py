@@ -399,4 +399,5 @@ def _alive(ident: Optional[int]) -> bool:
     main = threading.main_thread()
     if ident is None or ident == main.ident:
         return main.is_alive()
-    return ident in sys._current_frames()
+    frame = sys._current_frames().get(ident)
+    return frame is not None and not training.ours(frame)

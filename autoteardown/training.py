@@ -13,6 +13,7 @@ import sys
 import threading
 from collections import deque
 from time import monotonic
+from types import CodeType, FrameType
 from typing import Any, Callable, Optional
 
 from autoteardown.boundary import failed, guarded
@@ -211,14 +212,23 @@ def in_collective() -> list[int]:
 
 def foreign() -> list[int]:
     """The threads that run Python code but were not started by it: the pool of a C++ runtime, as in Ray's actors."""
-    found = []
-    for ident, frame in sys._current_frames().items():
-        while frame.f_back is not None:
-            frame = frame.f_back
-        ours = os.path.dirname(frame.f_code.co_filename) == os.path.dirname(__file__)
-        if frame.f_code.co_name != "_bootstrap" and not ours and ident != threading.main_thread().ident:
-            found.append(ident)
-    return found
+    main = threading.main_thread().ident
+    return [
+        ident
+        for ident, frame in sys._current_frames().items()
+        if ident != main and not ours(frame) and _first(frame).co_name != "_bootstrap"
+    ]
+
+
+def ours(frame: FrameType) -> bool:
+    """Whether that thread is one of the agent's: it may well bear the number of a thread that has ended."""
+    return os.path.dirname(_first(frame).co_filename) == os.path.dirname(__file__)
+
+
+def _first(frame: FrameType) -> CodeType:
+    while frame.f_back is not None:
+        frame = frame.f_back
+    return frame.f_code
 
 
 def _running_loop() -> Any:

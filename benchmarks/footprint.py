@@ -41,7 +41,8 @@ def run(quick: bool) -> None:
         for _ in range(2 if quick else 9):
             for mode in ("none", "agent"):
                 with ranks.job() as job:
-                    world = job.world(PROGRAM, 2, mode=mode)
+                    # Not forked: what the server has imported would be shared, and cost nothing.
+                    world = job.world(PROGRAM, 2, mode=mode, fresh=True)
                     for number, rank in enumerate(world):
                         rank.wait_for("ready")
                         found.setdefault((mode, number), []).append(look(rank.pid))
