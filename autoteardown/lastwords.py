@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import _thread
 import signal
+import sys
 from typing import TYPE_CHECKING, Any
 
 from autoteardown import report
@@ -18,12 +20,32 @@ def summary(teardown: Teardown) -> str:
     return f"done: {_outcome(teardown)}, {where}exit {teardown.exit_code}"
 
 
-def write(teardown: Teardown, final: bool) -> None:
-    """Leave everything behind that outlives the process. May hang on a dead disk.
+def write(teardown: Teardown, seconds: float, final: bool) -> None:
+    """Leave everything behind that outlives the process, or what can be left in so many seconds. Never raises.
 
     Args:
+        teardown: what to tell of.
+        seconds: how long to wait for a dead disk or a full pipe.
         final: the process ends now; else the program's own way out is still ahead.
     """
+    written = _thread.allocate_lock()
+    written.acquire()
+
+    def run() -> None:
+        try:
+            _write(teardown, final)
+            for stream in (sys.stdout, sys.stderr) if final else ():
+                if stream is not None:
+                    stream.flush()
+        except BaseException as error:
+            teardown.say(f"last words failed: {type(error).__name__}: {error}")
+        written.release()
+
+    _thread.start_new_thread(run, ())
+    written.acquire(timeout=seconds)
+
+
+def _write(teardown: Teardown, final: bool) -> None:
     guard, stop = teardown.guard, teardown.stop
     if stop is not None and stop.phases:
         last = stop.phases[-1]

@@ -1,6 +1,6 @@
 """The stop of one rank as a pure state machine: events and a clock in, actions out.
 
-No I/O, no threads, no torch, no clock of its own: `guard.py` does what the actions say and reports what came of
+No I/O, no threads, no torch, no clock of its own: `teardown.py` does what the actions say and reports what came of
 it, and `tests/test_simulation.py` runs thousands of these machines against one another.
 
 The machine is level-triggered. An event only adds to what has been *heard*; then the machine moves as far as
@@ -13,7 +13,9 @@ Times are seconds since this rank's own signal, or since it heard of a peer's.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Optional
+from typing import Any, Optional
+
+from autoteardown.terms import Action, Facts, Limits, Phase
 
 # A rank that knows nothing of its peers, and no accelerator whose memory they could touch, gives them this long.
 COURTESY = 1.0
@@ -21,67 +23,6 @@ COURTESY = 1.0
 SKEW = 3.0
 # The part of the drain's time in which a rank whose thread is blocked finds out whether its device is idle.
 LOOK = 0.2
-
-
-class Limits(NamedTuple):
-    """Time budgets in seconds, already scaled to fit the grace period (see `settings.py`)."""
-
-    hard: float = 24.0
-    yield_: float = 0.0
-    step: float = 8.0
-    drain: float = 5.0
-    destroy: float = 5.0
-    abort: float = 3.0
-    exit: float = 3.0
-
-    def within(self, seconds: float) -> Limits:
-        """These, made shorter together where they do not fit into so many seconds."""
-        total = self.step + self.drain + self.destroy + self.abort + self.exit
-        scale = min(1.0, max(0.0, seconds) / total) if total else 1.0
-        return Limits(self.hard, self.yield_, *(limit * scale for limit in self[2:]))
-
-
-class Facts(NamedTuple):
-    """What is true of this rank when its stop begins."""
-
-    cause: str = "signal"  # or "peer"
-    joined: bool = True  # init has returned: there is a process group
-    world: int = 1
-    board: bool = False  # there is a notice board and this rank uses it
-    accelerator: bool = False  # this process has initialised one
-    can_abort: bool = False  # its communicators can be aborted
-    hosts_store: bool = False
-    step: bool = True  # AUTOTEARDOWN_STOP_AT is `step`
-
-
-class Action(NamedTuple):
-    """Something for the shell to do. `do` is one of:
-
-    tell (seconds until this rank is gone), answer, plan_now, arrived, halt, quiet, left: posts on the board;
-    hold: raise the hold flag, then report `steps`; stop_at: let the training thread run to that step;
-    park, drain, callbacks, destroy, abort: start it, report when it is over;
-    stacks: record the stacks of the threads in the way; leave: end the process, gently; die: end it now.
-    """
-
-    do: str
-    value: Any = None
-
-
-class Phase:
-    """One line of the report."""
-
-    __slots__ = ("detail", "end", "name", "outcome", "start")
-
-    def __init__(self, name: str, start: float) -> None:
-        self.name = name
-        self.start = start
-        self.end: Optional[float] = None
-        self.outcome = ""
-        self.detail = ""
-
-    def as_dict(self) -> dict[str, object]:
-        """As it is in the report."""
-        return {key: getattr(self, key) for key in ("name", "start", "end", "outcome", "detail")}
 
 
 class Stop:

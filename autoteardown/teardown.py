@@ -14,23 +14,23 @@ import _thread
 import gc
 import os
 import signal
-import sys
 import threading
 import time
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any, Callable, NoReturn, Optional
 
-from autoteardown import backends, exits, lastwords, protocol, ray_rank, report, training
+from autoteardown import backends, exits, lastwords, protocol, ray_rank, report, terms, threads, training
 from autoteardown.boundary import guarded
 from autoteardown.fuse import Fuse
+from autoteardown.poster import Poster
 
 if TYPE_CHECKING:
     from autoteardown.guard import Guard
 
 _POLL = 0.02  # seconds between looks at what sends no event: a thread that has ended, a save that is over
-_TOGETHER = (
-    1.0  # seconds within which ranks are signalled together; a launcher that reacts to an exit comes later
-)
+# Seconds within which ranks are signalled together; a launcher that reacts to an exit comes later.
+_TOGETHER = 1.0
+_FLUSH = 0.2  # seconds for the last posts to get to the board
 _LAST_WORDS = 0.4  # seconds for report and termination log, before the process is ended without them
 _LONG_LAST_WORDS = 2.0  # the same where there is time
 
@@ -60,8 +60,7 @@ class Teardown:
         self.leaving = False  # the main thread is asked to leave with SystemExit
         self.stuck: list[dict[str, Any]] = []
         self._yields = yields
-        self._posts: _queue.SimpleQueue[Any] = _queue.SimpleQueue()
-        self._posted = _thread.allocate_lock()
+        self._poster: Optional[Poster] = None
         self._finishing = _thread.allocate_lock()
         self._saving = self._stopping = False
         self._told = 0
@@ -131,7 +130,7 @@ class Teardown:
     def _look(self, stop: protocol.Stop) -> None:
         """Notice what sends no event."""
         gate = self.guard.gate
-        if self.committed and "ended" not in stop.heard and not _alive(gate.thread):
+        if self.committed and "ended" not in stop.heard and not threads.alive(gate.thread):
             self._take(stop, "ended", None)
         if gate.saving != self._saving:
             self._saving = gate.saving
@@ -145,9 +144,9 @@ class Teardown:
         gc.disable()
         self.guard.entry_update(state="stopping")
 
-    def _limits(self) -> protocol.Limits:
+    def _limits(self) -> terms.Limits:
         s = self.guard.settings
-        return protocol.Limits(
+        return terms.Limits(
             hard=s.hard - _LAST_WORDS - 0.1,
             yield_=s.yield_seconds if self._yields else 0.0,
             step=s.step_timeout,
@@ -157,12 +156,12 @@ class Teardown:
             exit=s.exit_timeout,
         )
 
-    def _facts(self) -> protocol.Facts:
+    def _facts(self) -> terms.Facts:
         guard = self.guard
         board = guard.board
         if board is not None:
-            _thread.start_new_thread(self._poster, ())
-        return protocol.Facts(
+            self._poster = Poster(board, lambda problem: guard.events.put(("lost", problem)))
+        return terms.Facts(
             cause=self.cause,
             world=guard.world_size or 1,
             joined=guard.joined,
@@ -206,59 +205,25 @@ class Teardown:
         self._post("left")
 
     def _post(self, method: str, *args: Any) -> None:
-        self._posts.put((method, args))
-
-    def _poster(self) -> None:
-        board = self.guard.board
-        while True:
-            method, args = self._posts.get()
-            if method == "flush":
-                self._posted.release()
-                continue
-            try:
-                getattr(board, method)(*args)
-            except BaseException as error:
-                self.guard.events.put(("lost", f"{type(error).__name__}: {error}"))
+        if self._poster is not None:
+            self._poster.post(method, *args)
 
     def _do_hold(self, _: Any) -> None:
         gate = self.guard.gate
         gate.holding = True  # first the flag, then the count: see Gate
-        self._find_thread()
-        count = gate.count
-        cannot = False
-        if count:
-            step, limit = gate.step_time() or 0.0, self.guard.settings.step_timeout
-            idle = time.monotonic() - gate.times[-1]
-            cannot = (
-                step > limit or (idle > max(limit, 5 * step) and not gate.saving) or not _alive(gate.thread)
-            )
-        self.guard.events.put(("steps", (count or None, cannot)))
+        self.guard.events.put(("steps", gate.steps(self.guard.settings.step_timeout)))
 
     def _do_stop_at(self, step: int) -> None:
         self.guard.gate.let_run_to(step)
 
     def _do_park(self, _: Any) -> None:
         gate = self.guard.gate
-        self._find_thread()
         gate.close()
         self.guard.tap.on_main(self.guard.stop_main)
-        # Nobody waits for the threads of a pool that come after the training thread's end, but they keep a Ray actor
-        # from its exit.
-        for thread in (gate.thread,) if _alive(gate.thread) else training.foreign():
-            if thread is None or thread in gate.parked or gate.shielded(thread):
-                continue
+        for thread in gate.to_park():
             if thread != threading.main_thread().ident:
                 training.park_thread(thread)
                 gate.wake_loop()
-
-    def _find_thread(self) -> None:
-        # The threads of a pool take turns (Ray's threaded actors), and init may be called on one, the training
-        # function on another (Ray Train): without a step to tell, the one that waits in a collective is it.
-        gate = self.guard.gate
-        if not gate.count or not _alive(gate.thread):
-            waiting = training.in_collective()
-            if waiting and gate.thread not in waiting:
-                gate.thread = waiting[0]
 
     def _do_drain(self, _: Any) -> None:
         self.guard.entry_update(state="parked")
@@ -277,12 +242,13 @@ class Teardown:
         self._work(None, lambda: self._take_stacks(f"{phase} timed out"))
 
     def _do_leave(self, soft: bool) -> None:
-        self._flush_posts()
+        if self._poster is not None:
+            self._poster.flush(_FLUSH)
         if not soft:
             return
         # From here on the program's own code decides how the process ends: it may call os._exit, or free what cannot
         # be freed. So the report is written before, and the fuse made shorter.
-        self._write_within(_LAST_WORDS, final=False)
+        lastwords.write(self, _LAST_WORDS, final=False)
         self._light_fuse(self.now + self.guard.settings.exit_timeout + _LONG_LAST_WORDS + _LAST_WORDS)
         if ray_rank.waits_for_method(self.guard.gate.loop):
             self._finish()
@@ -336,12 +302,6 @@ class Teardown:
         exits.run_earlier()
         self._finish()
 
-    def _flush_posts(self) -> None:
-        if self.guard.board is not None:
-            self._posted.acquire(False)
-            self._post("flush")
-            self._posted.acquire(timeout=0.2)
-
     def _finish(self, patience: Optional[float] = None) -> None:
         """End the process. Whoever comes first does it; the others wait for the end, but for the deadline."""
         if not self._finishing.acquire(False) and patience is None:
@@ -350,27 +310,10 @@ class Teardown:
             if patience is None:
                 left = self.guard.settings.hard - _LAST_WORDS - self.now
                 patience = max(_LAST_WORDS, min(_LONG_LAST_WORDS, left))
-            self._write_within(patience, final=True)
+            lastwords.write(self, patience, final=True)
             self.say(lastwords.summary(self))
         finally:
             end(lambda: self.exit_code)
-
-    def _write_within(self, seconds: float, final: bool) -> None:
-        written = _thread.allocate_lock()
-        written.acquire()
-        _thread.start_new_thread(self._write, (written, final))
-        written.acquire(timeout=seconds)
-
-    def _write(self, written: Any, final: bool) -> None:
-        """Whatever can hang on a dead disk or a full pipe."""
-        try:
-            lastwords.write(self, final)
-            for stream in (sys.stdout, sys.stderr) if final else ():
-                if stream is not None:
-                    stream.flush()
-        except BaseException as error:
-            self.say(f"last words failed: {type(error).__name__}: {error}")
-        written.release()
 
     def _take_stacks(self, when: str) -> None:
         ours = os.path.dirname(__file__)
@@ -392,12 +335,3 @@ def end(code: Callable[[], int]) -> NoReturn:
         os._exit(code())
     finally:
         os._exit(1)
-
-
-def _alive(ident: Optional[int]) -> bool:
-    """Whether a thread still runs Python code. The main thread's frames outlive it: it waits in its shutdown."""
-    main = threading.main_thread()
-    if ident is None or ident == main.ident:
-        return main.is_alive()
-    frame = sys._current_frames().get(ident)
-    return frame is not None and not training.ours(frame)

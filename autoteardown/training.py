@@ -13,9 +13,9 @@ import sys
 import threading
 from collections import deque
 from time import monotonic
-from types import CodeType, FrameType
 from typing import Any, Callable, Optional
 
+from autoteardown import threads
 from autoteardown.boundary import failed, guarded
 
 _NOW = -1
@@ -96,6 +96,40 @@ class Gate:
             self.loop.call_soon_threadsafe(_nothing)
         except (AttributeError, RuntimeError):  # none, or closed
             pass
+
+    def steps(self, patience: float) -> tuple[Optional[int], bool]:
+        """How many steps are completed (None if this rank does not step), and whether there is no hope of another.
+
+        Args:
+            patience: seconds that the group will wait for one.
+        """
+        self._find_thread()
+        if not self.count:
+            return None, False
+        step = self.step_time() or 0.0
+        idle = monotonic() - self.times[-1]
+        blocked = idle > max(patience, 5 * step) and not self.saving
+        return self.count, step > patience or blocked or not threads.alive(self.thread)
+
+    def to_park(self) -> list[int]:
+        """The threads that train, or may: those that nobody has parked yet."""
+        self._find_thread()
+        # Nobody waits for the threads of a pool that come after the training thread's end, but they keep a Ray actor
+        # from its exit.
+        candidates = [self.thread] if threads.alive(self.thread) else threads.foreign()
+        return [
+            ident
+            for ident in candidates
+            if ident is not None and ident not in self.parked and not self.shielded(ident)
+        ]
+
+    def _find_thread(self) -> None:
+        # The threads of a pool take turns (Ray's threaded actors), and init may be called on one, the training
+        # function on another (Ray Train): without a step to tell, the one that waits in a collective is it.
+        if not self.count or not threads.alive(self.thread):
+            waiting = threads.in_collective()
+            if waiting and self.thread not in waiting:
+                self.thread = waiting[0]
 
     # -- on the program's threads -----------------------------------------------------------------------------------
 
@@ -195,40 +229,6 @@ def step_hook(optimizer: object, args: object, kwargs: object) -> None:
 
 # As `torch.compiler.disable` would, which would import the compiler: a compiled step calls the hook, untraced.
 step_hook._torchdynamo_disable = True  # type: ignore[attr-defined]
-
-
-def in_collective() -> list[int]:
-    """The threads that are in a call of `torch.distributed`'s."""
-    found = []
-    for ident, top in sys._current_frames().items():
-        frame: Any = top
-        while frame is not None:
-            if frame.f_code.co_filename.endswith("torch/distributed/distributed_c10d.py"):
-                found.append(ident)
-                break
-            frame = frame.f_back
-    return found
-
-
-def foreign() -> list[int]:
-    """The threads that run Python code but were not started by it: the pool of a C++ runtime, as in Ray's actors."""
-    main = threading.main_thread().ident
-    return [
-        ident
-        for ident, frame in sys._current_frames().items()
-        if ident != main and not ours(frame) and _first(frame).co_name != "_bootstrap"
-    ]
-
-
-def ours(frame: FrameType) -> bool:
-    """Whether that thread is one of the agent's: it may well bear the number of a thread that has ended."""
-    return os.path.dirname(_first(frame).co_filename) == os.path.dirname(__file__)
-
-
-def _first(frame: FrameType) -> CodeType:
-    while frame.f_back is not None:
-        frame = frame.f_back
-    return frame.f_code
 
 
 def _running_loop() -> Any:

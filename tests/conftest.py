@@ -1,6 +1,7 @@
 """Fixtures of the tests that start real ranks."""
 
 import os
+import signal
 
 import pytest
 from harness import ForkServer, Job
@@ -8,6 +9,12 @@ from harness import ForkServer, Job
 # c10d looks the name of every client of a store up, on the server's only thread: where DNS packets get lost, each loss
 # stalls a rendezvous for 5 s.
 os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:5")
+
+# A shell without job control has what it puts into the background ignore SIGINT, and nohup SIGHUP; a program that
+# ignores them would hand that on to every process that the tests start.
+for _signum, _usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(_signum) == signal.SIG_IGN:
+        signal.signal(_signum, _usual)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,55 @@
+"""The program's threads, as their Python frames show them: which waits in a collective, which still runs.
+
+Read with `sys._current_frames`, which takes no lock that a frozen thread may hold.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from types import CodeType, FrameType
+from typing import Any, Optional
+
+
+def alive(ident: Optional[int]) -> bool:
+    """Whether a thread still runs Python code. The main thread's frames outlive it: it waits in its shutdown."""
+    main = threading.main_thread()
+    if ident is None or ident == main.ident:
+        return main.is_alive()
+    frame = sys._current_frames().get(ident)
+    return frame is not None and not ours(frame)
+
+
+def in_collective() -> list[int]:
+    """The threads that are in a call of `torch.distributed`'s."""
+    found = []
+    for ident, top in sys._current_frames().items():
+        frame: Any = top
+        while frame is not None:
+            if frame.f_code.co_filename.endswith("torch/distributed/distributed_c10d.py"):
+                found.append(ident)
+                break
+            frame = frame.f_back
+    return found
+
+
+def foreign() -> list[int]:
+    """The threads that run Python code but were not started by it: the pool of a C++ runtime, as in Ray's actors."""
+    main = threading.main_thread().ident
+    return [
+        ident
+        for ident, frame in sys._current_frames().items()
+        if ident != main and not ours(frame) and _first(frame).co_name != "_bootstrap"
+    ]
+
+
+def ours(frame: FrameType) -> bool:
+    """Whether that thread is one of the agent's: it may well bear the number of a thread that has ended."""
+    return os.path.dirname(_first(frame).co_filename) == os.path.dirname(__file__)
+
+
+def _first(frame: FrameType) -> CodeType:
+    while frame.f_back is not None:
+        frame = frame.f_back
+    return frame.f_code
