@@ -15,48 +15,41 @@ application sees exactly what it would see without us, while underneath
 - the wake-up fd of an armed process stays ours, and every byte is handed on to the fd of the event loop.
 
 A process that is not armed keeps its real default action and its real wake-up fd: there, the stand-ins only remember.
-
-Handlers and the wake-up fd can only be set on the main thread, and most Ray actors and every training function of
-Ray Train call init on another. So `install` also puts a Python-level handler on one real-time signal that nobody uses,
-the *doorbell*: sent to the main thread, it gets it out of a sleep or a lock and has it do an errand for us.
+Every process of the image that imports `signal` imports this: no module more than it needs, `typing` and `__future__`
+included.
 """
-
-from __future__ import annotations
 
 import _thread
 import functools
 import os
 
-TYPE_CHECKING = (
-    False  # every process of the image that imports `signal` imports this: `typing` would cost it 3 ms
-)
+from autoteardown.doorbell import Doorbell
+
+TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import socket
     from types import FrameType, ModuleType
     from typing import Any, Callable
+
+    from autoteardown.listener import Listener
 
     Handler = Any
 
 # Handlers that do nothing but raise SystemExit: there is no work of the application's to wait for.
 # Ray's, in workers (`Worker.main_loop`) and drivers (`ray.init`).
 _EXIT_ONLY = frozenset({("ray._private.worker", "sigterm_handler")})
-_UCRED = 12  # struct ucred: pid, uid, gid
 _OWN = 0x80  # marks a byte of the trampoline's; signal numbers end at 64
-_PATIENCE = 1.0  # seconds for the main thread to put handlers in place for an init on another thread
 _MISSING = object()
 
-tap: Tap | None = None
+tap: "Tap | None" = None
 """The process's tap, once `install` has run."""
 
 
-def install(module: ModuleType) -> Tap:
+def install(module: "ModuleType") -> "Tap":
     """Put the stand-ins into the `signal` module, for the signals of `AUTOTEARDOWN_SIGNALS`. Idempotent."""
     global tap
     if tap is None:
         signals: tuple[int, ...] = (module.SIGTERM,)
-        if os.environ.get(
-            "AUTOTEARDOWN_SIGNALS"
-        ):  # else not worth the import, in most processes of the image
+        if os.environ.get("AUTOTEARDOWN_SIGNALS"):  # else not worth the import
             from autoteardown import settings
 
             signals = settings.load(os.environ)[0].signals
@@ -68,7 +61,7 @@ def install(module: ModuleType) -> Tap:
 class Tap:
     """The state behind the stand-ins; one for each process."""
 
-    def __init__(self, module: ModuleType, signals: tuple[int, ...]) -> None:
+    def __init__(self, module: "ModuleType", signals: "tuple[int, ...]") -> None:
         self.signals = frozenset(signals)
         self._module = module
         self._signal: Callable[[int, Handler], Handler] = module.signal
@@ -77,14 +70,10 @@ class Tap:
         self._default, self._ignore = module.SIG_DFL, module.SIG_IGN
         # What the application believes to be in force, for the signals whose real handler is the trampoline.
         self._handlers: dict[int, Handler] = {}
-        # One object each, to be compared by identity.
-        self._trampoline, self._answer = self._on_main_thread, self._answer_doorbell
-        self._sockets: tuple[socket.socket, socket.socket] | None = None
-        self._fd = -1  # ours, while armed
-        self._app_fd = -1
-        self._pid = -1
-        self._doorbell = 0
-        self._errands: list[Callable[[], object]] = []
+        self._trampoline = self._on_main_thread  # one object, to be compared by identity
+        self._listener: Listener | None = None
+        self._app_fd = -1  # what would be the wake-up fd if the process were not armed
+        self._doorbell = Doorbell(module, _failed)
         self._masks: dict[int, set[Any]] = {}
         self._fork_hooks = False
         self._on_signal: Callable[[int], object] = lambda signum: None
@@ -93,7 +82,7 @@ class Tap:
     @property
     def armed(self) -> bool:
         """Whether a listener is there in this process (and not only in the parent that forked it)."""
-        return self._sockets is not None and self._pid == os.getpid()
+        return self._listener is not None and self._listener.here
 
     # -- stand-ins ------------------------------------------------------------------------------------------------
 
@@ -101,7 +90,7 @@ class Tap:
         """Replace the three functions of the `signal` module."""
 
         @functools.wraps(self._signal)
-        def signal(signalnum: Any, handler: Any) -> Any:
+        def signal(signalnum: "Any", handler: "Any") -> "Any":
             try:
                 return self._set_handler(signalnum, handler)
             except Exception as error:
@@ -112,7 +101,7 @@ class Tap:
             return old
 
         @functools.wraps(self._getsignal)
-        def getsignal(signalnum: Any) -> Any:
+        def getsignal(signalnum: "Any") -> "Any":
             try:
                 return self.handler_of(signalnum)
             except Exception as error:
@@ -122,14 +111,15 @@ class Tap:
             return handler
 
         @functools.wraps(self._set_wakeup_fd)
-        def set_wakeup_fd(*args: Any, **kwargs: Any) -> int:
+        def set_wakeup_fd(*args: "Any", **kwargs: "Any") -> int:
             old = self._set_wakeup_fd(*args, **kwargs)
             try:
-                if not self.armed:
+                listener = self._listener
+                if listener is None or not listener.here:
                     return old
                 # The real call has checked the thread and the fd. A signal that comes before the slot is ours again
                 # reaches us through the trampoline, which runs on this very thread.
-                self._set_wakeup_fd(self._fd, warn_on_full_buffer=False)
+                self._set_wakeup_fd(listener.fd, warn_on_full_buffer=False)
                 old, self._app_fd = self._app_fd, int(args[0] if args else kwargs["fd"])
             except Exception as error:
                 _failed("signal.set_wakeup_fd", error)
@@ -138,18 +128,18 @@ class Tap:
         self._module.signal = signal  # type: ignore[attr-defined]
         self._module.getsignal = getsignal  # type: ignore[attr-defined]
         self._module.set_wakeup_fd = set_wakeup_fd  # type: ignore[attr-defined]
-        self._hang_doorbell()
+        self._doorbell.hang(self.signals)
 
-    def handler_of(self, signalnum: Any) -> Handler:
+    def handler_of(self, signalnum: "Any") -> "Handler":
         """What `signal.getsignal` would return without us."""
         handler = self._getsignal(signalnum)
         if handler is self._trampoline:
             return self._handlers.get(int(signalnum), self._default)
-        return self._default if handler is self._answer else handler
+        return self._default if self._doorbell.is_handler(handler) else handler
 
-    def _set_handler(self, signalnum: Any, handler: Handler) -> Handler:
-        if self._doorbell and isinstance(signalnum, int) and signalnum == self._doorbell:
-            return self._set_doorbell(signalnum, handler)
+    def _set_handler(self, signalnum: "Any", handler: "Handler") -> "Handler":
+        if self._doorbell.number and isinstance(signalnum, int) and signalnum == self._doorbell.number:
+            return self._doorbell.set_handler(handler)
         if not isinstance(signalnum, int) or signalnum not in self.signals or handler is self._trampoline:
             return self._signal(signalnum, handler)
         signum, old = int(signalnum), self.handler_of(signalnum)
@@ -170,14 +160,6 @@ class Tap:
             raise
         return old
 
-    def _set_doorbell(self, signum: int, handler: Handler) -> Handler:
-        # Lightning saves and restores the handlers of all signals: the default that it found here is ours. Without it,
-        # to ring would end the process. Where somebody wants the signal for himself, it is not ours any more.
-        default = handler == self._default
-        old = self._signal(signum, self._answer if default else handler)
-        self._doorbell = self._doorbell if default else 0
-        return self._default if old is self._answer else old
-
     def application_owns(self, signum: int) -> bool:
         """Whether the handler in force is the application's and does more than to leave."""
         handler = self.handler_of(signum)
@@ -187,15 +169,13 @@ class Tap:
 
     # -- the two ways in --------------------------------------------------------------------------------------------
 
-    def _on_main_thread(self, signum: int, frame: FrameType | None) -> object:
+    def _on_main_thread(self, signum: int, frame: "FrameType | None") -> object:
         """The trampoline: Python's handler for every eviction signal."""
         try:
-            if self.armed:
-                try:
-                    # In case an event loop had the wake-up fd when the signal came. The mark keeps it from the loop.
-                    os.write(self._fd, bytes([signum | _OWN]))
-                except OSError:
-                    pass
+            listener = self._listener
+            if listener is not None and listener.here:
+                # In case an event loop had the wake-up fd when the signal came. The mark keeps it from the loop.
+                listener.write(signum | _OWN)
                 if self._on_main(signum):
                     return None
         except Exception as error:
@@ -208,73 +188,29 @@ class Tap:
         os.kill(os.getpid(), signum)
         return None
 
-    def _hang_doorbell(self) -> None:
-        last = getattr(self._module, "SIGRTMAX", 0)
-        for signum in range(last - 3, last - 12, -1) if last else ():
-            if self._getsignal(signum) == self._default and signum not in self.signals:
-                try:
-                    self._signal(signum, self._answer)
-                except ValueError:  # `signal` was first imported on another thread
-                    return
-                self._doorbell = signum
-                return
+    def on_main(self, errand: "Callable[[], object]") -> bool:
+        """Have the main thread call `errand` soon; False if it cannot be asked (see `Doorbell.ask`)."""
+        return self._doorbell.ask(errand)
 
-    def _answer_doorbell(self, signum: int, frame: FrameType | None) -> None:
-        while self._errands:
-            errand = self._errands.pop(0)
+    def _hear(self, data: bytes) -> None:
+        """On the listener thread."""
+        signums = bytes(byte for byte in data if not byte & _OWN and byte != self._doorbell.number)
+        if self._app_fd != -1 and signums:
             try:
-                errand()
-            except Exception as error:  # not the SystemExit with which the main thread leaves
-                _failed("errand", error)
-
-    def on_main(self, errand: Callable[[], object]) -> bool:
-        """Have the main thread call `errand` soon: at its next bytecode, or out of a sleep or a lock.
-
-        Returns:
-            False if it cannot be asked. Whether it ever comes out of the C code that it is in is another matter.
-        """
-        import threading
-
-        main = threading.main_thread().ident
-        if not self._doorbell or main is None:
-            return False
-        self._errands.append(errand)
-        self._module.pthread_kill(main, self._doorbell)
-        return True
-
-    def _run_listener(self, receiver: socket.socket) -> None:
-        try:
-            self._listen(receiver)
-        except Exception as error:  # deaf, it must not keep what event loops wait for
-            _failed("listener", error)
-            self.disarm()
-
-    def _listen(self, receiver: socket.socket) -> None:
-        """The listener thread: ends when the sockets are closed."""
-        from_this_process = self._pid.to_bytes(4, "little")
-        while True:
-            try:
-                data, ancillary, _, _ = receiver.recvmsg(256, _SPACE)
+                os.write(self._app_fd, signums)
             except OSError:
-                return
-            if not data:
-                return
-            # A child that was forked or vforked a moment ago still writes here (os.register_at_fork comes too late
-            # for it, and never for subprocess): SO_PASSCRED tells who wrote.
-            if any(credentials[:4] != from_this_process for _, _, credentials in ancillary):
-                continue
-            signums = bytes(byte for byte in data if not byte & _OWN and byte != self._doorbell)
-            if self._app_fd != -1 and signums:
-                try:
-                    os.write(self._app_fd, signums)
-                except OSError:
-                    pass
-            for signum in {byte & ~_OWN for byte in data} & self.signals:
-                self._on_signal(signum)
+                pass
+        for signum in {byte & ~_OWN for byte in data} & self.signals:
+            self._on_signal(signum)
+
+    def _deaf(self, error: Exception) -> None:
+        """On the listener thread: it must not keep what event loops wait for."""
+        _failed("listener", error)
+        self.disarm()
 
     # -- arming ------------------------------------------------------------------------------------------------------
 
-    def arm(self, on_signal: Callable[[int], object], on_main: Callable[[int], bool]) -> None:
+    def arm(self, on_signal: "Callable[[int], object]", on_main: "Callable[[int], bool]") -> None:
         """Listen from now on. May be called on any thread.
 
         Args:
@@ -288,6 +224,7 @@ class Tap:
         if self.armed:
             return
         from autoteardown.boundary import guarded
+        from autoteardown.listener import Listener
 
         if not self._fork_hooks:
             os.register_at_fork(
@@ -297,39 +234,14 @@ class Tap:
             )
             os.register_at_fork(after_in_child=self._unmask)  # whatever comes of the other
             self._fork_hooks = True
-        receiver, sender = _socket_pair()
-        self._sockets, self._fd, self._pid = (receiver, sender), sender.fileno(), os.getpid()
-        try:
-            _thread.start_new_thread(self._run_listener, (receiver,))
-        except BaseException:
-            self._sockets, self._fd = None, -1
-            receiver.close()
-            sender.close()
-            raise
-        self._settle(self._take_slots)
-
-    def _settle(self, errand: Callable[[], object]) -> None:
-        """Call `errand` on the main thread; wait for it a little if that is another thread."""
-        try:
-            errand()
-        except ValueError:
-            done = _thread.allocate_lock()
-            done.acquire()
-
-            def run() -> None:
-                try:
-                    errand()
-                except (OSError, ValueError):  # on a thread of the program's, ours to keep quiet about
-                    pass
-                done.release()
-
-            if self.on_main(run):
-                done.acquire(timeout=_PATIENCE)
+        self._listener = Listener(self._hear, self._deaf)
+        self._doorbell.settle(self._take_slots)
 
     def _take_slots(self) -> None:
-        if self.armed:
-            old = self._set_wakeup_fd(self._fd, warn_on_full_buffer=False)
-            self._app_fd = old if old != self._fd else self._app_fd
+        listener = self._listener
+        if listener is not None and listener.here:
+            old = self._set_wakeup_fd(listener.fd, warn_on_full_buffer=False)
+            self._app_fd = old if old != listener.fd else self._app_fd
             self._take_handlers()
 
     def _take_handlers(self) -> None:
@@ -344,20 +256,17 @@ class Tap:
 
     def disarm(self) -> None:
         """Give handlers and wake-up fd back and end the listener. May be called on any thread."""
-        if not self.armed or self._sockets is None:
+        listener = self._listener
+        if listener is None or not listener.here:
             return
-        (receiver, sender), self._sockets = self._sockets, None
-        self._settle(self._give_slots_back)
-        import socket
-
-        receiver.shutdown(socket.SHUT_RDWR)  # wakes the listener; a close alone would leave it in recvmsg
-        receiver.close()
-        sender.close()
+        self._listener = None
+        self._doorbell.settle(self._give_slots_back)
+        listener.close()
 
     def _give_slots_back(self) -> None:
-        if self._sockets is None:
+        if self._listener is None:
             self._set_wakeup_fd(self._app_fd)
-            self._app_fd = self._fd = -1
+            self._app_fd = -1
             for signum in self.signals:
                 if self._getsignal(signum) is self._trampoline:
                     self._signal(signum, self._handlers.pop(signum, self._default))
@@ -377,13 +286,12 @@ class Tap:
 
     def _after_fork_in_child(self) -> None:
         """Children are not ranks: the child gets back what it would have had without us (F10)."""
-        sockets, self._sockets = self._sockets, None
+        listener, self._listener = self._listener, None
+        self._doorbell.forget()
         try:
-            self._errands.clear()
-            if sockets is not None:
+            if listener is not None:
                 self._set_wakeup_fd(-1)
-                for end in sockets:
-                    end.close()
+                listener.forget()
                 self._give_slots_back()
         except (OSError, ValueError):  # the event loop's fd is gone: so be it
             pass
@@ -393,20 +301,3 @@ def _failed(what: str, error: BaseException) -> None:
     from autoteardown.boundary import failed  # nothing to import before something has failed
 
     failed(what, error)
-
-
-def _socket_pair() -> tuple[socket.socket, socket.socket]:
-    import socket
-
-    global _SPACE
-    receiver, sender = socket.socketpair()
-    sender.setblocking(False)
-    try:
-        receiver.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-        _SPACE = socket.CMSG_SPACE(_UCRED)
-    except (AttributeError, OSError):  # not Linux: only the fork hooks protect the parent
-        pass
-    return receiver, sender
-
-
-_SPACE = 0
