@@ -13,7 +13,7 @@ BENCHMARKS = {
     "step": "an optimizer step, a DDP loop, an init",
     "footprint": "memory, descriptors and threads of an armed rank",
     "teardown": "from the signal to the last exit, and to the last peer free",
-    "board": "the notice board with up to 1,024 ranks",
+    "board": "the notice board with up to 4,096 ranks",
 }
 
 
