@@ -60,7 +60,8 @@ class Guard:
         self.rank, self.world_size = _environment_int("RANK"), _environment_int("WORLD_SIZE")
         self.log.rank, self.log.world_size = self.rank, self.world_size
         self.gate.begin(_thread.get_ident())
-        self.tap.arm(self._on_signal, self._on_main)
+        # Cleaners of /tmp remove what has not been written to for some days (10, systemd-tmpfiles).
+        self.tap.arm(self._on_signal, self._on_main, self.entry_update)
         self._finalize_multiprocessing()
         self._entry = registry.enter(self.settings.runtime_dir, self._entry_fields(), self.log.line)
 

@@ -7,6 +7,7 @@ import os
 import socket
 from typing import Callable
 
+DAY = 86400.0
 _UCRED = 12  # struct ucred: pid, uid, gid
 
 
@@ -16,18 +17,26 @@ class Listener:
     Args:
         hear: called on the thread with signal numbers, one byte each, written by this process.
         deaf: called on the thread, with what went wrong, if it cannot go on.
+        quiet: called on the thread after a day without a signal.
 
     Raises:
         OSError, RuntimeError: no socket pair or no thread to be had.
     """
 
-    def __init__(self, hear: Callable[[bytes], object], deaf: Callable[[Exception], object]) -> None:
+    def __init__(
+        self,
+        hear: Callable[[bytes], object],
+        deaf: Callable[[Exception], object],
+        quiet: Callable[[], object],
+    ) -> None:
         self._hear = hear
         self._deaf = deaf
+        self._quiet = quiet
         self._pid = os.getpid()
         self._space = 0  # for credentials
         self._receiver, self._sender = socket.socketpair()
         self._sender.setblocking(False)
+        self._receiver.settimeout(DAY)
         self.fd = self._sender.fileno()
         try:
             self._receiver.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
@@ -73,6 +82,9 @@ class Listener:
         while True:
             try:
                 data, ancillary, _, _ = self._receiver.recvmsg(256, self._space)
+            except socket.timeout:
+                self._quiet()
+                continue
             except OSError:
                 return
             if not data:

@@ -210,12 +210,18 @@ class Tap:
 
     # -- arming ------------------------------------------------------------------------------------------------------
 
-    def arm(self, on_signal: "Callable[[int], object]", on_main: "Callable[[int], bool]") -> None:
+    def arm(
+        self,
+        on_signal: "Callable[[int], object]",
+        on_main: "Callable[[int], bool]",
+        on_quiet: "Callable[[], object]",
+    ) -> None:
         """Listen from now on. May be called on any thread.
 
         Args:
             on_signal: called on the listener thread with the number of each eviction signal; must not raise.
             on_main: called on the main thread, at a bytecode boundary; True if the agent deals with the signal.
+            on_quiet: called on the listener thread after each day without a signal.
 
         Raises:
             OSError, RuntimeError: no socket pair or no thread to be had; nothing has been changed then.
@@ -234,7 +240,7 @@ class Tap:
             )
             os.register_at_fork(after_in_child=self._unmask)  # whatever comes of the other
             self._fork_hooks = True
-        self._listener = Listener(self._hear, self._deaf)
+        self._listener = Listener(self._hear, self._deaf, guarded(on_quiet))
         self._doorbell.settle(self._take_slots)
 
     def _take_slots(self) -> None:

@@ -219,6 +219,27 @@ def test_unwritable_report_folder(job, where):
         assert len(list((job.folder / where).glob("*.json"))) == 2
 
 
+def test_a_cleaner_of_tmp(job):
+    """Each day a rank writes its entry anew: what removes old files from /tmp hides it from `drain` no longer."""
+    rank = job.start(
+        """
+        import time
+        import torch.distributed as dist
+        import autoteardown.listener as listener
+        listener.DAY = 0.2
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        print("ready", flush=True)
+        while True:
+            time.sleep(0.01)
+        """
+    )
+    rank.wait_for("ready")
+    (entry,) = job.runtime.glob("*.json")
+    entry.unlink()
+    wait_until(entry.exists, "the entry")
+    assert rank.evict() == 0, rank.story()
+
+
 @pytest.mark.parametrize("where", ["/dev/null/runtime", "/proc/runtime", "file", "someone else's"])
 def test_unusable_runtime_folder(job, where):
     """Promise 2: without a registry the rank is guarded all the same."""
