@@ -23,12 +23,14 @@ import os
 import time
 from typing import Any, Callable
 
+from autoteardown.record import printable, text, whole
 from autoteardown.relay import Over, Relay
 from autoteardown.stores import Line, NoLine, line_to
 
 Deliver = Callable[[str, Any], None]
 
 _PROCESS = os.urandom(8).hex()  # names this process; with its pid, because a fork has the same
+_DAY = 86400.0
 _DIRTY = 1 << 32  # one counter: the quiet ranks in its low half, the dirty ones of them in its high half
 
 _watched: set[Board] = set()
@@ -99,14 +101,10 @@ class Board:
         try:
             line.connect(lambda reason: deliver("lost", reason))
             self._prefix = prefix = self._enrol()
-            deliver("notice", json.loads(line.read(prefix + "notice")))
+            deliver("notice", _origin(line.read(prefix + "notice")))
             line.hurry()
-            plan = line.read(prefix + "plan")
-            if plan == b"now":
-                deliver("plan", None)
-            else:
-                stop, self._steppers = (int(part) for part in plan.split(b":")[1:])
-                deliver("plan", stop)
+            stop, self._steppers = _plan(line.read(prefix + "plan"))
+            deliver("plan", stop)
             end = line.read(prefix + "next")
             if end == b"halt":
                 deliver("halt", None)
@@ -248,6 +246,37 @@ class Board:
         if appends:
             return bytes(store.get(key)).decode().rstrip(",").split(",")
         return [bytes(store.get(f"{key}{rank}")).decode() for rank in range(self.world)]
+
+
+def _origin(notice: bytes) -> dict[str, Any]:
+    """Who is being evicted, and how many seconds it has `left`, as far as the notice makes sense.
+
+    Whoever reaches the store can write there, and what comes of it goes into logs and reports. A notice that nobody
+    understands is still one: the other ranks have read it, too.
+    """
+    try:
+        said = json.loads(notice)
+    except (ValueError, RecursionError):
+        said = None
+    found = said if isinstance(said, dict) else {}
+    origin: dict[str, Any] = {
+        "rank": whole(found.get("rank")),
+        "host": printable(text(found.get("host"))),
+        "pid": whole(found.get("pid")),
+    }
+    left = found.get("left")
+    if isinstance(left, (int, float)) and 0 <= left <= _DAY:  # NaN is not
+        origin["left"] = left
+    return origin
+
+
+def _plan(said: bytes) -> tuple[int | None, int]:
+    """After which step to stop, and how many ranks step; None and 0 for `now`, and for what makes no sense."""
+    try:
+        _, step, steppers = said.split(b":")
+        return int(step), int(steppers)
+    except ValueError:
+        return None, 0
 
 
 # A watcher comes back within milliseconds, but on a starved node; and this wait is all that keeps it from an abort.

@@ -10,13 +10,10 @@ too. All functions raise OSError, and nothing else.
 
 from __future__ import annotations
 
-import itertools
 import os
 import stat
-from _thread import get_ident
 
 LIMIT = 65536
-_numbers = itertools.count()
 
 
 def absolute(path: str) -> str:
@@ -49,11 +46,11 @@ def open_own(path: str, create: bool = False) -> int:
     return folder
 
 
-def replace(folder: int, name: str, data: bytes) -> None:
+def replace(folder: int, name: str, data: bytes, mode: int = 0o600) -> None:
     """Write a file so that a reader finds the old content or the new, never a part."""
-    temporary = f".{name}.{get_ident():x}.{next(_numbers)}"
+    temporary = f".{name}.{os.urandom(8).hex()}"  # a name that nobody can have put something under
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    descriptor = os.open(temporary, flags, 0o600, dir_fd=folder)
+    descriptor = os.open(temporary, flags, mode, dir_fd=folder)
     try:
         try:
             written = os.write(descriptor, data)

@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from autoteardown import report
+from autoteardown.record import printable
 
 if TYPE_CHECKING:
     from autoteardown.teardown import Teardown
@@ -94,7 +95,7 @@ def story(teardown: Teardown) -> str:
     lines.append(f"+{teardown.now:.2f}s {summary(teardown)}")
     for entry in teardown.stuck[-4:]:
         lines.append(f"{entry['when']}, thread {entry['thread']}: " + " < ".join(entry["frames"][:6]))
-    return "\n".join(lines) + "\n"
+    return "".join(f"{printable(line)}\n" for line in lines)
 
 
 def _outcome(teardown: Teardown) -> str:

@@ -48,15 +48,15 @@ class Record:
         self.name = name
         self.pid = pid
         self.start_time = start_time
-        self.rank = _whole(fields.get("rank"))
-        self.local_rank = _whole(fields.get("local_rank"))
-        self.world_size = _whole(fields.get("world_size"))
-        self.backend = _text(fields.get("backend"))
-        self.program = _text(fields.get("program"))
-        self.state = _text(fields.get("state")) or "armed"
-        self.outcome = _text(fields.get("outcome"))
-        self.exit_code = _whole(fields.get("exit_code"))
-        self.signal = _whole(fields.get("signal"))
+        self.rank = whole(fields.get("rank"))
+        self.local_rank = whole(fields.get("local_rank"))
+        self.world_size = whole(fields.get("world_size"))
+        self.backend = text(fields.get("backend"))
+        self.program = text(fields.get("program"))
+        self.state = text(fields.get("state")) or "armed"
+        self.outcome = text(fields.get("outcome"))
+        self.exit_code = whole(fields.get("exit_code"))
+        self.signal = whole(fields.get("signal"))
         armed_at = plain(fields.get("armed_at"))
         self.armed_at = float(armed_at) if isinstance(armed_at, (int, float)) else 0.0
         self.age = max(0.0, time.time() - self.armed_at) if self.armed_at else 0.0
@@ -111,15 +111,17 @@ def plain(value: object) -> str | int | float | None:
     return str(value)[:1000]
 
 
-def printable(text: str | None) -> str:
+def printable(said: str | None) -> str:
     """For people: names come from files and command lines, and must not steer a terminal or forge a line."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text or "-")
+    return "".join(letter if letter.isprintable() else "?" for letter in said or "-")
 
 
-def _whole(value: object) -> int | None:
-    whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
-    return value if whole else None  # type: ignore[return-value]
+def whole(value: object) -> int | None:
+    """The value if it is a whole number that anything else can hold, too."""
+    fits = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+    return value if fits else None  # type: ignore[return-value]
 
 
-def _text(value: object) -> str | None:
+def text(value: object) -> str | None:
+    """The value if it is text, and no more of it than anybody needs."""
     return value[:1000] if isinstance(value, str) else None

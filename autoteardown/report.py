@@ -13,6 +13,9 @@ import select
 import sys
 from typing import Any, Optional
 
+from autoteardown import folder
+from autoteardown.record import printable
+
 TERMINATION_LOG_BYTES = 4096  # what Kubernetes keeps of it
 
 
@@ -21,7 +24,7 @@ class Log:
 
     def __init__(self, level: str, host: str) -> None:
         self.level = level
-        self.host = host
+        self.host = printable(host).replace(" ", "?")  # one field
         self.rank: Optional[int] = None
         self.world_size: Optional[int] = None
         self._pid = os.getpid()
@@ -33,11 +36,8 @@ class Log:
             return
         rank = "?" if self.rank is None else self.rank
         size = "?" if self.world_size is None else self.world_size
-        text = "".join(char if char.isprintable() else "?" for char in text)
-        say(
-            f"autoteardown rank={rank}/{size} pid={self._pid} host={self.host} +{seconds:.3f}s {text}",
-            self._stderr,
-        )
+        prefix = f"autoteardown rank={rank}/{size} pid={self._pid} host={self.host} +{seconds:.3f}s"
+        say(f"{prefix} {printable(text)}", self._stderr)
 
 
 def say(line: str, stderr: Optional[tuple[int, int]] = None) -> None:
@@ -56,7 +56,7 @@ def say(line: str, stderr: Optional[tuple[int, int]] = None) -> None:
         ready = poll.poll(0)
         if ready and ready[0][1] & select.POLLOUT:
             # A pipe that polls writable takes this many bytes without blocking.
-            os.write(2, f"{line}\n".encode("utf-8", "backslashreplace")[: select.PIPE_BUF])
+            os.write(2, line.encode("utf-8", "backslashreplace")[: select.PIPE_BUF - 1] + b"\n")
     except (OSError, ValueError):
         pass
 
@@ -89,39 +89,30 @@ def write_report(directory: str, name: str, report: dict[str, Any]) -> Optional[
     Returns:
         What went wrong, or None.
     """
-    path = os.path.join(directory, name)
-    temporary = f"{path}.{os.getpid()}.tmp"
     try:
-        os.makedirs(directory, exist_ok=True)
-        # Not through a link that somebody else has put there.
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0)
+        os.makedirs(directory, 0o755, exist_ok=True)
+        # O_PATH: a folder that all may write to and nobody may list will do.
+        descriptor = os.open(directory, getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            os.unlink(temporary)
-        except FileNotFoundError:
-            pass
-        descriptor = os.open(temporary, flags, 0o644)
-        try:
-            _write_all(descriptor, json.dumps(report, indent=1, default=str).encode())
+            data = json.dumps(report, indent=1, default=str).encode("ascii")
+            folder.replace(descriptor, printable(name), data, 0o644)
         finally:
             os.close(descriptor)
-        os.replace(temporary, path)
     except (OSError, ValueError) as error:
-        return f"report {path!r} not written: {error}"
+        return f"report {os.path.join(directory, name)!r} not written: {error}"
     return None
 
 
 def write_termination_log(path: str, text: str) -> None:
     """Kubernetes mounts the file: where there is none, there is nobody to read it."""
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC | os.O_NONBLOCK)
+        descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
-            _write_all(descriptor, text.encode("utf-8", "backslashreplace")[:TERMINATION_LOG_BYTES])
+            os.ftruncate(descriptor, 0)  # fails where it is no plain file
+            # Not cut in the middle of a letter: the kubelet takes UTF-8 only.
+            data = text.encode("utf-8", "backslashreplace")[:TERMINATION_LOG_BYTES]
+            os.write(descriptor, data.decode("utf-8", "ignore").encode())
         finally:
             os.close(descriptor)
     except OSError:
         pass
-
-
-def _write_all(descriptor: int, data: bytes) -> None:
-    while data:
-        data = data[os.write(descriptor, data) :]

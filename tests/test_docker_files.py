@@ -564,13 +564,17 @@ def test_the_image_in_a_pid_namespace(tmp_path: Path, wheel: Path, base_image: A
 def test_the_injection_in_a_pid_namespace(tmp_path: Path, wheel: Path, base_image: Any) -> None:
     """What Dockerfile.inject and inject.yaml do: a tree in a volume, PYTHONPATH, an image without agent or wrapt."""
     python = base_image(tmp_path / "image", with_wrapt=False)
-    _, install = run_steps(DOCKER / "Dockerfile.inject")
+    _, install, (_, *compiling, where) = run_steps(DOCKER / "Dockerfile.inject")
     pip(python, *pip_words(install, {"/wheel": wheel, "/agent": tmp_path / "agent"}))
+    assert (compiling[:2], where) == (["-m", "compileall"], "/agent")
+    subprocess.run([str(python), *compiling, str(tmp_path / "agent")], check=True, timeout=100)
     copy_from, copy_to = instructions(DOCKER / "Dockerfile.inject")[-1][1], "/autoteardown/"
     assert json.loads(copy_from) == ["cp", "-r", "/agent/.", copy_to]
     volume = tmp_path / "volume"
     volume.mkdir()
     subprocess.run(["cp", "-r", f"{tmp_path / 'agent'}/.", f"{volume}/"], check=True)
+    for source in volume.rglob("*.py"):
+        os.utime(source, (0, 0))  # whatever a copy makes of it
     assert not list(volume.rglob("*.so")), "works for one Python only"
 
     (document,) = documents(DOCKER / "kubernetes" / "inject.yaml")
@@ -579,8 +583,14 @@ def test_the_injection_in_a_pid_namespace(tmp_path: Path, wheel: Path, base_imag
     mount = spec["containers"][0]["volumeMounts"][0]["mountPath"]
     assert spec["initContainers"][0]["volumeMounts"][0]["mountPath"] == mount == copy_to.rstrip("/")
     env["PYTHONPATH"] = env["PYTHONPATH"].replace(mount, str(volume), 1)
+    env["PYTHONDONTWRITEBYTECODE"] = "1"  # as in a volume that is mounted read-only
     shown = subprocess.run(
         [str(python), "-m", "autoteardown", "path"], env=env, capture_output=True, text=True, timeout=60
     )
     assert shown.stdout == env["PYTHONPATH"] + "\n", shown.stderr
+    verbose = subprocess.run(
+        [str(python), "-v", "-c", "import signal"], env=env, capture_output=True, text=True, timeout=60
+    )
+    loaded = re.findall(rf"code object from '?({volume}/\S+?)'?$", verbose.stderr, re.M)
+    assert any("/startup." in path for path in loaded) and all(path.endswith(".pyc") for path in loaded)
     check_eviction(evict_one_of_two(python, tmp_path, env), evicted_code=143)

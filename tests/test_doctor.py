@@ -76,7 +76,7 @@ def test_an_environment_in_which_all_is_well():
     assert (
         only(report, "hook", "ok")["text"] == "the signal tap is in place, and init_process_group is wrapped"
     )
-    assert "ProcessGroup.abort()" in only(report, "torch", "ok")["text"]
+    assert "released by the abort() of its process groups" in only(report, "torch", "ok")["text"]
     assert report["settings"]["AUTOTEARDOWN_SIGNALS"] == {"given": None, "effective": "SIGTERM"}
 
 
@@ -239,6 +239,28 @@ def test_a_torch_that_cannot_be_imported(tmp_path, body, area, words):
     status, report = examine(AUTOTEARDOWN="1", PYTHONPATH=str(tmp_path))
     assert (status, report["active"]) == (1, True)
     assert only(report, area, "problem")["text"] == words
+
+
+@pytest.mark.parametrize(
+    ("version", "nccl", "words"),
+    [
+        ("2.5.1", True, "by the _shutdown() of their NCCL backends, an abort in torch 2.4 and 2.5"),
+        ("2.6.0", True, "by the abort() of their NCCL backends (torch 2.6)"),
+        ("2.6.0", False, "by its exit (no NCCL here)"),
+        ("2.7.0", True, "by the abort() of its process groups"),
+    ],
+)
+def test_what_releases_a_wedged_rank(quick, version, nccl, words):
+    """As `backends.abort` does it (test_torch_versions.py) with the API of that version, whatever else that has."""
+    shape = json.loads((ROOT / "tests" / "torch_shapes.json").read_text())[version]
+    lines = []
+    for kind in ("ProcessGroup", "ProcessGroupNCCL")[: 1 + nccl]:
+        lines += [f"class {kind}:", *(f"    def {name}(self): pass" for name in shape[kind].split())]
+    c10d = "torch/distributed/distributed_c10d.py"
+    lines += [f"def {name}(*args): pass" for name in shape[c10d].split()]
+    (Path(quick) / c10d).write_text("\n".join(lines) + "\n")
+    _, report = examine(AUTOTEARDOWN="1", PYTHONPATH=quick)
+    assert f": a wedged rank is released {words}; peers" in only(report, "torch", "ok")["text"]
 
 
 def test_a_hook_that_does_not_hold(tmp_path, quick):

@@ -4,6 +4,7 @@ import io
 import json
 import re
 import signal
+import stat
 import subprocess
 import sys
 import types
@@ -238,9 +239,11 @@ def test_a_command_that_ends_by_itself(start):
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_interrupted(start, signum):
-    """Ctrl-C leaves nothing behind, also when it is pressed again and again."""
+    """Ctrl-C leaves nothing behind, also when it is pressed again and again. Until then it is nobody else's."""
     drill = start("--scenario", "stuck")
     drill.wait_for("all ranks are up")
+    (folder,) = drill.tmp.iterdir()
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     for _ in range(20):
         drill.process.send_signal(signum)
     assert drill.wait() == 128 + signum, drill.stderr
@@ -396,6 +399,25 @@ def test_many_ranks_in_the_table():
     """Long lists of codes are folded."""
     many = Outcome("train", AGENT, 10.0, [RankOutcome(n, n, 143, 0.1, {143}) for n in range(8)])
     assert table.rows([many])[0][2].text == "143 (x8)"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"code": 0}, "ended, exit 0"),
+        ({"code": -signal.SIGTERM}, "died of SIGTERM"),
+        ({"code": -signal.SIGKILL, "sigkilled": True}, "died of SIGKILL"),
+        ({"code": -signal.SIGKILL, "lost": True}, "lost"),
+        ({"code": None, "seconds": None, "hanging": True}, "hangs"),
+        ({"code": None, "withdrew": True}, "ended by itself"),
+        ({"code": None}, "died"),
+    ],
+)
+def test_a_rank_that_left_no_report_is_drawn_with_a_word(changes, words):
+    """However it ended, its lane says so."""
+    text = page.html([outcome(NO_HANDLER, **changes)], "two ranks")
+    assert f">\N{EN DASH} {words}</text>" in text
+    assert "exit None" not in text and ">?" not in text and "exit -" not in text
 
 
 def test_page_escapes():

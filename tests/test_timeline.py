@@ -19,11 +19,11 @@ from xml.etree import ElementTree
 import pytest
 import sample_reports as sample
 from browser import look, needs_chromium
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from autoteardown.cli import lanes, page, perfetto, picture, reports, timeline
-from autoteardown.cli.stops import Stop
+from autoteardown.cli.stops import Phase, Rank, Stop, verdict
 
 HOSTILE = """</title></script></pre><script>alert(1)</script>"'><img src=x onerror=alert(2)>&lt;\x1b[31m\u202e\x00"""
 
@@ -226,6 +226,23 @@ def test_the_axis_keeps_its_order(lasted: float, grace: float) -> None:
     assert lanes.X0 <= axis.limit <= lanes.X1
 
 
+@given(st.floats(0, 1e4), st.floats(0.1, 1e4))
+@example(lasted=24.9, grace=25.0)
+@example(lasted=25.1, grace=25.0)
+@example(lasted=3000.0, grace=1.0)
+@settings(deadline=None)
+def test_the_words_of_the_marks_keep_clear_of_each_other(lasted: float, grace: float) -> None:
+    stop = Stop([Rank("", received=1.0, phases=[Phase("step", 0.0, lasted, "ok", "")])])
+    spans = []
+    for text in svg(stop, grace).iter("text"):
+        if re.match("first signal|last exit|grace period ends", text.text or ""):
+            x, wide = float(text.attrib["x"]), lanes.WIDEST * len(text.text or "")
+            spans.append((x - wide, x) if text.get("text-anchor") == "end" else (x, x + wide))
+    spans.sort()
+    assert len(spans) == 3 and spans[0][0] > 0 and spans[-1][1] < lanes.WIDTH
+    assert all(before[1] < after[0] for before, after in zip(spans, spans[1:])), spans
+
+
 def test_the_grace_period_comes_from_the_option_then_the_reports(tmp_path: Path) -> None:
     folder = sample.write(tmp_path / "reports", [sample.report(0, 2, grace=110), sample.report(1, 2)])
     _, out = draw(folder)
@@ -316,6 +333,19 @@ def test_nothing_to_draw_is_an_error(tmp_path: Path, what: str, capsys: Any) -> 
     words = {"empty": "no reports; ranks write them", "bad": "none of the reports can be read"}
     assert code == 1 and not out.exists()
     assert words.get(what, "not a folder") in last and str(folder) in last
+
+
+@pytest.mark.parametrize(
+    ("outcome", "code", "words"),
+    [
+        ("clean", 0, "\N{CHECK MARK} clean, exit 0"),
+        ("forced", None, "\N{BLACK SQUARE} forced"),
+        ("paused", 3, "\N{EN DASH} paused, exit 3"),
+        ("died of SIGKILL", -9, "\N{EN DASH} died of SIGKILL"),
+    ],
+)
+def test_the_verdict_on_a_rank(outcome: str, code: int | None, words: str) -> None:
+    assert verdict(Rank("", outcome=outcome, exit_code=code)) == words
 
 
 def test_ranks_without_a_report(tmp_path: Path, capsys: Any) -> None:

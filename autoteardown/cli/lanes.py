@@ -12,6 +12,7 @@ from autoteardown.cli.stops import GLYPH, Phase, Rank, Stop, seconds, verdict, w
 WIDTH, LEFT, RIGHT, TOP = 1180, 196, 190, 40
 X0, X1 = LEFT, WIDTH - RIGHT
 TALL = 11  # a lane this high has room for its own words
+WIDEST = 6.6  # of a letter
 
 Row = Union[Rank, int]  # a report, or the number of a rank that left none
 
@@ -113,7 +114,7 @@ def _bar(phase: Phase, begin: float, y: float, height: float, scale: Axis) -> st
         parts.append(f'<rect class="{phase.outcome}" {box}/>')
     label = phase.name if phase.outcome == "ok" else f"{phase.name} {phase.outcome}"
     for text in (label, phase.name):
-        if tall >= 11 and width >= 6.6 * len(text) + 8 and not shape:
+        if tall >= 11 and width >= WIDEST * len(text) + 8 and not shape:
             if len(parts) > 1:  # a halo keeps the words apart from the hatching
                 parts.append(say(left + 5, y + height / 2, text, f"{kind} in", 'stroke-width="4"'))
             else:
@@ -163,16 +164,26 @@ def _grid(scale: Axis, bottom: float) -> str:
 
 
 def _marks(stop: Stop, scale: Axis, grace: float, bottom: float) -> str:
-    last = scale.x(stop.lasted)
+    last, limit = scale.x(stop.lasted), scale.limit
+    exit_text, grace_text = f"last exit {seconds(stop.lasted)}", f"grace period ends: {grace:g} s"
+    # The words of what comes first to its left, of what comes last to its right: the two can be as close as they like.
+    overrun = limit < last
     return (
         f'<line class="mark" x1="{X0}" x2="{X0}" y1="{TOP - 6}" y2="{_n(bottom + 4)}"/>'
-        + say(X0 + 4, 10, "first signal")
+        + say(X0 - 5, 10, "first signal", "", 'text-anchor="end"')
         + f'<line class="mark" stroke-dasharray="4 3" x1="{_n(last)}" x2="{_n(last)}" y1="{TOP - 6}" '
         f'y2="{_n(bottom + 4)}"/>'
-        + say(last - 4, 10, f"last exit {seconds(stop.lasted)}", "", 'text-anchor="end"')
-        + f'<line class="limit" stroke-width="2" x1="{_n(scale.limit)}" x2="{_n(scale.limit)}" y1="4" '
-        f'y2="{_n(bottom + 4)}"/>' + say(scale.limit + 6, 10, f"grace period ends: {grace:g} s", "bad")
+        + _beside(last, exit_text, left=not overrun)
+        + f'<line class="limit" stroke-width="2" x1="{_n(limit)}" x2="{_n(limit)}" y1="4" '
+        f'y2="{_n(bottom + 4)}"/>' + _beside(limit, grace_text, "bad", left=overrun)
     )
+
+
+def _beside(x: float, text: str, kind: str = "", left: bool = False) -> str:
+    """The words of a mark, above the lanes; on its right where there is no room on its left."""
+    if left and x - X0 > WIDEST * len(text):
+        return say(x - 5, 10, text, kind, 'text-anchor="end"')
+    return say(x + 5, 10, text, kind)
 
 
 def _sparse_labels(lanes: list[Row], height: float) -> str:

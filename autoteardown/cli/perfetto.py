@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from autoteardown.cli.stops import DEFAULT_GRACE, Rank, Stop
+from autoteardown.cli.stops import DEFAULT_GRACE, Rank, Stop, ending
 
 Event = dict[str, Any]
 
@@ -57,7 +57,7 @@ def _slices(stop: Stop, rank: Rank, pid: int, tid: int) -> list[Event]:
     events: list[Event] = [
         {
             **common,
-            "name": f"{rank.outcome}, exit {rank.exit_code}",
+            "name": ending(rank),
             "ts": begin,
             "dur": finish - begin,
             "args": whole,

@@ -95,7 +95,7 @@ def _rank(file: str, value: Any) -> tuple[Rank, list[str]]:
         at_signal=_whole(steps.get("at_signal")),
         stopped_at=_whole(steps.get("stopped_at")),
         stuck=stacks(value.get("stuck")),
-        outcome=_text(value.get("outcome")) or "?",
+        outcome=_text(value.get("outcome")) or "unknown",
         exit_code=_whole(value.get("exit_code"), least=-255),
         grace=_number(value.get("grace")),
     )

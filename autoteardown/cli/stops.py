@@ -12,6 +12,7 @@ DEFAULT_GRACE = 25.0
 TOGETHER = 60.0
 SAME_ORIGIN = 600.0
 GLYPH = {"clean": "\N{CHECK MARK}", "aborted": "\N{BLACK UP-POINTING TRIANGLE}", "forced": "\N{BLACK SQUARE}"}
+NO_GLYPH = "\N{EN DASH}"  # for what a later version reports, and for who left no report
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ class Stop:
     def summary(self, grace: float) -> str:
         """The stop in one sentence."""
         outcomes = Counter(r.outcome for r in self.ranks)
-        codes = Counter(r.exit_code for r in self.ranks)
+        codes = Counter("unknown" if r.exit_code is None else r.exit_code for r in self.ranks)
         count = len(self.ranks)
         parts = [
             f"{count} rank{'s' if count != 1 else ''}: "
@@ -196,16 +197,8 @@ def words(stop: Stop, rank: Rank) -> str:
         f"step {rank.at_signal} at the signal" if rank.at_signal is not None else "",
         f"stopped at step {rank.stopped_at}" if rank.stopped_at is not None else "",
     ]
-    lines.append(
-        ", ".join(
-            [
-                rank.outcome,
-                f"exit {rank.exit_code}",
-                f"out after {seconds(rank.lasted)}",
-                *filter(None, steps),
-            ]
-        )
-    )
+    out = f"out after {seconds(rank.lasted)}" if all(p.end is not None for p in rank.phases) else ""
+    lines.append(", ".join(filter(None, [ending(rank), out, *steps])))
     for p in rank.phases:
         end = f"{p.end:.3f}" if p.end is not None else "..."
         lines.append(
@@ -217,9 +210,15 @@ def words(stop: Stop, rank: Rank) -> str:
     return "\n".join(lines)
 
 
+def ending(rank: Rank) -> str:
+    """Outcome and exit code, as far as there is one."""
+    left = rank.exit_code is not None and rank.exit_code >= 0
+    return f"{rank.outcome}, exit {rank.exit_code}" if left else rank.outcome
+
+
 def verdict(rank: Rank) -> str:
-    """Outcome and exit code, with a sign that needs no colour."""
-    return f"{GLYPH.get(rank.outcome, '?')} {rank.outcome}, exit {rank.exit_code}"
+    """The same with a sign that needs no colour."""
+    return f"{GLYPH.get(rank.outcome, NO_GLYPH)} {ending(rank)}"
 
 
 def seconds(value: float) -> str:

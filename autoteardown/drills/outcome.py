@@ -56,11 +56,20 @@ class RankOutcome:
         if self.lost:
             return "lost"
         if self.code is None:
-            return "hangs" if self.hanging else "own" if self.withdrew else "?"
+            return "hangs" if self.hanging else "own" if self.withdrew else "unknown"
         try:
             return signal.Signals(-self.code).name if self.code < 0 else str(self.code)
         except ValueError:
             return str(self.code)
+
+    @property
+    def fate(self) -> str:
+        """What became of it, without its exit code."""
+        if self.lost:
+            return "lost"
+        if self.code is not None:
+            return "ended" if self.code >= 0 else f"died of {self.ending}"
+        return "hangs" if self.hanging else "ended by itself" if self.withdrew else "died"
 
     @property
     def problem(self) -> str | None:

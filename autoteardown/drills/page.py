@@ -64,7 +64,7 @@ def _drawn(outcome: Outcome, rank: RankOutcome, report: Rank | None) -> Rank:
     )
     if report is None:
         # It says nothing of itself: all that is known is how long it was there.
-        drawn.outcome = "ended" if rank.ending.isdigit() else rank.ending
+        drawn.outcome = rank.fate
         drawn.phases = [Phase("alive", 0.0, rank.seconds, "ok", "no handler or agent has reported")]
         return drawn
     drawn.phases, drawn.outcome, drawn.stuck = report.phases, report.outcome, report.stuck

@@ -1,6 +1,6 @@
 """Runs a script with the SIGTERM handler that training scripts carry, which is the drill's control and the tests'.
 
-    handwritten.py SCRIPT [ARG]...
+handwritten.py SCRIPT [ARG]...
 """
 
 import runpy

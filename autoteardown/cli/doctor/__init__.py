@@ -16,6 +16,7 @@ import autoteardown
 from autoteardown import settings
 from autoteardown.cli.doctor import activation, configuration, surroundings
 from autoteardown.cli.doctor.finding import NOTE, OK, PROBLEM, WARNING, Finding
+from autoteardown.record import printable
 
 _MARKS = {OK: "ok", NOTE: "note", WARNING: "WARNING", PROBLEM: "PROBLEM"}
 
@@ -40,7 +41,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(_as_dict(process, found, findings), indent=2))
     else:
-        print("\n".join(_as_text(process, found, refused, findings)))
+        for line in _as_text(process, found, refused, findings):
+            print(line and printable(line))
     return 1 if bad else 0
 
 

@@ -40,9 +40,8 @@ if active:
         found["distributed"] = distributed.is_available()
         found["hooked"] = all(hasattr(getattr(module, "init_process_group", None), "_autoteardown_wrapped")
             for module in (distributed, c10d))
-        group = getattr(distributed, "ProcessGroup", None)
-        found["abort"] = ("ProcessGroup.abort" if hasattr(group, "abort") else "_abort_process_group"
-            if hasattr(c10d, "_abort_process_group") else "destroy_process_group")
+        ways = ("ProcessGroup", "abort"), ("ProcessGroupNCCL", "abort"), ("ProcessGroupNCCL", "_shutdown")
+        found["abort"] = next((f"{name}.{way}" for name, way in ways if hasattr(getattr(c10d, name, None), way)), None)
         found["clone"] = hasattr(getattr(distributed, "Store", None), "clone")
         try:
             found["nccl"] = ".".join(map(str, distributed.torch.cuda.nccl.version()))

@@ -131,15 +131,16 @@ def _torch(process: Process) -> list[Finding]:
 
 def _path_taken(process: Process) -> str:
     how = {
-        "ProcessGroup.abort": "a wedged rank is released by ProcessGroup.abort()",
-        "_abort_process_group": "a wedged rank is released by _abort_process_group() (torch 2.6)",
-        "destroy_process_group": "a wedged rank is released by destroy_process_group(), an abort in torch 2.4 and 2.5",
+        "ProcessGroup.abort": "by the abort() of its process groups",
+        "ProcessGroupNCCL.abort": "by the abort() of their NCCL backends (torch 2.6)",
+        "ProcessGroupNCCL._shutdown": "by the _shutdown() of their NCCL backends, an abort in torch 2.4 and 2.5",
+        None: "by its exit (no NCCL here)",
     }.get(process.torch.get("abort", ""))
-    if how is None:
+    if how is None:  # torch could not be looked into
         return ""
     board = "a clone of the store" if process.torch.get("clone") else "a second client of the store"
     nccl = process.torch.get("nccl")
-    return f": {how}; peers are told over {board}{f'; NCCL {nccl}' if nccl else ''}"
+    return f": a wedged rank is released {how}; peers are told over {board}{f'; NCCL {nccl}' if nccl else ''}"
 
 
 def numbers(version: str) -> tuple[int, ...]:
