@@ -16,7 +16,7 @@ from typing import Any, Callable, Optional
 
 from autoteardown import backends, ray_rank, registry, report, settings, signals, training
 from autoteardown import board as boards
-from autoteardown.boundary import guarded
+from autoteardown.boundary import failed, guarded
 from autoteardown.teardown import Teardown, end
 
 SCHEMA = 1
@@ -113,7 +113,12 @@ class Guard:
     def _hear(self, kind: str, value: Any) -> None:
         """On the board's watcher thread."""
         if kind == "notice" and self._begun.acquire(False):
-            self._begin("peer", None, value)
+            try:
+                self._begin("peer", None, value)
+            except Exception as error:
+                failed("to stop with a peer", error)
+                self.teardown = None
+                self._begun.release()  # its own signal may yet come
         elif self.teardown is None:
             self.board = None  # lost
         else:

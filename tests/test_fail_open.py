@@ -14,7 +14,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from harness import AGENT, NONE, PROGRAMS, Job, environment, free_port
+from harness import AGENT, NONE, PROGRAMS, Job, environment, free_port, wait_until
 
 import autoteardown
 
@@ -244,3 +244,24 @@ def test_an_eviction(new_job, eviction, module):
         return signalled.story()
 
     in_parallel(called(eviction, module), lambda name: evict(new_job(), BREAK=name), complaint)
+
+
+def test_a_peer_that_cannot_begin(new_job):
+    """A notice that comes to nothing does not make the rank deaf to its own signal."""
+    idle = """
+        import breaker
+        breaker.swap()
+        import time
+        import torch.distributed as dist
+        dist.init_process_group("gloo")
+        dist.barrier()
+        print("ready", flush=True)
+        while True:
+            time.sleep(0.01)
+        """
+    whole, broken = new_job().world(idle, 2, each={1: {"BREAK": "guard:Guard._begin"}})
+    for rank in (whole, broken):
+        rank.wait_for("^ready$")
+    assert whole.evict() == 0, whole.story()
+    wait_until(lambda: "to stop with a peer failed" in broken.stderr, "the notice")
+    assert broken.evict() == 0, broken.story()
