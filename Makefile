@@ -40,8 +40,9 @@ bench: $(VENV)/.has-test
 chaos: $(VENV)/.has-test
 	$(BIN)/python -m pytest -m chaos $(TEST)
 
+# By file: the Ray tests share one cluster.
 frameworks: $(VENV)/.has-frameworks
-	$(BIN)/python -m pytest -m frameworks $(TEST)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m frameworks $(TEST)
 
 gpu: $(VENV)/.has-test
 	$(BIN)/python -m pytest -m gpu $(TEST)

@@ -14,7 +14,7 @@ import socket
 import sys
 from typing import Any, Callable, Optional
 
-from autoteardown import backends, ray_rank, registry, report, settings, signals, training
+from autoteardown import backends, ray_rank, registry, report, settings, signals, threads, training
 from autoteardown import board as boards
 from autoteardown.boundary import failed, guarded
 from autoteardown.teardown import Teardown, end
@@ -180,12 +180,16 @@ class Guard:
     def stop_main(self) -> None:
         """On the main thread: park it if it is time to, or have it leave if it is time for that."""
         teardown = self.teardown
-        if _thread.get_ident() in self.gate.parked:  # on its way out, or still parked below this frame
+        ident = _thread.get_ident()
+        if ident in self.gate.parked:  # on its way out, or still parked below this frame
+            return
+        # An exception in an exit callback would be printed, and cut it short. Ours is the last of them, and waits.
+        if ident != self.gate.thread and threads.in_exit_callback():
             return
         if teardown is not None and teardown.leaving:
-            self.gate.parked.add(_thread.get_ident())
+            self.gate.parked.add(ident)
             raise SystemExit(teardown.exit_code)
-        if self.gate.closed and not self.gate.shielded(_thread.get_ident()):
+        if self.gate.closed and not self.gate.shielded(ident):
             self.gate.hold()
 
     # -- what others ask for ----------------------------------------------------------------------------------------

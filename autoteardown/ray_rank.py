@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import sys
+import threading
+
+from autoteardown import threads
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from typing import Any
+
+_METHODS_ARE_CALLED_IN = "/ray/_private/function_manager.py"
 
 
 def _is_ray() -> bool:
@@ -25,16 +32,35 @@ def call_abort_off() -> None:
         signal.alarm(0)
 
 
-def waits_for_method(loop: Any) -> bool:
-    """Whether a SystemExit would not end the process: of an async actor Ray waits for the methods that still run.
+def waits_for_method(loop: Any, parked: Iterable[int] = ()) -> bool:
+    """Whether a SystemExit would not end the process: Ray waits for the methods of an actor that still run.
+
+    Those on the main thread and on parked threads leave by themselves.
 
     Args:
-        loop: the event loop of the thread that called init, if it has one.
+        loop: the event loop of the thread that called init, if it has one: then the actor is an async one.
+        parked: identities of threads.
     """
     asyncio = sys.modules.get("asyncio")
-    if loop is None or asyncio is None or not _is_ray():
+    if not _is_ray():
+        return False
+    # Those of threaded actors and concurrency groups are on threads of a pool.
+    if set(threads.inside(_METHODS_ARE_CALLED_IN)).difference(parked, [threading.main_thread().ident]):
+        return True
+    if loop is None or asyncio is None:
         return False
     try:
-        return any(not task.done() for task in asyncio.all_tasks(loop))
+        return any(not task.done() for each in _loops(loop) for task in asyncio.all_tasks(each))
     except RuntimeError:  # tasks come and go on another thread
         return True
+
+
+def _loops(loop: Any) -> list[Any]:
+    """That loop; where every concurrency group has one, on a thread that Ray names so, all that run."""
+    # Not threading.enumerate(): it takes a lock, which the main thread may hold.
+    names = [thread.name for thread in list(threading._active.values())]  # type: ignore[attr-defined]
+    if sum(name.startswith("AsyncIO Thread: ") for name in names) < 2:
+        return [loop]
+    # Neither Ray nor asyncio tells which loops there are. By type: isinstance() would wake proxies up.
+    kind = sys.modules["asyncio"].AbstractEventLoop
+    return [each for each in gc.get_objects() if issubclass(type(each), kind) and each.is_running()]

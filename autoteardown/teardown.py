@@ -250,7 +250,7 @@ class Teardown:
         # be freed. So the report is written before, and the fuse made shorter.
         lastwords.write(self, _LAST_WORDS, final=False)
         self._light_fuse(self.now + self.guard.settings.exit_timeout + _LONG_LAST_WORDS + _LAST_WORDS)
-        if ray_rank.waits_for_method(self.guard.gate.loop):
+        if ray_rank.waits_for_method(self.guard.gate.loop, self.guard.gate.parked):
             self._finish()
         self.leaving = True
         gate = self.guard.gate

@@ -23,15 +23,25 @@ def alive(ident: Optional[int]) -> bool:
 
 def in_collective() -> list[int]:
     """The threads that are in a call of `torch.distributed`'s."""
+    return inside("torch/distributed/distributed_c10d.py")
+
+
+def inside(path: str) -> list[int]:
+    """The threads that are in a call of a function of the file whose path ends so."""
     found = []
     for ident, top in sys._current_frames().items():
         frame: Any = top
         while frame is not None:
-            if frame.f_code.co_filename.endswith("torch/distributed/distributed_c10d.py"):
+            if frame.f_code.co_filename.endswith(path):
                 found.append(ident)
                 break
             frame = frame.f_back
     return found
+
+
+def in_exit_callback() -> bool:
+    """On the main thread: whether it runs exit callbacks. Before them it waits for the program's other threads."""
+    return not threading.main_thread().is_alive() and _first(sys._getframe()).co_name != "_shutdown"
 
 
 def foreign() -> list[int]:

@@ -10,6 +10,10 @@ from harness import ForkServer, Job
 # stalls a rendezvous for 5 s.
 os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:5")
 
+# Who has started Ray here before has a token in ~/.ray, with which `ray start` makes a cluster that `ray.init` of an
+# address cannot join.
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+
 # A shell without job control has what it puts into the background ignore SIGINT, and nohup SIGHUP; a program that
 # ignores them would hand that on to every process that the tests start.
 for _signum, _usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):

@@ -14,6 +14,8 @@ from harness import NONE, alive, wait_until
 from autoteardown import drain, procfs, registry
 from autoteardown.record import own_name
 
+root_only = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away, or mount one")
+
 # A stand-in for a rank: it is in the registry, and takes its signal in the way it is told to.
 RANK = """
     import os, signal, sys
@@ -338,14 +340,54 @@ def test_two_drains_at_once(ranks, runtime):
     assert list(runtime.iterdir()) == []
 
 
-def test_a_registry_that_cannot_be_trusted(ranks, runtime):
+@pytest.mark.parametrize("how", ["0777", pytest.param("uid 65534", marks=root_only)])
+def test_a_registry_that_cannot_be_trusted(ranks, runtime, how):
     (rank,) = ranks("clean")
-    runtime.chmod(0o777)
+    if how == "0777":
+        runtime.chmod(0o777)
+    else:
+        os.chown(runtime, 65534, 65534)
     command = run(runtime)
     assert (command.code, command.stdout) == (1, "")
     assert command.stderr.count("\n") == 1
-    assert "0777" in command.stderr
+    assert how in command.stderr
     assert rank.running
+
+
+def test_entries_that_are_none_beside_one_that_is(ranks, runtime):
+    """A stale one, one of a pid that was given away, and one that was cut off: only the rank is signalled."""
+    rank, stranger, cut_off, dead = started = ranks("clean", "clean", "clean", "ignore")
+    forge(runtime, stranger, started=procfs.start_time(stranger.pid) - 1)
+    (path,) = runtime.glob(f"{cut_off.pid}-*")
+    path.write_text('{"rank": 2')
+    dead.signal(signal.SIGKILL)
+    dead.wait()
+    command = run(runtime, "--json")
+    assert (command.code, command.stderr) == (0, "")
+    assert [told["pid"] for told in json.loads(command.stdout)["ranks"]] == [rank.pid]
+    for other in (stranger, cut_off):
+        other.signal(signal.SIGUSR1)
+        other.wait_for("^got")
+    assert [f"got {signal.SIGTERM:d}" in each.stdout for each in started] == [True, False, False, False]
+
+
+@root_only
+def test_a_folder_that_cannot_be_written(ranks, runtime):
+    """The ranks are signalled all the same. They cannot know that somebody wants to hear of their outcome."""
+    unshare = ["unshare", "--mount"]
+    if not shutil.which("unshare") or subprocess.run([*unshare, "true"]).returncode:
+        pytest.skip("this user may not make a mount namespace")
+    (rank,) = ranks("clean")
+    drain_there = f'mount -o bind,ro "$1" "$1" && exec {sys.executable} -m autoteardown drain'
+    command = subprocess.run(
+        [*unshare, "sh", "-c", drain_there, "sh", str(runtime)],
+        env={**os.environ, "AUTOTEARDOWN_RUNTIME_DIR": str(runtime)},
+        capture_output=True,
+        text=True,
+    )
+    assert (command.returncode, command.stderr) == (0, "")
+    assert "ended on its own" in command.stdout
+    assert rank.wait() == 143
 
 
 def test_names_cannot_forge_a_line(job, runtime):

@@ -362,26 +362,3 @@ def test_submitit_sigusr2(job, mode, tmp_path):
     )
     assert "checkpointed" in printed()
     assert not job.all_reports()
-
-
-# -- a server in the same process ------------------------------------------------------------------------------------
-
-
-def test_server(job):
-    """uvicorn shuts down, puts the old handler back and raises the signal again: then it is the agent's turn."""
-    pytest.importorskip("uvicorn")
-    ranks = job.world("fw_server.py", 2, fresh=True, **PATIENT)
-    train(ranks)
-    ranks[1].signal()
-    out_in_time(ranks[1], 0, 60)
-    out_in_time(ranks[0], 143, 60)
-    stopped_together(job, {0: "peer", 1: "signal"}, {0: 143, 1: 0})
-
-
-def test_control_server(job):
-    """It dies of the signal that it raises again."""
-    pytest.importorskip("uvicorn")
-    ranks = job.world("fw_server.py", 2, fresh=True, mode=NONE)
-    train(ranks)
-    ranks[1].signal()
-    assert ranks[1].wait() == -SIGTERM

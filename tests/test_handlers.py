@@ -364,7 +364,7 @@ def test_event_loops(job, loop):
     assert rank.report()["outcome"] == "clean"
 
 
-@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop", "trio"])
 @pytest.mark.parametrize("blocked", [False, True])
 def test_event_loop_that_owns_sigterm(job, loop, blocked):
     """A loop's `add_signal_handler(SIGTERM)` is the application's handler; a loop that is blocked is not waited for."""
@@ -374,25 +374,39 @@ def test_event_loop_that_owns_sigterm(job, loop, blocked):
         import asyncio, signal, sys, time
         import {loop}, torch.distributed as dist
 
-        async def main():
+        async def asynchronous():
             stop = asyncio.Event()
             asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+            train()
+            await stop.wait()
+            await asyncio.sleep(0.2)
+            save()
+
+        async def nursery():
+            with trio.open_signal_receiver(signal.SIGTERM) as signals:
+                train()
+                await signals.__anext__()
+                await trio.sleep(0.2)
+                save()
+
+        def train():
             dist.init_process_group("gloo")
             print("ready", flush=True)
             if {blocked}:
                 time.sleep(3600)
-            await stop.wait()
-            await asyncio.sleep(0.2)
+
+        def save():
             print("saved with a group" if dist.is_initialized() else "too late", flush=True)
             sys.exit(42)
 
-        {loop}.run(main())
+        {"trio.run(nursery)" if loop == "trio" else f"{loop}.run(asynchronous())"}
         """,
         1,
         **(IMPATIENT if blocked else PATIENT),
     )
     rank.wait_for("ready")
     assert rank.evict(8 if blocked else 12) == (0 if blocked else 42), rank.story()
+    assert blocked or stays_out(rank) is False
 
 
 def test_async_event_loop_off_the_main_thread(job):

@@ -8,9 +8,12 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
-from harness import HANDWRITTEN, SIGTERM, free_port, wait_until
+from harness import HANDWRITTEN, NONE, SIGTERM, environment, free_port, wait_until
 
 # Without it, torchrun keeps one store for all attempts. A rank then finds the addresses of the last attempt in there,
 # and with gloo it fails or hangs in init, agent or not (pytorch/pytorch#135712, #167288).
@@ -174,6 +177,55 @@ def test_control_plain_python(job):
     ranks[0].wait_blocked("^ready$")
     assert ranks[0].evict(3) == -signal.SIGKILL
     assert ranks[1].running
+
+
+# -- a shell as PID 1 -----------------------------------------------------------------------------------------------
+
+UNSHARE = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
+# Something after the command: a shell that has nothing else to do becomes the command.
+SHELL = (*UNSHARE, "sh", "-c", '"$0" "$@"; echo "torchrun ended with $?"; sleep 600')
+
+
+def pod(job, **options):
+    """A container whose PID 1 is a shell that has started torchrun. Returns it, and what runs a command in there."""
+    if not shutil.which("nsenter") or subprocess.run([*UNSHARE, "true"], check=False).returncode:
+        pytest.skip("this user may not make a PID namespace")
+    python = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    container = job.start("stuck.py", launcher=SHELL, python=python, **options)
+    wait_until(lambda: container.stdout.count("ready") == 2 or not container.running, "both ranks")
+    (shell,) = map(int, Path(f"/proc/{container.pid}/task/{container.pid}/children").read_text().split())
+    os.kill(shell, SIGTERM)  # what the platform does: nobody hears it
+
+    def inside(*command):
+        env = environment(NONE, job.mark, AUTOTEARDOWN_RUNTIME_DIR=job.runtime)
+        nsenter = ["nsenter", f"--target={shell}", "--pid", "--mount", sys.executable]
+        return subprocess.run(
+            [*nsenter, *command], env=env, capture_output=True, text=True, timeout=100, check=False
+        )
+
+    return container, inside
+
+
+def test_pre_stop_drain_where_a_shell_is_pid_1(job):
+    """Two ranks under torchrun, one of them blocked in a collective, and `autoteardown drain` as the hook."""
+    container, inside = pod(job, **PATIENT)
+    listed = inside("-m", "autoteardown", "ps").stdout
+    assert listed.count(" armed ") == 2, listed
+    hook = inside("-m", "autoteardown", "drain")
+    assert (hook.returncode, hook.stderr) == (0, ""), hook
+    assert hook.stdout.splitlines()[-1] == "2 of 2 left cleanly"
+    container.wait_for("^torchrun ended with 0$")
+    reports = job.all_reports()
+    assert [(reports[rank]["outcome"], reports[rank]["exit_code"]) for rank in range(2)] == [("clean", 0)] * 2
+    assert inside("-m", "autoteardown", "ps").stdout == "no armed ranks on this node\n"
+
+
+def test_control_pre_stop_drain(job):
+    """Without the agent there is no rank to drain: they go on until the platform's SIGKILL."""
+    container, inside = pod(job, mode=NONE)
+    assert inside("-m", "autoteardown", "drain").stdout == "no armed ranks on this node\n"
+    with pytest.raises(AssertionError, match="waited"):
+        container.wait_for("^torchrun ended", 2)
 
 
 # -- mpirun ---------------------------------------------------------------------------------------------------------

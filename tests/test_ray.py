@@ -29,13 +29,15 @@ pytestmark = [pytest.mark.frameworks, pytest.mark.timeout(300)]
 # watchdog's 600 s.
 SOON = 15.0
 OFF = {"AUTOTEARDOWN": "0"}
+GROUPS = {"io": 1, "compute": 2}
 
 KINDS = {
     "sync": (ray_ranks.Rank, {}, "MainThread"),
     "asyncio": (ray_ranks.AsyncRank, {}, "AsyncIO Thread: default"),
     "uvloop": (ray_ranks.AsyncRank, {}, "AsyncIO Thread: default"),
     "threaded": (ray_ranks.Rank, {"max_concurrency": 4}, "Dummy-"),
-    "groups": (ray_ranks.GroupsRank, {"concurrency_groups": {"io": 1}}, "Dummy-"),
+    "groups": (ray_ranks.GroupsRank, {"concurrency_groups": GROUPS}, "Dummy-"),
+    "asyncio groups": (ray_ranks.AsyncGroupsRank, {"concurrency_groups": GROUPS}, "AsyncIO Thread: io"),
 }
 
 
@@ -94,29 +96,38 @@ def cluster():
 
 @pytest.fixture
 def world(cluster, tmp_path):
-    """Make a world of two actors."""
-    actors = []
+    """Make a world of two actors. `env` is for both of them, `other` for the second one only."""
+    made = []
 
-    def make(kind, env=(), **options):
-        env = {"RAY_USE_UVLOOP": str(int(kind == "uvloop")), **dict(env)}
-        made, how, thread = KINDS[kind]
-        actor = ray.remote(num_cpus=0)(made).options(runtime_env={"env_vars": env}, **how, **options)
-        actors.extend(actor.remote() for _ in range(2))
+    def make(kind, env=(), other=(), folder=tmp_path, **options):
+        what, how, thread = KINDS[kind]
+        actors = []
+        for own in ((), other):
+            env_vars = {"RAY_USE_UVLOOP": str(int(kind == "uvloop")), **dict(env), **dict(own)}
+            actor = ray.remote(num_cpus=0, **how)(what)
+            actors.append(actor.options(runtime_env={"env_vars": env_vars}, **options).remote())
         port = free_port()
-        joined = ray.get([each.init.remote(str(tmp_path), rank, port) for rank, each in enumerate(actors)])
+        joined = ray.get([each.init.remote(str(folder), rank, port) for rank, each in enumerate(actors)])
+        made.extend(zip(actors, (pid for pid, _ in joined)))
         for _, name in joined:
             assert name.startswith(thread)  # else this is not the case that it is meant to be
         return actors, [pid for pid, _ in joined]
 
     yield make
-    for actor in actors:
+    for actor, _ in made:
         ray.kill(actor)
+    gone(*(pid for _, pid in made))  # or a drain in the next test finds them
 
 
-def wait_in(folder, what, rank):
+def wait_in(folder, what, rank, driver=None):
     """Wait until that rank is there, and asleep in C if it is to be blocked; return its pid."""
     path = Path(folder, f"{what}-{rank}")
-    wait_until(path.exists, f"rank {rank} to be {what}", 120)
+
+    def look():
+        assert driver is None or driver.running, driver.story()
+        return path.exists()
+
+    wait_until(look, f"rank {rank} to be {what}", 120)
     pid, thread = map(int, path.read_text().split())
     seen, times = None, 0
     while what == "blocked" and times < 8:
@@ -132,6 +143,14 @@ def failure(reference, within=SOON):
     with pytest.raises(ray.exceptions.RayError) as caught:
         ray.get(reference, timeout=within)
     return caught.value
+
+
+def slowness():
+    """How many times longer than an idle machine this one takes just now."""
+    wall, cpu = time.monotonic(), time.process_time()
+    while time.process_time() < cpu + 0.1:
+        pass
+    return (time.monotonic() - wall) / 0.1
 
 
 def gone(*pids):
@@ -152,7 +171,7 @@ def outcomes(cluster, pids):
 
 CLEAN = [("signal", "clean", 0), ("peer", "clean", 143)]
 CASES = [(kind, state) for kind in KINDS for state in ("idle", "busy", "blocked")]
-CASES += [("asyncio", "awaits"), ("uvloop", "awaits")]
+CASES += [("asyncio", "awaits"), ("uvloop", "awaits"), ("asyncio groups", "awaits")]
 
 
 @pytest.mark.parametrize("kind, state", CASES)
@@ -174,7 +193,7 @@ def test_an_evicted_actor(cluster, world, tmp_path, kind, state):
     assert outcomes(cluster, pids) == CLEAN
 
 
-@pytest.mark.parametrize("kind", ["sync", "asyncio", "threaded"])
+@pytest.mark.parametrize("kind", ["sync", "asyncio", "threaded", "groups", "asyncio groups"])
 def test_control_a_blocked_actor_without_the_agent(cluster, world, tmp_path, kind):
     """The control of the test above, and the opt-out of single actors by `runtime_env`."""
     actors, pids = world(kind, OFF)
@@ -184,6 +203,68 @@ def test_control_a_blocked_actor_without_the_agent(cluster, world, tmp_path, kin
     assert isinstance(failure(reference, within=6), ray.exceptions.GetTimeoutError)
     assert alive(pids[0])
     assert "autoteardown" not in cluster.log(pids[0])
+
+
+def test_the_driver_hears_of_it_within_two_seconds(cluster, tmp_path, world):
+    """The rank whose actor is evicted waits in a collective. A machine that is busy gets more tries, and more time."""
+    took = []
+    while len(took) < 5 and min(took, default=3.0) >= 2.0:
+        folder = tmp_path / str(len(took))
+        folder.mkdir()
+        actors, pids = world("sync", folder=folder)
+        running = [actors[0].blocked.remote(), actors[1].busy.remote()]
+        for rank, what in enumerate(["blocked", "busy"]):
+            wait_in(folder, what, rank)
+        sent = time.monotonic()
+        os.kill(pids[0], signal.SIGTERM)
+        for reference in running:
+            assert isinstance(failure(reference), ray.exceptions.RayActorError)
+        took.append((time.monotonic() - sent) / slowness())
+    assert min(took) < 2.0, took
+
+
+def test_concurrency_groups_at_once(cluster, world, tmp_path):
+    """One group's thread is in a collective, the default one's in `time.sleep`, and a third one answers."""
+    actors, pids = world("groups")
+    running = [actors[0].blocked.remote(), actors[0].sleeps.remote(str(tmp_path))]
+    assert wait_in(tmp_path, "blocked", 0) == wait_in(tmp_path, "sleeps", "none") == pids[0]
+    assert ray.get(actors[0].pid.remote(), timeout=60) == pids[0]
+    os.kill(pids[0], signal.SIGTERM)
+    for reference in running:
+        assert isinstance(failure(reference), ray.exceptions.RayActorError)
+    assert outcomes(cluster, pids) == CLEAN
+
+
+def test_one_actor_opts_out(cluster, world, tmp_path):
+    """It is no rank of ours: nobody tells it, and it lives on; the other one is torn down as ever."""
+    actors, pids = world("sync", other=OFF)
+    running = actors[0].busy.remote()
+    wait_in(tmp_path, "busy", 0)
+    os.kill(pids[0], signal.SIGTERM)
+    assert isinstance(failure(running), ray.exceptions.RayActorError)
+    gone(pids[0])
+    report = cluster.report(pids[0])
+    assert (report["outcome"], report["exit_code"]) == ("clean", 0)
+    assert ray.get(actors[1].pid.remote(), timeout=60) == pids[1]
+    assert cluster.report(pids[1]) is None
+    assert "autoteardown" not in cluster.log(pids[1])
+
+
+def test_drain_as_a_pre_stop_hook(cluster, world, tmp_path):
+    """Where a shell is PID 1, `ray start` gets no signal, either. Both actors are in mid-collective."""
+    actors, pids = world("asyncio")
+    running = [actors[0].blocked.remote(), actors[1].busy.remote()]
+    for rank, what in enumerate(["blocked", "busy"]):
+        wait_in(tmp_path, what, rank)
+    command = [sys.executable, "-m", "autoteardown", "drain", "--json"]
+    env = {**os.environ, "AUTOTEARDOWN_RUNTIME_DIR": str(cluster.folder / "runtime")}
+    hook = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
+    assert (hook.returncode, hook.stderr) == (0, ""), hook
+    told = {rank["pid"]: (rank["outcome"], rank["signal"]) for rank in json.loads(hook.stdout)["ranks"]}
+    assert told == dict.fromkeys(pids, ("clean", signal.SIGTERM))
+    for reference in running:
+        assert isinstance(failure(reference), ray.exceptions.RayActorError)
+    assert outcomes(cluster, pids) == [("signal", "clean", 0)] * 2
 
 
 @pytest.mark.parametrize("evicted, other", [("blocked", "busy"), ("busy", "blocked")])
@@ -303,7 +384,7 @@ def test_ray_train(cluster, job, tmp_path, what, max_failures):
     """TorchTrainer: all ranks stop after the same step, and Ray Train reports it, or starts again and trains on."""
     driver = job.start("ray_trainer.py", cluster.address, tmp_path, what, max_failures, mode=NONE, fresh=True)
     at = "stepping" if what == "steps" else "training"
-    pids = [wait_in(tmp_path, at, rank) for rank in range(2)]
+    pids = [wait_in(tmp_path, at, rank, driver) for rank in range(2)]
     if what == "stuck":
         path = tmp_path / "training-0"
         path.rename(tmp_path / "blocked-0")

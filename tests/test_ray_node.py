@@ -12,7 +12,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from harness import NONE, environment, free_port, wait_until
+from harness import AGENT, NONE, alive, environment, free_port, wait_until
 
 from autoteardown import ray_node
 
@@ -248,26 +248,48 @@ def sockets():
     shutil.rmtree(path, ignore_errors=True)
 
 
-@pytest.mark.frameworks
-def test_actors_in_a_collective_are_torn_down_when_ray_start_is_stopped(job, sockets):
-    """`ray start --head --block` as a pod's main process, two ranks in an all_reduce that never completes."""
-    pytest.importorskip("ray")
-    address = f"127.0.0.1:{free_port()}"
-    options = ["--head", "--block", f"--port={address.rpartition(':')[2]}", f"--temp-dir={sockets}"]
-    options += ["--include-dashboard=false", "--disable-usage-stats", "--object-store-memory=100000000"]
-    ray = Path(sys.executable).with_name("ray")
-    node = job.start(str(ray), "start", *options, fresh=True, AUTOTEARDOWN_GRACE=25)
-    node.wait_for("block forever")
-    driver = job.start(DRIVER, address, free_port(), fresh=True)
-    pids = [int(pid) for pid in driver.wait_for(r"^pids (\d+) (\d+)$").groups()]
-    driver.wait_for("^ready$")
+@pytest.fixture
+def stopped_node(job, sockets):
+    """Stop `ray start --head --block`, a pod's main process, with two ranks in an all_reduce that never completes.
 
-    assert node.evict(grace=60) == 1  # Ray's own code
+    Returns that process, the driver, and the pids of the ranks.
+    """
+    pytest.importorskip("ray")
+
+    def stop(mode, **env):
+        address = f"127.0.0.1:{free_port()}"
+        options = ["--head", "--block", f"--port={address.rpartition(':')[2]}", f"--temp-dir={sockets}"]
+        options += ["--include-dashboard=false", "--disable-usage-stats", "--object-store-memory=100000000"]
+        ray = Path(sys.executable).with_name("ray")
+        node = job.start(str(ray), "start", *options, fresh=True, mode=mode, AUTOTEARDOWN_GRACE=25, **env)
+        node.wait_for("block forever")
+        driver = job.start(DRIVER, address, free_port(), fresh=True, mode=mode)
+        pids = [int(pid) for pid in driver.wait_for(r"^pids (\d+) (\d+)$").groups()]
+        driver.wait_for("^ready$")
+        assert node.evict(grace=60) == 1, node.story()  # Ray's own code
+        assert "received SIGTERM. Draining for up to" in node.stderr  # Ray's own handling, in both cases
+        return node, driver, pids
+
+    return stop
+
+
+@pytest.mark.frameworks
+def test_actors_in_a_collective_are_torn_down_when_ray_start_is_stopped(job, stopped_node):
+    """Each is signalled, reports, and is gone before Ray would SIGKILL it."""
+    node, driver, pids = stopped_node(AGENT)
     reports = job.all_reports()
     assert {rank: report["pid"] for rank, report in reports.items()} == dict(enumerate(pids))
     for report in reports.values():
         assert (report["cause"], report["signal"], report["exit_code"]) == ("signal", "SIGTERM", 0)
         said = f"pid={report['pid']} .*: {report['outcome']}, exit 0 "
         assert re.search(said, node.stderr), node.story()
-    assert "received SIGTERM. Draining for up to" in node.stderr  # Ray's own handling went on
     wait_until(lambda: driver.stdout.count("actor error") == 2, driver.story())
+
+
+@pytest.mark.frameworks
+def test_control_ray_start_is_stopped(job, stopped_node):
+    """Without us nobody signals the actors. They die of SIGKILL, and say nothing."""
+    node, _, pids = stopped_node(NONE, RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=2)
+    wait_until(lambda: not any(map(alive, pids)), "the actors' end")
+    assert not list(job.reports.iterdir())
+    assert "autoteardown" not in node.stderr

@@ -87,6 +87,46 @@ def test_the_right_thread_stops(job, case):
         assert rank.phase("exit")["outcome"] == "ok", rank.story()
 
 
+OVER = """
+    import atexit, os, threading, time
+    import torch, torch.distributed as dist
+
+    def train():
+        dist.init_process_group("gloo")
+        weight = torch.nn.Parameter(torch.zeros(1))
+        optimizer = torch.optim.SGD([weight], lr=0.1)
+        while True:
+            weight.grad = torch.ones(1)
+            dist.all_reduce(weight.grad)
+            optimizer.step()
+            stepped.set()
+
+    @atexit.register
+    def close():
+        print("ready", flush=True)
+        until = time.monotonic() + 1
+        while time.monotonic() < until:
+            time.sleep(0.01)
+        print("closed", flush=True)
+
+    stepped = threading.Event()
+    threading.Thread(target=train, daemon=True).start()
+    stepped.wait()
+"""
+
+
+def test_exit_callbacks_are_not_cut_short(job):
+    """The main thread is over, and closes the program down, when the rank that another thread trains is evicted."""
+    ranks = job.world(OVER, 2, AUTOTEARDOWN_GRACE=25)
+    for rank in ranks:
+        rank.wait_for("^ready$")
+    assert [ranks[0].evict(25), ranks[1].outlast(25)] == [0, 143], ranks[0].story()
+    for rank in ranks:
+        assert rank.report()["outcome"] == "clean", rank.story()
+        assert "closed" in rank.stdout, rank.story()
+        assert rank.noise == [], rank.story()
+
+
 BUSY = """
     import signal, sys, time, types
     import autoteardown

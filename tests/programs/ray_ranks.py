@@ -66,11 +66,37 @@ class AsyncRank(Rank):
 
 
 class GroupsRank(Rank):
-    """Concurrency groups put every method on a thread of the group's pool."""
+    """Concurrency groups: it joins on a thread of one pool and works on one of another; a third answers."""
 
     @ray.method(concurrency_group="io")
-    def other(self):
-        """Be there."""
+    def init(self, folder, rank, port):
+        """Join a world of two."""
+        return super().init(folder, rank, port)
+
+    @ray.method(concurrency_group="io")
+    def pid(self):
+        """Answer."""
+        return super().pid()
+
+    @ray.method(concurrency_group="compute")
+    def busy(self):
+        """Compute, for ever."""
+        super().busy()
+
+    @ray.method(concurrency_group="compute")
+    def blocked(self):
+        """Wait in a collective."""
+        return super().blocked()
+
+
+class AsyncGroupsRank(GroupsRank):
+    """The same, with an event loop for each group."""
+
+    @ray.method(concurrency_group="compute")
+    async def awaits(self):
+        """Run, without anything to do."""
+        say(self.folder, "awaits", self.rank)
+        await asyncio.sleep(3600)
 
 
 @ray.remote(num_cpus=0, max_retries=0)
