@@ -13,6 +13,7 @@ Times are seconds since this rank's own signal, or since it heard of a peer's.
 
 from __future__ import annotations
 
+from math import inf
 from typing import Any, Optional
 
 from autoteardown.terms import Action, Facts, Limits, Phase
@@ -31,8 +32,9 @@ class Stop:
     Events for `on` (`value` in brackets): `begin`; `steps` (`(completed or None, cannot)`); from the board `notice`
     (origin, with what `tell` said as `left`; before `begin` if that is why this rank stops), `plan` (step or None),
     `halt`, `quiet` (clean), `gone`, `lost`; from the application `released` (it has put its handler away); from the
-    training thread `stopped` (step), `parked`, `ended`; `saving` (bool); from the workers `drained`, `called`,
-    `destroyed`, `aborted` (None, or what went wrong); `tick`, when `wake` has come and no event is waiting.
+    training thread `stopped` (step), `parked`, `ended`; `saving` (bool); from the workers `answered` (that is on the
+    board), `drained`, `called`, `destroyed`, `aborted` (None, or what went wrong); `tick`, when `wake` has come and no
+    event is waiting.
     """
 
     def __init__(self, limits: Limits, facts: Facts) -> None:
@@ -48,6 +50,7 @@ class Stop:
         self.wake = limits.hard
         self._deadline = limits.hard
         self._clock = 0.0  # of the last tick
+        self._agree_by = inf  # half-way between this rank's answer and the end of the time for it
         self._settled = 0.0  # until then peers may be on their way to the agreed step
         self._once: set[str] = set()
         self._out: list[Action] = []
@@ -218,11 +221,13 @@ class Stop:
             return self._follow_plan(completed, now)
         if "lost" in self.heard:
             return self._step_over("error", now, "the board is gone")
-        # An answer is missing: somebody is dead or frozen. Half the time is left for a plan without it.
-        agree_by = self._deadline - self.limits.step / 2
-        if self._clock >= agree_by:
+        # A peer's answer is missing: it is dead or frozen. Half the time is left for a plan without it. But while this
+        # rank's own is not on the board (a group that is as young as that is still connecting), nobody could answer.
+        if "answered" in self.heard:
+            self._agree_by = min(self._agree_by, (now + self._deadline) / 2)
+        if self._clock >= self._agree_by:
             self._post("plan_now")
-        self.wake = self._deadline if self._clock >= agree_by else agree_by
+        self.wake = self._deadline if self._clock >= self._agree_by else min(self._agree_by, self._deadline)
         return self._step_over("timeout", now, "no agreement") if self._due else False
 
     def _follow_plan(self, completed: Optional[int], now: float) -> bool:

@@ -136,6 +136,29 @@ def test_control_one_of_two(job):
     assert "Traceback" in ranks[1].stderr
 
 
+def test_signalled_before_the_board_is_connected(job):
+    """The time for an agreement is not over before anybody could be told of it."""
+    late = """
+        import autoteardown.relay as relay
+        relay._STAGGER = 5.0  # rank 1 connects so many seconds after its init
+        import torch
+        import torch.distributed as dist
+        dist.init_process_group("gloo")
+        model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 1))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        for step in range(10**6):
+            model(torch.ones(4)).sum().backward()
+            optimizer.step()
+            print("step", step, flush=True)
+        """
+    ranks = job.world(late, 2, **ROOMY)
+    ranks[1].wait_for("step 5$")
+    ranks[1].signal()
+    all_out(ranks, victims=[1], grace=25)
+    clean(ranks)
+    same_step(ranks)
+
+
 def test_slow_ranks_and_a_helper(job):
     """Ranks at different speeds; one that never steps is not counted, but is needed until the others are there."""
     roles = ["steps", "slow", "helper"]

@@ -163,16 +163,27 @@ def test_a_missing_answer_costs_half_the_time():
     on = Script()
     on(0.0, "begin")
     on(0.1, "steps", (7, False))
-    assert on.stop.wake == 4.0
-    assert on(4.0, "tick") == ["plan_now"]
-    assert on(4.1, "plan", None) == ["park"]
+    on(0.2, "answered")
+    assert on.stop.wake == 4.1
+    assert on(4.1, "tick") == ["plan_now"]
+    assert on(4.2, "plan", None) == ["park"]
+
+
+def test_nobody_is_late_before_this_rank_has_answered():
+    # A board that is still connecting: its peers have not even been told.
+    on = Script()
+    on(0.0, "begin")
+    on(0.1, "steps", (7, False))
+    assert on.stop.wake == 8.0
+    on(5.0, "answered")
+    assert on.stop.wake == 6.5
+    assert on(5.1, "plan", 9) == [("stop_at", 9)]
 
 
 def test_a_silent_board_costs_the_time_and_no_more():
     on = Script()
     on(0.0, "begin")
     on(0.1, "steps", (7, False))
-    on(4.0, "tick")
     assert on.stop.wake == 8.0
     assert on(8.0, "tick") == [("stacks", "step"), "park"]
 
