@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import _queue
 import _thread
-from typing import TYPE_CHECKING, Any, Callable, Optional
+from typing import TYPE_CHECKING, Any, Callable
 
 if TYPE_CHECKING:
     from autoteardown.board import Board
 
-Then = Optional[Callable[[], object]]
+_FLUSH = "flush"
 
 
 class Poster:
@@ -23,27 +23,27 @@ class Poster:
     def __init__(self, board: Board, lost: Callable[[str], object]) -> None:
         self._board = board
         self._lost = lost
-        self._posts: _queue.SimpleQueue[tuple[str, tuple[Any, ...], Then]] = _queue.SimpleQueue()
+        self._posts: _queue.SimpleQueue[tuple[str, tuple[Any, ...]]] = _queue.SimpleQueue()
+        self._flushed = _thread.allocate_lock()
         _thread.start_new_thread(self._run, ())
 
-    def post(self, method: str, *args: Any, then: Then = None) -> None:
-        """Have this method of the board called, and `then` called when it has returned; never waits."""
-        self._posts.put((method, args, then))
+    def post(self, method: str, *args: Any) -> None:
+        """Have this method of the board called; never waits."""
+        self._posts.put((method, args))
 
     def flush(self, patience: float) -> None:
         """Wait until what was posted so far is on the board, at most `patience` seconds."""
-        flushed = _thread.allocate_lock()
-        flushed.acquire()
-        self.post("", then=flushed.release)
-        flushed.acquire(timeout=patience)
+        self._flushed.acquire(False)
+        self.post(_FLUSH)
+        self._flushed.acquire(timeout=patience)
 
     def _run(self) -> None:
         while True:
-            method, args, then = self._posts.get()
+            method, args = self._posts.get()
+            if method == _FLUSH:
+                self._flushed.release()
+                continue
             try:
-                if method:
-                    getattr(self._board, method)(*args)
-                if then is not None:
-                    then()
+                getattr(self._board, method)(*args)
             except BaseException as error:
                 self._lost(f"{type(error).__name__}: {error}")

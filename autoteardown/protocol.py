@@ -22,6 +22,10 @@ from autoteardown.terms import Action, Facts, Limits, Phase
 COURTESY = 1.0
 # Ranks that are signalled together get their signals this far apart (1.1 s were seen on one node, ai2cm/ace#1398).
 SKEW = 3.0
+# A rank may need as long to connect to the board: c10d's server looks up the name of each client, one after the other,
+# and a resolver takes 5 s to ask again.
+CONNECTING = 10.0
+_FROM_THE_BOARD = ("notice", "plan", "halt", "quiet", "gone")
 # The part of the drain's time in which a rank whose thread is blocked finds out whether its device is idle.
 LOOK = 0.2
 
@@ -32,9 +36,8 @@ class Stop:
     Events for `on` (`value` in brackets): `begin`; `steps` (`(completed or None, cannot)`); from the board `notice`
     (origin, with what `tell` said as `left`; before `begin` if that is why this rank stops), `plan` (step or None),
     `halt`, `quiet` (clean), `gone`, `lost`; from the application `released` (it has put its handler away); from the
-    training thread `stopped` (step), `parked`, `ended`; `saving` (bool); from the workers `answered` (that is on the
-    board), `drained`, `called`, `destroyed`, `aborted` (None, or what went wrong); `tick`, when `wake` has come and no
-    event is waiting.
+    training thread `stopped` (step), `parked`, `ended`; `saving` (bool); from the workers `drained`, `called`,
+    `destroyed`, `aborted` (None, or what went wrong); `tick`, when `wake` has come and no event is waiting.
     """
 
     def __init__(self, limits: Limits, facts: Facts) -> None:
@@ -50,7 +53,7 @@ class Stop:
         self.wake = limits.hard
         self._deadline = limits.hard
         self._clock = 0.0  # of the last tick
-        self._agree_by = inf  # half-way between this rank's answer and the end of the time for it
+        self._agree_by = inf  # half-way between the notice and the end of the time for a step
         self._settled = 0.0  # until then peers may be on their way to the agreed step
         self._once: set[str] = set()
         self._out: list[Action] = []
@@ -114,6 +117,11 @@ class Stop:
     def _group(self) -> bool:
         """Peers exist and can be heard."""
         return self.facts.board and "lost" not in self.heard
+
+    @property
+    def _told(self) -> bool:
+        """The group knows of the stop. In one that is a few seconds old this rank may still be connecting."""
+        return "tell" not in self._once or any(event in self.heard for event in _FROM_THE_BOARD)
 
     @property
     def _due(self) -> bool:
@@ -221,9 +229,8 @@ class Stop:
             return self._follow_plan(completed, now)
         if "lost" in self.heard:
             return self._step_over("error", now, "the board is gone")
-        # A peer's answer is missing: it is dead or frozen. Half the time is left for a plan without it. But while this
-        # rank's own is not on the board (a group that is as young as that is still connecting), nobody could answer.
-        if "answered" in self.heard:
+        # A peer's answer is missing: it is dead or frozen. Half the time is left for a plan without it.
+        if self._told:
             self._agree_by = min(self._agree_by, (now + self._deadline) / 2)
         if self._clock >= self._agree_by:
             self._post("plan_now")
@@ -380,12 +387,15 @@ class Stop:
 
     def _enter_exit(self, now: float) -> bool:
         self._post("left")
-        # Peers that lose the store's server go alone: its host leaves last, as far as it can know.
-        wait = self.limits.destroy if "quiet" in self.heard else COURTESY
-        return self._enter("exit", now, min(wait, self._exit_by - now))
+        left = self._exit_by - now
+        if not self._told:
+            return self._enter("exit", now, left)
+        wait = self.limits.destroy if "quiet" in self.heard else max(COURTESY, CONNECTING - now)
+        return self._enter("exit", now, min(wait, left))
 
     def _in_exit(self, now: float) -> bool:
-        waits = self.facts.hosts_store and self._group and "gone" not in self.heard
+        # Peers that lose the store's server go alone: its host leaves last. And nobody leaves who was not heard yet.
+        waits = self._group and ("gone" not in self.heard if self.facts.hosts_store else not self._told)
         if self.heard.get("saving"):
             waits = True
             self._until(self._exit_by)

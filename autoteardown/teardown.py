@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Callable, NoReturn, Optional
 from autoteardown import backends, exits, lastwords, protocol, ray_rank, report, terms, threads, training
 from autoteardown.boundary import guarded
 from autoteardown.fuse import Fuse
-from autoteardown.poster import Poster, Then
+from autoteardown.poster import Poster
 
 if TYPE_CHECKING:
     from autoteardown.guard import Guard
@@ -187,7 +187,7 @@ class Teardown:
         self._post("tell", {**self.origin, "left": left})
 
     def _do_answer(self, value: tuple[Optional[int], bool]) -> None:
-        self._post("answer", *value, then=lambda: self.guard.events.put(("answered", None)))
+        self._post("answer", *value)
 
     def _do_plan_now(self, _: Any) -> None:
         self._post("plan_now")
@@ -204,9 +204,9 @@ class Teardown:
     def _do_left(self, _: Any) -> None:
         self._post("left")
 
-    def _post(self, method: str, *args: Any, then: Then = None) -> None:
+    def _post(self, method: str, *args: Any) -> None:
         if self._poster is not None:
-            self._poster.post(method, *args, then=then)
+            self._poster.post(method, *args)
 
     def _do_hold(self, _: Any) -> None:
         gate = self.guard.gate

@@ -13,6 +13,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+# c10d looks the name of every client of a store up, on the server's only thread: a lost packet is a time-out.
+os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:5")
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))  # harness: real ranks, forked from a process that has torch imported
 

@@ -2,34 +2,61 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 import timeit
 from typing import Any
 
 from benchmarks.common import Ranks, middle, table
 
-PROGRAM = """
+INIT = """
+import time
+import torch
+import torch.distributed as dist
+
+start = time.perf_counter()
+dist.init_process_group("gloo")
+print("took", time.perf_counter() - start, flush=True)
+dist.barrier()
+time.sleep(0.1)
+dist.destroy_process_group()
+"""
+# Armed and not in turns, in one job: from job to job the two ranks share the cores in other ways.
+LOOP = """
 import statistics, sys, time
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+import autoteardown
 
-start = time.perf_counter()
 dist.init_process_group("gloo")
-init = time.perf_counter() - start
-dist.barrier()
 model = DistributedDataParallel(torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 1)))
 optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-batch, times = torch.randn(16, 64), []
-for _ in range(int(sys.argv[1])):
-    start = time.perf_counter()
-    optimizer.zero_grad()
-    model(batch).square().mean().backward()
-    optimizer.step()
-    times.append(time.perf_counter() - start)
-print("took", init, statistics.median(times), flush=True)
+batch = torch.randn(16, 64)
+
+def block(steps):
+    dist.barrier()
+    times = []
+    for _ in range(steps):
+        start = time.perf_counter()
+        optimizer.zero_grad()
+        model(batch).square().mean().backward()
+        optimizer.step()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+block(200)
+for number in range(int(sys.argv[1])):
+    found = {}
+    for armed in (True, False) if number % 2 else (False, True):
+        (autoteardown.arm if armed else autoteardown.disarm)()
+        assert (autoteardown.status()["state"] == "armed") == armed, autoteardown.status()
+        time.sleep(0.3)  # until the board is connected
+        found[armed] = block(int(sys.argv[2]))
+    print("took", found[False], found[True], flush=True)
+print("all", flush=True)
 del model
-time.sleep(0.1)
+autoteardown.arm()
 dist.destroy_process_group()
 """
 
@@ -50,33 +77,36 @@ def hook(rounds: int) -> None:
     table(["call", "ns: median (quartiles)"], [[name, middle(values, 0)] for name, values in found.items()])
 
 
-def loop(rounds: int, steps: int) -> None:
-    """Jobs of two ranks, one kind after the other; the median step of each job's rank 0, and its init."""
-    inits: dict[str, list[float]] = {"none": [], "agent": []}
-    step_times: dict[str, list[float]] = {"none": [], "agent": []}
+def init(rounds: int) -> dict[str, list[float]]:
+    """Milliseconds that the init of rank 0 takes, in jobs of two ranks, one kind after the other."""
+    found: dict[str, list[float]] = {"none": [], "agent": []}
     ranks = Ranks()
     try:
         for number in range(rounds + 1):
-            order = ["none", "agent"]
-            for mode in order if number % 2 else order[::-1]:
+            for mode in ("none", "agent") if number % 2 else ("agent", "none"):
                 with ranks.job() as job:
-                    world: list[Any] = job.world(PROGRAM, 2, str(steps), mode=mode)
-                    init, step = map(float, world[0].wait_for(r"^took (\S+) (\S+)$").groups())
+                    world: list[Any] = job.world(INIT, 2, mode=mode)
+                    seconds = float(world[0].wait_for(r"^took (\S+)$").group(1))
                     for rank in world:
                         rank.wait()
                 if number:  # the first round warms up
-                    inits[mode].append(init * 1e3)
-                    step_times[mode].append(step * 1e6)
+                    found[mode].append(seconds * 1e3)
     finally:
         ranks.close()
-    print()
-    table(
-        ["two DDP ranks, gloo", "without", "with the agent", "difference, paired"],
-        [
-            [what, middle(found["none"], digits), middle(found["agent"], digits), paired(found, digits)]
-            for what, found, digits in (("step, µs", step_times, 0), ("init, ms", inits, 2))
-        ],
-    )
+    return found
+
+
+def loop(rounds: int, steps: int) -> dict[str, list[float]]:
+    """Microseconds that a step of rank 0 takes, the median of each block of them."""
+    ranks = Ranks()
+    try:
+        with ranks.job() as job:
+            world: list[Any] = job.world(LOOP, 2, str(rounds), str(steps))
+            world[0].wait_for("^all$", 600)
+            took = re.findall(r"^took (\S+) (\S+)$", world[0].stdout, re.MULTILINE)
+    finally:
+        ranks.close()
+    return {"none": [float(each[0]) * 1e6 for each in took], "agent": [float(each[1]) * 1e6 for each in took]}
 
 
 def paired(found: dict[str, list[float]], digits: int) -> str:
@@ -88,4 +118,15 @@ def paired(found: dict[str, list[float]], digits: int) -> str:
 
 def run(quick: bool) -> None:
     hook(5 if quick else 25)
-    loop(3 if quick else 20, 100 if quick else 500)
+    print()
+    measured = (
+        ("step, µs", loop(4 if quick else 40, 100 if quick else 300), 0),
+        ("init, ms", init(3 if quick else 40), 2),
+    )
+    table(
+        ["two DDP ranks, gloo", "without", "with the agent", "difference, paired"],
+        [
+            [what, middle(found["none"], digits), middle(found["agent"], digits), paired(found, digits)]
+            for what, found, digits in measured
+        ],
+    )

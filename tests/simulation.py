@@ -100,7 +100,6 @@ class World:
         if do == "tell":
             self.publish("notice", {"left": value})
         elif do == "answer":
-            rank.event("answered", None)
             completed, cannot = value
             self._answers.append(-1 if cannot else completed)
             if len(self._answers) == size:

@@ -159,6 +159,28 @@ def test_signalled_before_the_board_is_connected(job):
     same_step(ranks)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("victim, seconds", [(0, 8), (1, 12)])
+def test_signalled_long_before_the_board_is_connected(job, victim, seconds):
+    """The store's host waits for a rank that has yet to connect, and nobody leaves without having told."""
+    idle = f"""
+        import autoteardown.relay as relay
+        relay._STAGGER = {seconds}
+        import time
+        import torch.distributed as dist
+        dist.init_process_group("gloo")
+        dist.barrier()
+        print("ready", flush=True)
+        while True:
+            time.sleep(0.01)
+        """
+    ranks = job.world(idle, 2, **ROOMY)
+    for rank in ranks:
+        rank.wait_for("ready")
+    ranks[victim].signal()
+    all_out(ranks, victims=[victim], grace=25)
+
+
 def test_slow_ranks_and_a_helper(job):
     """Ranks at different speeds; one that never steps is not counted, but is needed until the others are there."""
     roles = ["steps", "slow", "helper"]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autoteardown.protocol import COURTESY, LOOK, SKEW, Stop
+from autoteardown.protocol import CONNECTING, COURTESY, LOOK, SKEW, Stop
 from autoteardown.terms import Facts, Limits
 
 LIMITS = Limits()  # 8 s for the step, 5 drain, 5 destroy, 3 abort, 3 exit: 24 in all
@@ -32,6 +32,7 @@ class Script:
         script = (
             ("begin", None),
             ("steps", (7, False)),
+            ("notice", {}),
             ("plan", 9),
             ("stopped", 9),
             ("drained", None),
@@ -163,19 +164,19 @@ def test_a_missing_answer_costs_half_the_time():
     on = Script()
     on(0.0, "begin")
     on(0.1, "steps", (7, False))
-    on(0.2, "answered")
+    on(0.2, "notice", {})
     assert on.stop.wake == 4.1
     assert on(4.1, "tick") == ["plan_now"]
     assert on(4.2, "plan", None) == ["park"]
 
 
-def test_nobody_is_late_before_this_rank_has_answered():
+def test_nobody_is_late_before_the_notice_is_on_the_board():
     # A board that is still connecting: its peers have not even been told.
     on = Script()
     on(0.0, "begin")
     on(0.1, "steps", (7, False))
     assert on.stop.wake == 8.0
-    on(5.0, "answered")
+    on(5.0, "notice", {})
     assert on.stop.wake == 6.5
     assert on(5.1, "plan", 9) == [("stop_at", 9)]
 
@@ -440,11 +441,25 @@ def test_the_host_of_the_store_leaves_last():
     assert on(1.1, "gone") == [("leave", True)]
 
 
-def test_the_host_of_the_store_gives_ranks_that_say_nothing_a_moment():
+def test_the_host_of_the_store_gives_ranks_that_say_nothing_the_time_to_connect():
     on = Script(PEERS._replace(hosts_store=True)).to("quiet")
     on(1.0, "halt")
     assert on(2.0, "tick") == [("stacks", "quiet"), "left"]
-    assert on(2.0 + COURTESY, "tick") == [("leave", True)]
+    assert on.stop.wake == CONNECTING
+    assert on(CONNECTING, "tick") == [("leave", True)]
+
+
+def test_nobody_leaves_unheard():
+    on = Script()
+    on(0.0, "begin")
+    on(0.1, "steps", (None, False))
+    on(8.0, "tick")
+    on(8.0, "parked")
+    on(8.0, "drained")
+    on(8.0, "called")
+    assert on(9.0, "tick")[-1] == "left"
+    assert on.stop.wake == 24.0 - 3.0
+    assert on(12.0, "notice", {}) == [("leave", True)]
 
 
 def test_the_program_has_a_moment_to_leave_by_itself():
