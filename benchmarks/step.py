@@ -96,12 +96,12 @@ def init(rounds: int) -> dict[str, list[float]]:
     return found
 
 
-def loop(rounds: int, steps: int) -> dict[str, list[float]]:
+def loop(size: int, rounds: int, steps: int) -> dict[str, list[float]]:
     """Microseconds that a step of rank 0 takes, the median of each block of them."""
     ranks = Ranks()
     try:
         with ranks.job() as job:
-            world: list[Any] = job.world(LOOP, 2, str(rounds), str(steps))
+            world: list[Any] = job.world(LOOP, size, str(rounds), str(steps))
             world[0].wait_for("^all$", 600)
             took = re.findall(r"^took (\S+) (\S+)$", world[0].stdout, re.MULTILINE)
     finally:
@@ -120,11 +120,12 @@ def run(quick: bool) -> None:
     hook(5 if quick else 25)
     print()
     measured = (
-        ("step, µs", loop(4 if quick else 40, 100 if quick else 300), 0),
-        ("init, ms", init(3 if quick else 40), 2),
+        ("a step of one rank, µs", loop(1, 4 if quick else 40, 100 if quick else 300), 1),
+        ("a step of two ranks, µs", loop(2, 4 if quick else 40, 100 if quick else 300), 1),
+        ("an init of two ranks, ms", init(3 if quick else 40), 2),
     )
     table(
-        ["two DDP ranks, gloo", "without", "with the agent", "difference, paired"],
+        ["DDP, gloo", "without", "with the agent", "difference, paired"],
         [
             [what, middle(found["none"], digits), middle(found["agent"], digits), paired(found, digits)]
             for what, found, digits in measured
