@@ -132,8 +132,8 @@ class Eviction:
         deadline = time.monotonic() + 8.0  # DataLoader's watchdog looks every 5 s
         while self.job.survivors() and time.monotonic() < deadline:
             time.sleep(0.05)
-        # A DataLoader worker takes for its parent whom it finds at its start: one that was starting when the test killed
-        # its rank stays, with or without the agent.
+        # A DataLoader worker takes for its parent whom it finds at its start: one that starts while the test kills its
+        # rank stays, with or without the agent.
         loads = self.activity in ("dataloader", "everything") and self.dead is not None
         if self.job.survivors() and not loads:
             self.wrong.append(f"orphans: {self.job.survivors()}")
