@@ -22,6 +22,7 @@ class Doorbell:
         self.number = 0  # of the signal; 0 as long as there is none
         self._module = module
         self._signal: Callable[[int, Any], Any] = module.signal
+        self._getsignal: Callable[[int], Any] = module.getsignal
         self._default = module.SIG_DFL
         self._failed = failed
         self._handler = self._answer  # one object, to be compared by identity
@@ -31,7 +32,7 @@ class Doorbell:
         """Take a real-time signal that has no handler and is not among those `taken`."""
         last = getattr(self._module, "SIGRTMAX", 0)
         for signum in range(last - 3, last - 12, -1) if last else ():
-            if signum not in taken and self._module.getsignal(signum) == self._default:
+            if signum not in taken and self._getsignal(signum) == self._default:
                 try:
                     self._signal(signum, self._handler)
                 except ValueError:  # `signal` was first imported on another thread

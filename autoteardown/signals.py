@@ -81,8 +81,14 @@ class Tap:
 
     @property
     def armed(self) -> bool:
-        """Whether a listener is there in this process (and not only in the parent that forked it)."""
-        return self._listener is not None and self._listener.here
+        """Whether a listener is there in this process."""
+        return self._own_listener is not None
+
+    @property
+    def _own_listener(self) -> "Listener | None":
+        """The listener, unless it is only in the parent that forked this process."""
+        listener = self._listener
+        return listener if listener is not None and listener.here else None
 
     # -- stand-ins ------------------------------------------------------------------------------------------------
 
@@ -114,8 +120,8 @@ class Tap:
         def set_wakeup_fd(*args: "Any", **kwargs: "Any") -> int:
             old = self._set_wakeup_fd(*args, **kwargs)
             try:
-                listener = self._listener
-                if listener is None or not listener.here:
+                listener = self._own_listener
+                if listener is None:
                     return old
                 # The real call has checked the thread and the fd. A signal that comes before the slot is ours again
                 # reaches us through the trampoline, which runs on this very thread.
@@ -172,8 +178,8 @@ class Tap:
     def _on_main_thread(self, signum: int, frame: "FrameType | None") -> object:
         """The trampoline: Python's handler for every eviction signal."""
         try:
-            listener = self._listener
-            if listener is not None and listener.here:
+            listener = self._own_listener
+            if listener is not None:
                 # In case an event loop had the wake-up fd when the signal came. The mark keeps it from the loop.
                 listener.write(signum | _OWN)
                 if self._on_main(signum):
@@ -244,8 +250,8 @@ class Tap:
         self._doorbell.settle(self._take_slots)
 
     def _take_slots(self) -> None:
-        listener = self._listener
-        if listener is not None and listener.here:
+        listener = self._own_listener
+        if listener is not None:
             old = self._set_wakeup_fd(listener.fd, warn_on_full_buffer=False)
             self._app_fd = old if old != listener.fd else self._app_fd
             self._take_handlers()
@@ -262,8 +268,8 @@ class Tap:
 
     def disarm(self) -> None:
         """Give handlers and wake-up fd back and end the listener. May be called on any thread."""
-        listener = self._listener
-        if listener is None or not listener.here:
+        listener = self._own_listener
+        if listener is None:
             return
         self._listener = None
         self._doorbell.settle(self._give_slots_back)

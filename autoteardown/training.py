@@ -104,12 +104,13 @@ class Gate:
             patience: seconds that the group will wait for one.
         """
         self._find_thread()
-        if not self.count:
+        count = self.count
+        if not count:
             return None, False
         step = self.step_time() or 0.0
         idle = monotonic() - self.times[-1]
         blocked = idle > max(patience, 5 * step) and not self.saving
-        return self.count, step > patience or blocked or not threads.alive(self.thread)
+        return count, step > patience or blocked or not threads.alive(self.thread)
 
     def to_park(self) -> list[int]:
         """The threads that train, or may: those that nobody has parked yet."""
