@@ -1,5 +1,5 @@
 # Everything runs in .venv, which is made and brought up to date as needed. A stamp file says what is in it.
-#   make drill DRILL="--compare"      make test TEST="tests/test_settings.py -x"      PYTHON=python3.12 make test
+#   make drill DRILL="--compare"      make test TEST="tests/unit/test_settings.py -x"      PYTHON=python3.12 make test
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

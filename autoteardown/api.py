@@ -21,7 +21,7 @@ def status() -> dict[str, Any]:
 
 @guarded
 def _status() -> dict[str, Any]:
-    from autoteardown import training
+    from autoteardown.rank import training
 
     if not startup.active():
         return {"active": False, "state": "off", "reason": startup.why_off or "AUTOTEARDOWN is not set"}
@@ -54,7 +54,7 @@ def arm() -> bool:
 def _arm() -> bool:
     if not startup.activate():
         return False
-    from autoteardown import instrument
+    from autoteardown.rank import instrument
 
     instrument.disarmed = False
     c10d = sys.modules.get("torch.distributed.distributed_c10d")
@@ -68,7 +68,7 @@ def disarm() -> None:
     """Take the guard off this process, for good: handlers, threads and registry entry go."""
     if not startup.active():
         return
-    from autoteardown import instrument
+    from autoteardown.rank import instrument
 
     instrument.disarmed = True
     guard = _guard()
@@ -88,7 +88,7 @@ class protect:
     @guarded
     def __enter__(self) -> None:
         """Begin the block; a thread that should have stopped by now stops here."""
-        from autoteardown import training
+        from autoteardown.rank import training
 
         gate = training.gate
         gate.enter_save()
@@ -119,11 +119,11 @@ def on_teardown(callback: Callable[[], object]) -> Callable[[], object]:
 @guarded
 def _register(callback: Callable[[], object]) -> None:
     if startup.active():
-        from autoteardown import guard
+        from autoteardown.rank import guard
 
         guard.callbacks.append(callback)
 
 
 def _guard() -> Any:
-    module = sys.modules.get("autoteardown.guard")
+    module = sys.modules.get("autoteardown.rank.guard")
     return module.guard if module is not None else None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from typing import Any, Callable, TypeVar
 
-from autoteardown.startup import say
+from autoteardown.switch import say
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -12,7 +12,7 @@ Importing them, or wrapt, at start-up would cost every process of the image mill
 
 import sys
 
-from autoteardown.startup import say
+from autoteardown.switch import say
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def _tap_signals(module: "ModuleType") -> None:
     # Looked at closely only where `ray` is among the words: this runs in most processes of the image.
     words = getattr(sys, "orig_argv", None)  # 3.10 and later
     if words is None or any(word.rpartition("/")[2] in ("ray", "ray.scripts.scripts") for word in words):
-        from autoteardown import ray_node
+        from autoteardown.node import ray_start as ray_node
 
         if ray_node.is_ray_start():
             ray_node.install(module)
@@ -53,7 +53,7 @@ def _hook_torch(module: "ModuleType") -> None:
         import signal
 
         _serve("signal", signal)
-    from autoteardown import instrument
+    from autoteardown.rank import instrument
 
     instrument.register()
 

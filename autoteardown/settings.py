@@ -8,7 +8,7 @@ from __future__ import annotations
 import _signal
 import os
 
-from autoteardown.startup import SWITCH, switch
+from autoteardown.switch import SWITCH, switch
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

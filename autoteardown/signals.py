@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from types import FrameType, ModuleType
     from typing import Any, Callable
 
-    from autoteardown.listener import Listener
+    from autoteardown.rank.listener import Listener
 
     Handler = Any
 
@@ -236,7 +236,7 @@ class Tap:
         if self.armed:
             return
         from autoteardown.boundary import guarded
-        from autoteardown.listener import Listener
+        from autoteardown.rank.listener import Listener
 
         if not self._fork_hooks:
             os.register_at_fork(

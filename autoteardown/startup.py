@@ -8,14 +8,7 @@ error: init_import_site". Nothing may reach stdout: uv parses what the interpret
 import os
 import sys
 
-# No imports for the sake of types, not even of __future__: each is another file to read.
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-SWITCH = "AUTOTEARDOWN"
-_ON = ("1", "true", "yes", "on")
-_OFF = ("", "0", "false", "no", "off")
+from autoteardown.switch import SWITCH, say, switch
 
 started_by: "str | None" = None
 """What started the agent: "autoteardown.pth", "autoteardown.start", "sitecustomize" or "autoteardown.arm()"."""
@@ -29,25 +22,6 @@ _active = False
 def active() -> bool:
     """True once the agent watches for `signal` and `torch` in this process."""
     return _active
-
-
-def switch(environ: "Mapping[str, str]") -> "tuple[bool, str | None]":
-    """Whether the agent is switched on, and a line about a value that says neither on nor off."""
-    value = environ.get(SWITCH, "")
-    word = value.strip().lower()
-    if word in _ON:
-        return True, None
-    if word in _OFF:
-        return False, None
-    return False, f"{SWITCH}={value!r} is neither on ({', '.join(_ON)}) nor off ({', '.join(_OFF[1:])}): off"
-
-
-def say(text: str) -> None:
-    """One line on stderr. Not print, not logging: neither may be in working order where this is called from."""
-    try:
-        os.write(2, f"autoteardown: {text}\n".encode(errors="backslashreplace"))
-    except OSError:
-        pass
 
 
 def start(vehicle: str = "autoteardown.start") -> None:
@@ -118,7 +92,7 @@ def _unsupported() -> "str | None":
 
 
 def _at_exit() -> None:
-    guard = sys.modules.get("autoteardown.guard")
+    guard = sys.modules.get("autoteardown.rank.guard")
     try:
         if guard is not None:
             guard.at_exit()

@@ -45,9 +45,9 @@ def simulate(pipe: Any, port: int, ranks: range, world: int) -> None:
     raise_limit()
     import torch.distributed as dist
 
-    from autoteardown.board import Board
-    from autoteardown.relay import Relay
-    from autoteardown.stores import Line
+    from autoteardown.channel.board import Board
+    from autoteardown.channel.relay import Relay
+    from autoteardown.channel.stores import Line
 
     counts: dict[int, int] = {}
 

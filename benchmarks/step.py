@@ -63,7 +63,7 @@ dist.destroy_process_group()
 
 def hook(rounds: int) -> None:
     """The hook beside a hook that does nothing, in nanoseconds a call."""
-    from autoteardown import training
+    from autoteardown.rank import training
 
     def empty(optimizer: object, args: object, kwargs: object) -> None:
         pass

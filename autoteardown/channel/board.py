@@ -23,9 +23,9 @@ import os
 import time
 from typing import Any, Callable
 
-from autoteardown.record import printable, text, whole
-from autoteardown.relay import Over, Relay
-from autoteardown.stores import Line, NoLine, line_to
+from autoteardown.channel.relay import Over, Relay
+from autoteardown.channel.stores import Line, NoLine, line_to
+from autoteardown.node.record import printable, text, whole
 
 Deliver = Callable[[str, Any], None]
 

@@ -7,7 +7,7 @@ import _thread
 from typing import TYPE_CHECKING, Any, Callable
 
 if TYPE_CHECKING:
-    from autoteardown.board import Board
+    from autoteardown.channel.board import Board
 
 _FLUSH = "flush"
 

@@ -11,7 +11,7 @@ import sys
 import weakref
 from typing import Any, Callable, NamedTuple
 
-from autoteardown.relay import Over, Relay
+from autoteardown.channel.relay import Over, Relay
 
 _IDLE_POLL, _BUSY_POLL = 1.0, 0.05
 _SPARE_FDS = 256

@@ -7,8 +7,9 @@ import json
 import os
 import sys
 
-from autoteardown import drain, settings
+from autoteardown import settings
 from autoteardown.cli import ps
+from autoteardown.node import drain
 
 SUMMARY = "signal every armed rank of this node and wait until they are gone"
 _DAY = 86400

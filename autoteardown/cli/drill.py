@@ -13,13 +13,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from autoteardown import procfs, settings
+from autoteardown import settings
 from autoteardown.drills import display, page, processes, table
 from autoteardown.drills import run as drills
 from autoteardown.drills.command import CommandDrill
 from autoteardown.drills.environment import environment
 from autoteardown.drills.outcome import Outcome
 from autoteardown.drills.scenario import AGENT, PROTECTIONS, SCENARIOS
+from autoteardown.node import procfs
 
 GRACE = 10.0
 RANKS = 2

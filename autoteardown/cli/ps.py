@@ -7,8 +7,9 @@ import json
 import os
 import sys
 
-from autoteardown import registry, settings
-from autoteardown.record import Record, printable
+from autoteardown import settings
+from autoteardown.node import registry
+from autoteardown.node.record import Record, printable
 
 SUMMARY = "list the armed ranks on this node"
 

@@ -12,14 +12,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from autoteardown import registry
 from autoteardown import settings as settings_of
 from autoteardown.drills import environment, processes
 from autoteardown.drills.display import Display
 from autoteardown.drills.job import AFTERMATH
 from autoteardown.drills.outcome import Outcome, RankOutcome
 from autoteardown.drills.scenario import AGENT, Scenario
-from autoteardown.record import Record
+from autoteardown.node import registry
+from autoteardown.node.record import Record
 
 TICK = 0.05
 SETTLED = 5.0  # seconds without another rank: the rest of the world is on other nodes

@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 
-from autoteardown import threads
+from autoteardown.rank import threads
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ import select
 import signal
 import time
 
-from autoteardown import procfs, registry
-from autoteardown.record import Record, printable
+from autoteardown.node import procfs, registry
+from autoteardown.node.record import Record, printable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -85,7 +85,8 @@ def install(module: ModuleType) -> None:
 def drain_node() -> None:
     """Drain, and say on stderr what became of each rank. Never raises; silent when there is none."""
     try:
-        from autoteardown import drain, registry, settings
+        from autoteardown import settings
+        from autoteardown.node import drain, registry
 
         found, _ = settings.load(os.environ)
         say = _say if found.log != "quiet" else lambda text: None
@@ -104,7 +105,7 @@ def drain_node() -> None:
 
 
 def _say(text: str) -> None:
-    from autoteardown import report
+    from autoteardown.stop import report
 
     report.say(f"autoteardown: ray start: {text}")  # dropped rather than waited for, if the pipe is full
 

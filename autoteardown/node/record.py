@@ -13,7 +13,7 @@ import json
 import os
 import time
 
-from autoteardown import folder, procfs
+from autoteardown.node import folder, procfs
 
 TYPE_CHECKING = False  # typing costs an import
 if TYPE_CHECKING:

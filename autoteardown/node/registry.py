@@ -11,8 +11,8 @@ import json
 import os
 import time
 
-from autoteardown import folder, procfs
-from autoteardown.record import MARKER, Record, identity, load, name_of, own_name, plain
+from autoteardown.node import folder, procfs
+from autoteardown.node.record import MARKER, Record, identity, load, name_of, own_name, plain
 
 TYPE_CHECKING = False  # typing costs an import
 if TYPE_CHECKING:

@@ -1,7 +1,8 @@
 """Drain, destroy and abort: every difference between torch versions and communication backends lives here.
 
-Shapes that differ are tested for, not looked up by version (tests/torch_shapes.json has them all): `ProcessGroup.abort`
-(2.7 and later), the abort of its NCCL backend (2.6), the `_shutdown` of that backend, which is an abort (2.4 and 2.5).
+Shapes that differ are tested for, not looked up by version (tests/unit/torch_shapes.json has them all):
+`ProcessGroup.abort` (2.7 and later), the abort of its NCCL backend (2.6), the `_shutdown` of that backend, which is an
+abort (2.4 and 2.5).
 """
 
 from __future__ import annotations

@@ -14,10 +14,14 @@ import socket
 import sys
 from typing import Any, Callable, Optional
 
-from autoteardown import backends, ray_rank, registry, report, settings, signals, threads, training
-from autoteardown import board as boards
+from autoteardown import settings, signals
 from autoteardown.boundary import failed, guarded
-from autoteardown.teardown import Teardown, end
+from autoteardown.channel import board as boards
+from autoteardown.frameworks import ray as ray_rank
+from autoteardown.node import registry
+from autoteardown.rank import backends, threads, training
+from autoteardown.stop import report
+from autoteardown.stop.driver import Teardown, end
 
 SCHEMA = 1
 _PLAN_WAIT = 2.0  # seconds that the main thread waits, in the signal handler, to know if it is to run on

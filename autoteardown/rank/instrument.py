@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any, Callable
 
 from autoteardown.boundary import guarded
-from autoteardown.startup import say
+from autoteardown.switch import say
 
 _MARK = "_autoteardown_wrapped"
 
@@ -55,7 +55,7 @@ def _patch_c10d(module: ModuleType) -> None:
     _patch(module, "destroy_process_group", _wrap_destroy, "torch.distributed")
     _patch(module, "init_process_group", _wrap_init, "torch.distributed")
     # What an init needs: 7 ms, which are nothing in an import of torch and something in an init.
-    from autoteardown import guard  # noqa: F401
+    from autoteardown.rank import guard  # noqa: F401
 
 
 def _wrap_init(real: Callable[..., Any]) -> Callable[..., Any]:
@@ -106,7 +106,7 @@ def _wrap_save(real: Callable[..., Any]) -> Callable[..., Any]:
 
 @guarded
 def _enter_save() -> Any:
-    from autoteardown import training
+    from autoteardown.rank import training
 
     gate = training.gate
     gate.enter_save()
@@ -142,7 +142,7 @@ def _wrap_worker_handlers(real: Callable[..., Any]) -> Callable[..., Any]:
 
 @guarded
 def _in_worker() -> None:
-    from autoteardown import workers
+    from autoteardown.rank import workers
 
     workers.stay_with_parent()
 
@@ -152,7 +152,7 @@ def _in_worker() -> None:
 
 @guarded
 def _joining() -> None:
-    from autoteardown import guard
+    from autoteardown.rank import guard
 
     c10d = sys.modules["torch.distributed.distributed_c10d"]
     if not disarmed and not c10d.is_initialized():
@@ -162,7 +162,7 @@ def _joining() -> None:
 @guarded
 def adopt() -> None:
     """Guard a process group that was there before us."""
-    from autoteardown import guard
+    from autoteardown.rank import guard
 
     c10d = sys.modules["torch.distributed.distributed_c10d"]
     rank = guard.of_process(c10d.destroy_process_group.__wrapped__)
@@ -173,7 +173,7 @@ def adopt() -> None:
 
 @guarded
 def _joined() -> None:
-    from autoteardown import guard
+    from autoteardown.rank import guard
 
     if guard.guard is not None:
         guard.guard.join()
@@ -181,7 +181,7 @@ def _joined() -> None:
 
 @guarded
 def _not_joined() -> None:
-    from autoteardown import guard
+    from autoteardown.rank import guard
 
     c10d = sys.modules["torch.distributed.distributed_c10d"]
     if guard.guard is not None and not c10d.is_initialized():

@@ -11,6 +11,9 @@ import threading
 from types import CodeType, FrameType
 from typing import Any, Optional
 
+PACKAGE = os.path.join(os.path.dirname(os.path.dirname(__file__)), "")
+"""Where the agent's own code lies."""
+
 
 def alive(ident: Optional[int]) -> bool:
     """Whether a thread still runs Python code. The main thread's frames outlive it: it waits in its shutdown."""
@@ -56,7 +59,7 @@ def foreign() -> list[int]:
 
 def ours(frame: FrameType) -> bool:
     """Whether that thread is one of the agent's: it may well bear the number of a thread that has ended."""
-    return os.path.dirname(_first(frame).co_filename) == os.path.dirname(__file__)
+    return _first(frame).co_filename.startswith(PACKAGE)
 
 
 def _first(frame: FrameType) -> CodeType:

@@ -15,8 +15,8 @@ from collections import deque
 from time import monotonic
 from typing import Any, Callable, Optional
 
-from autoteardown import threads
 from autoteardown.boundary import failed, guarded
+from autoteardown.rank import threads
 
 _NOW = -1
 

@@ -12,7 +12,8 @@ import os
 import signal
 import time
 
-from autoteardown import registry, settings
+from autoteardown import settings
+from autoteardown.node import registry
 
 _STAY = ("yielding", "stopping")
 _GO = ("parked", "leaving")

@@ -19,13 +19,16 @@ import time
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any, Callable, NoReturn, Optional
 
-from autoteardown import backends, exits, lastwords, protocol, ray_rank, report, terms, threads, training
+from autoteardown import exits
 from autoteardown.boundary import guarded
-from autoteardown.fuse import Fuse
-from autoteardown.poster import Poster
+from autoteardown.channel.poster import Poster
+from autoteardown.frameworks import ray as ray_rank
+from autoteardown.rank import backends, threads, training
+from autoteardown.stop import lastwords, protocol, report, terms
+from autoteardown.stop.fuse import Fuse
 
 if TYPE_CHECKING:
-    from autoteardown.guard import Guard
+    from autoteardown.rank.guard import Guard
 
 _POLL = 0.02  # seconds between looks at what sends no event: a thread that has ended, a save that is over
 # Seconds within which ranks are signalled together; a launcher that reacts to an exit comes later.
@@ -316,9 +319,8 @@ class Teardown:
             end(lambda: self.exit_code)
 
     def _take_stacks(self, when: str) -> None:
-        ours = os.path.dirname(__file__)
         for entry in report.stacks():
-            if not entry["frames"][-1].startswith(ours):
+            if not entry["frames"][-1].startswith(threads.PACKAGE):
                 self.stuck.append({"when": when, **entry})
 
     @guarded

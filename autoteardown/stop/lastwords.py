@@ -7,11 +7,11 @@ import signal
 import sys
 from typing import TYPE_CHECKING, Any
 
-from autoteardown import report
-from autoteardown.record import printable
+from autoteardown.node.record import printable
+from autoteardown.stop import report
 
 if TYPE_CHECKING:
-    from autoteardown.teardown import Teardown
+    from autoteardown.stop.driver import Teardown
 
 
 def summary(teardown: Teardown) -> str:

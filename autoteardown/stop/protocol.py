@@ -1,7 +1,7 @@
 """The stop of one rank as a pure state machine: events and a clock in, actions out.
 
 No I/O, no threads, no torch, no clock of its own: `teardown.py` does what the actions say and reports what came of
-it, and `tests/test_simulation.py` runs thousands of these machines against one another.
+it, and `tests/simulation/test_simulation.py` runs thousands of these machines against one another.
 
 The machine is level-triggered. An event only adds to what has been *heard*; then the machine moves as far as
 everything heard so far allows. So a late, early or repeated message is never an error, and there is no order of
@@ -16,7 +16,7 @@ from __future__ import annotations
 from math import inf
 from typing import Any, Optional
 
-from autoteardown.terms import Action, Facts, Limits, Phase
+from autoteardown.stop.terms import Action, Facts, Limits, Phase
 
 # A rank that knows nothing of its peers, and no accelerator whose memory they could touch, gives them this long.
 COURTESY = 1.0

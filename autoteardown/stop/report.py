@@ -13,8 +13,8 @@ import select
 import sys
 from typing import Any, Optional
 
-from autoteardown import folder
-from autoteardown.record import printable
+from autoteardown.node import folder
+from autoteardown.node.record import printable
 
 TERMINATION_LOG_BYTES = 4096  # what Kubernetes keeps of it
 

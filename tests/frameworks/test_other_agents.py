@@ -16,7 +16,7 @@ from harness import AGENT, NONE, PROGRAMS, SIGTERM
 
 pytestmark = [pytest.mark.frameworks, pytest.mark.timeout(400)]
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 INJECT = str(ROOT / "sitecustomize")
 LIBRARY = Path(sysconfig.get_paths()["purelib"])
 START = 240.0

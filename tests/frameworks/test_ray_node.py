@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 from harness import AGENT, NONE, alive, environment, free_port, wait_until
 
-from autoteardown import ray_node
+from autoteardown.node import ray_start as ray_node
 
 # Has its handler put in as Ray does it: in Python, late, on the main thread.
 NODE = """
     import os, signal, sys, time
-    from autoteardown import ray_node
+    from autoteardown.node import ray_start as ray_node
 
     runtime = os.environ["AUTOTEARDOWN_RUNTIME_DIR"]
     os.makedirs(runtime, 0o700, exist_ok=True)
@@ -42,7 +42,7 @@ NODE = """
 
 RANK = """
     import os, signal, sys
-    from autoteardown import registry
+    from autoteardown.node import registry
 
     def leave(signum, frame):
         print("got", signum, flush=True)
@@ -153,7 +153,7 @@ def test_a_log_that_nobody_reads_does_not_keep_ray(start, job):
 
 
 def test_our_own_bugs_stop_nothing(start):
-    program = NODE.replace("def handler", "sys.modules['autoteardown.registry'] = None\n    def handler")
+    program = NODE.replace("def handler", "sys.modules['autoteardown.node.registry'] = None\n    def handler")
     node = start(program)
     node.signal()
     assert node.wait() == 1

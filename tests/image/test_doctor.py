@@ -13,7 +13,7 @@ from test_startup import environ, python
 from autoteardown import settings
 from autoteardown.cli.doctor import configuration, surroundings
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 INJECT = ROOT / "sitecustomize"
 HOST = shutil.which("python3", path="/usr/bin")
 needs_host = pytest.mark.skipif(
@@ -252,7 +252,7 @@ def test_a_torch_that_cannot_be_imported(tmp_path, body, area, words):
 )
 def test_what_releases_a_wedged_rank(quick, version, nccl, words):
     """As `backends.abort` does it (test_torch_versions.py) with the API of that version, whatever else that has."""
-    shape = json.loads((ROOT / "tests" / "torch_shapes.json").read_text())[version]
+    shape = json.loads((ROOT / "tests" / "unit" / "torch_shapes.json").read_text())[version]
     lines = []
     for kind in ("ProcessGroup", "ProcessGroupNCCL")[: 1 + nccl]:
         lines += [f"class {kind}:", *(f"    def {name}(self): pass" for name in shape[kind].split())]
@@ -266,7 +266,7 @@ def test_what_releases_a_wedged_rank(quick, version, nccl, words):
 def test_a_hook_that_does_not_hold(tmp_path, quick):
     package = tmp_path / "autoteardown"
     shutil.copytree(ROOT / "autoteardown", package, ignore=shutil.ignore_patterns("__pycache__"))
-    (package / "instrument.py").write_text("def register(): pass\n")
+    (package / "rank" / "instrument.py").write_text("def register(): pass\n")
     status, report = examine(AUTOTEARDOWN="1", PYTHONPATH=str(tmp_path))
     assert (status, report["active"]) == (1, True)
     assert (

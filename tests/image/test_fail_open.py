@@ -22,7 +22,7 @@ sys.path.insert(0, str(PROGRAMS))
 import breaker
 
 PACKAGE = Path(autoteardown.__file__).parent
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if any(breaker.functions(path)))
+MODULES = sorted(path.stem for path in breaker.files(PACKAGE) if any(breaker.functions(path)))
 AT_ONCE = 3  # jobs
 
 
@@ -128,7 +128,7 @@ def test_start_up(tmp_path, torch_folder, program, error):
     def package(folder, **environ):
         ignored = shutil.ignore_patterns("cli", "drills")
         shutil.copytree(PACKAGE, tmp_path / folder / "autoteardown", ignore=ignored)
-        for path in (tmp_path / folder / "autoteardown").glob("*.py"):
+        for path in breaker.files(tmp_path / folder / "autoteardown"):
             if "CALLED" in environ or environ["BREAK"].partition(":")[0] == path.stem:
                 path.write_text(ast.unparse(breaker.rewrite(path, environ)))
         return tmp_path / folder

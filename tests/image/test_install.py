@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from test_startup import PROBE, environ, probe, python
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 HOST = shutil.which(
     "python3", path="/usr/bin"
 )  # Debian's, with a sitecustomize of its own in the stdlib folder

@@ -18,8 +18,8 @@ import pytest
 import autoteardown
 
 PACKAGE = Path(autoteardown.__file__).parent
-SOURCE = Path(__file__).parent.parent
-GATE = ["autoteardown", "autoteardown.startup"]
+SOURCE = Path(__file__).parents[2]
+GATE = ["autoteardown", "autoteardown.startup", "autoteardown.switch"]
 ON = [*GATE, "autoteardown.finder"]
 
 # Says what a process looks like from inside. Imports only what start-up has imported anyway, but for json, last.
@@ -260,7 +260,7 @@ def test_whatever_start_up_raises_the_program_runs(broken, error):
 
 
 @pytest.mark.parametrize("error", ["SystemExit(3)", "RuntimeError('ours')"])
-@pytest.mark.parametrize(("module", "trigger"), [("signals", "signal"), ("instrument", "torch")])
+@pytest.mark.parametrize(("module", "trigger"), [("signals", "signal"), ("rank/instrument", "torch")])
 def test_whatever_a_hook_raises_the_import_succeeds(broken, fake_torch, error, module, trigger):
     (broken / "autoteardown" / f"{module}.py").write_text(f"raise {error}\n")
     code = f"import {trigger}; print({trigger}.__spec__.loader.name)"
@@ -309,8 +309,8 @@ def test_a_finder_ahead_of_ours_cannot_hide_torch(fake_torch):
         "    def find_spec(self, name, path=None, target=None):\n"
         "        return machinery.PathFinder.find_spec(name, path) if name == 'torch' else None\n"
         "sys.meta_path.insert(0, First())\n"
-        "import torch; print('autoteardown.instrument' in sys.modules)\n"
-        "import torch.part; print('autoteardown.instrument' in sys.modules)\n"
+        "import torch; print('autoteardown.rank.instrument' in sys.modules)\n"
+        "import torch.part; print('autoteardown.rank.instrument' in sys.modules)\n"
         "print(type(torch.part.__spec__.loader).__name__)"
     )
     assert run_on(code, fake_torch).split() == ["False", "True", "SourceFileLoader"]
@@ -320,10 +320,10 @@ def test_torch_imported_before_the_agent_is_hooked_late(fake_torch):
     code = (
         "import sys, torch, signal\n"
         "from autoteardown import startup\n"
-        "assert 'autoteardown.instrument' not in sys.modules\n"
+        "assert 'autoteardown.rank.instrument' not in sys.modules\n"
         "startup.activate()\n"
         "from autoteardown import signals\n"
-        "print('autoteardown.instrument' in sys.modules, signals.tap is not None)"
+        "print('autoteardown.rank.instrument' in sys.modules, signals.tap is not None)"
     )
     assert python("-c", code, PYTHONPATH=str(fake_torch)).stdout == "True True\n"
 
@@ -349,7 +349,7 @@ def test_importing_torch_in_one_thread_does_not_block_the_imports_of_another(fak
 def test_our_exit_callback_runs_after_the_programs_own():
     code = (
         "import atexit, sys, types\n"
-        "sys.modules['autoteardown.guard'] = types.SimpleNamespace(at_exit=lambda: print('ours'))\n"
+        "sys.modules['autoteardown.rank.guard'] = types.SimpleNamespace(at_exit=lambda: print('ours'))\n"
         "atexit.register(print, 'the program')"
     )
     assert run_on(code).split("\n") == ["the program", "ours"]
@@ -466,7 +466,7 @@ def test_a_process_that_is_no_rank_dies_of_sigterm_as_ever(switch):
 def test_only_ray_start_gets_the_hook_that_drains_its_node(tmp_path, words, expected):
     command = tmp_path / words[0]
     command.write_text(
-        f"#!{sys.executable}\nimport signal\nprint(signal.signal.__code__.co_filename.endswith('ray_node.py'))\n"
+        f"#!{sys.executable}\nimport signal\nprint(signal.signal.__code__.co_filename.endswith('ray_start.py'))\n"
     )
     command.chmod(0o755)
     done = subprocess.run(

@@ -15,10 +15,10 @@ import pytest
 import torch.distributed as dist
 from harness import NONE, PATIENCE, wait_until
 
-from autoteardown import board as boards
-from autoteardown import stores
-from autoteardown.board import Board
-from autoteardown.relay import Relay
+from autoteardown.channel import board as boards
+from autoteardown.channel import stores
+from autoteardown.channel.board import Board
+from autoteardown.channel.relay import Relay
 
 # Each connection of a TCPStore makes two reverse DNS look-ups; a lost packet costs 5 s of its server's only thread.
 os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:5")
@@ -513,7 +513,7 @@ RANK = """
     from pathlib import Path
     import torch
     import torch.distributed as dist
-    from autoteardown.board import Board, close_all
+    from autoteardown.channel.board import Board, close_all
 
     folder, options = Path(sys.argv[1]), sys.argv[2:]
     store = None

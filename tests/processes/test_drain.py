@@ -11,15 +11,15 @@ import textwrap
 import pytest
 from harness import NONE, alive, wait_until
 
-from autoteardown import drain, procfs, registry
-from autoteardown.record import own_name
+from autoteardown.node import drain, procfs, registry
+from autoteardown.node.record import own_name
 
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away, or mount one")
 
 # A stand-in for a rank: it is in the registry, and takes its signal in the way it is told to.
 RANK = """
     import os, signal, sys
-    from autoteardown import registry
+    from autoteardown.node import registry
 
     how, number = sys.argv[1:]
     fields = {"rank": int(number), "world_size": 2, "backend": "gloo", "program": "train.py"}

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.timeout(
     300
 )  # real jobs, and imports of torch that a busy machine takes its time for
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "train_ddp.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "train_ddp.py"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 GRACE = 8
 

@@ -139,7 +139,7 @@ def test_control_one_of_two(job):
 def test_signalled_before_the_board_is_connected(job):
     """The time for an agreement is not over before anybody could be told of it."""
     late = """
-        import autoteardown.relay as relay
+        import autoteardown.channel.relay as relay
         relay._STAGGER = 5.0  # rank 1 connects so many seconds after its init
         import torch
         import torch.distributed as dist
@@ -164,7 +164,7 @@ def test_signalled_before_the_board_is_connected(job):
 def test_signalled_long_before_the_board_is_connected(job, victim, seconds):
     """The store's host waits for a rank that has yet to connect, and nobody leaves without having told."""
     idle = f"""
-        import autoteardown.relay as relay
+        import autoteardown.channel.relay as relay
         relay._STAGGER = {seconds}
         import time
         import torch.distributed as dist

@@ -225,7 +225,7 @@ def test_a_cleaner_of_tmp(job):
         """
         import time
         import torch.distributed as dist
-        import autoteardown.listener as listener
+        import autoteardown.rank.listener as listener
         listener.DAY = 0.2
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         print("ready", flush=True)

@@ -16,8 +16,8 @@ import pytest
 import torch.distributed as dist
 from harness import AGENT, LOG_LINE, NONE, environment, free_port
 
-from autoteardown import report
 from autoteardown.cli import reports
+from autoteardown.stop import report
 
 NOBODY = 65534
 # What a name must not do: begin a line, look like fields of ours, steer a terminal, leave its folder, break an encoder.
@@ -82,7 +82,7 @@ def test_start_up_reads_and_nothing_else():
 
 
 def test_the_start_up_files_are_one_line_without_exec():
-    files = Path(__file__).parents[1] / "startup_files"
+    files = Path(__file__).parents[2] / "startup_files"
     texts = {path.name: path.read_text() for path in files.iterdir()}
     assert sorted(texts) == ["autoteardown.pth", "autoteardown.start"]
     for text in texts.values():
@@ -260,7 +260,7 @@ def test_the_termination_log_is_replaced_and_whole_letters(tmp_path):
 
 def as_user(uid, code, *words, **env):
     """Run code as another user. Its imports come first: that user may not get at this Python's files."""
-    imports = "import argparse, os, signal, sys\nfrom autoteardown import report\n"
+    imports = "import argparse, os, signal, sys\nfrom autoteardown.stop import report\n"
     imports += "from autoteardown.cli import drain, ps\n"
     become = f"os.setgroups([])\nos.setgid({uid})\nos.setuid({uid})\n"
     return subprocess.run(

@@ -27,9 +27,9 @@ WITHIN = {
     "signals:Tap.patch.set_wakeup_fd",
     "signals:Tap.patch.signal",
     "startup:_at_exit",
-    "startup:say",
+    "switch:say",
     "startup:start",
-    "teardown:Teardown._finish",
+    "driver:Teardown._finish",
     "training:step_hook",
 }
 # And these do nothing of their own that could fail: they call the host's code, and ours through such a guard.
@@ -50,8 +50,16 @@ NEVER = {
     "instrument:_wrap_worker_handlers._set_worker_signal_handlers",
     "signals:Tap._unmask",
     "signals:_failed",
-    "teardown:end",
+    "driver:end",
 }
+
+
+ROOMS = ("rank", "stop", "channel", "node", "frameworks")
+
+
+def files(package):
+    """What of the package runs in the host's processes: a name without its folder says which file is meant."""
+    return [*package.glob("*.py"), *(path for room in ROOMS for path in (package / room).glob("[!_]*.py"))]
 
 
 def functions(path):
@@ -109,15 +117,16 @@ def swap():
     if not {"BREAK", "CALLED"} & set(os.environ):
         return
     package = Path(importlib.util.find_spec("autoteardown").origin).parent
-    files = {}
-    for path in package.glob("*.py"):
+    swapped = {}
+    for path in files(package):
         if "CALLED" in os.environ or os.environ["BREAK"].partition(":")[0] == path.stem:
-            importlib.import_module(f"autoteardown.{path.stem}".replace(".__init__", ""))
-            files[str(path)] = dict(_codes(compile(rewrite(path), str(path), "exec")))
+            module = ".".join(path.relative_to(package.parent).with_suffix("").parts)
+            importlib.import_module(module.replace(".__init__", ""))
+            swapped[str(path)] = dict(_codes(compile(rewrite(path), str(path), "exec")))
     gc.unfreeze()
     for each in gc.get_objects():
-        if type(each) is FunctionType and each.__code__.co_filename in files:
-            each.__code__ = files[each.__code__.co_filename][
+        if type(each) is FunctionType and each.__code__.co_filename in swapped:
+            each.__code__ = swapped[each.__code__.co_filename][
                 each.__code__.co_name, each.__code__.co_firstlineno
             ]
     gc.freeze()

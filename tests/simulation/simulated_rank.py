@@ -12,8 +12,8 @@ from itertools import count
 from math import inf
 from typing import TYPE_CHECKING, Any, Callable
 
-from autoteardown.protocol import Stop
-from autoteardown.terms import Facts
+from autoteardown.stop.protocol import Stop
+from autoteardown.stop.terms import Facts
 
 if TYPE_CHECKING:
     from simulation import World

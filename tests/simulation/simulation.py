@@ -16,7 +16,7 @@ from typing import Any, Callable
 
 from simulated_rank import Member, Rank
 
-from autoteardown.terms import Limits
+from autoteardown.stop.terms import Limits
 
 DEFAULT = Limits()
 

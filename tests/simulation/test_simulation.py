@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from simulated_rank import BREAKABLE, FATES, POSTS, Member
 from simulation import DEFAULT, Schedule, World
 
-from autoteardown.protocol import SKEW
-from autoteardown.terms import Limits
+from autoteardown.stop.protocol import SKEW
+from autoteardown.stop.terms import Limits
 
 FIRST_SEED = int(os.environ.get("AUTOTEARDOWN_SIM_SEED", "0"))
 LETTERS = {

@@ -22,9 +22,10 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from autoteardown import drain, settings
+from autoteardown import settings
+from autoteardown.node import drain
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
 DOCKERFILES = [DOCKER / "Dockerfile", DOCKER / "Dockerfile.inject"]
 MANIFESTS = sorted((DOCKER / "kubernetes").glob("*.yaml"))

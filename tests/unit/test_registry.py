@@ -14,13 +14,13 @@ import time
 import pytest
 from harness import NONE, wait_until
 
-from autoteardown import folder, procfs, registry
-from autoteardown.record import own_name
+from autoteardown.node import folder, procfs, registry
+from autoteardown.node.record import own_name
 
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="only root can make files of another user")
 NOBODY = 65534
 
-ROOT = os.path.dirname(os.path.dirname(registry.__file__))
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(registry.__file__)))
 
 
 @pytest.fixture
@@ -147,7 +147,7 @@ def test_it_survives_a_cleaner_of_tmp(runtime):
 
 
 def test_it_imports_next_to_nothing():
-    code = "import sys, autoteardown.registry; print(*sys.modules)"
+    code = "import sys, autoteardown.node.registry; print(*sys.modules)"
     run = subprocess.run(
         [sys.executable, "-S", "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
     )
@@ -304,7 +304,7 @@ def test_a_folder_that_cannot_be_written_is_not_used():
 def test_a_full_disk_costs_the_entry_and_nothing_else(runtime):
     code = """
         import resource, signal, sys
-        from autoteardown import registry
+        from autoteardown.node import registry
         entry = registry.enter(sys.argv[1], {"rank": 0})
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (20, 20))
@@ -333,7 +333,7 @@ def test_a_process_that_changed_its_user_is_not_ours(runtime, job):
     """Same folder, same pid, but no longer this user's to signal."""
     program = """
         import os, signal, sys
-        from autoteardown import registry
+        from autoteardown.node import registry
         registry.enter(sys.argv[1], {"rank": 0})
         os.setuid(65534)
         print("ready", flush=True)
@@ -475,7 +475,7 @@ def can_unshare():
 def test_containers_that_share_a_folder_do_not_see_each_other(runtime, job):
     program = """
         import os, sys, signal
-        from autoteardown import registry
+        from autoteardown.node import registry
         registry.enter(sys.argv[1], {"rank": int(sys.argv[2])})
         print(os.getpid(), [record.rank for record in registry.read(sys.argv[1])], flush=True)
         signal.pause()
@@ -517,7 +517,8 @@ def test_a_worker_can_ask_for_its_parents_state(runtime):
     entry = enter(runtime)
     for state in ("armed", "parked"):
         entry.update(state=state)
-        asked = f"import os; from autoteardown import registry as r; print(r.state_of({str(runtime)!r}, os.getppid()))"
+        state_of = f"registry.state_of({str(runtime)!r}, os.getppid())"
+        asked = f"import os; from autoteardown.node import registry; print({state_of})"
         run = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
         assert run.stdout == f"{state}\n"
     assert registry.state_of(str(runtime), 1 if os.getpid() != 1 else 2) is None

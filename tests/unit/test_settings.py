@@ -262,5 +262,5 @@ def test_reading_the_settings_imports_next_to_nothing():
         "__future__",
         "autoteardown",
         "autoteardown.settings",
-        "autoteardown.startup",
+        "autoteardown.switch",
     ]

@@ -16,12 +16,12 @@ from types import ModuleType, SimpleNamespace
 import pytest
 from harness import wait_until
 
-from autoteardown import backends
+from autoteardown.rank import backends
 
 SHAPES = json.loads((Path(__file__).parent / "torch_shapes.json").read_text())
 VERSIONS = sorted(SHAPES, key=lambda version: [int(part) for part in version.split(".")])
 C10D = "torch/distributed/distributed_c10d.py"
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def has(version, where, name):

@@ -15,6 +15,7 @@ from typing import Any
 from autoteardown import startup
 from autoteardown.cli import path
 from autoteardown.cli.doctor.finding import NOTE, OK, PROBLEM, WARNING, Finding
+from autoteardown.switch import SWITCH, switch
 
 # Two lines of JSON: what start-up has left, and, if that is the agent, what an import of torch makes of it. The second
 # line never comes from a process in which torch crashes or hangs.
@@ -105,18 +106,16 @@ def _flags() -> list[str]:
 
 
 def _switch(environ: Mapping[str, str]) -> list[Finding]:
-    on, problem = startup.switch(environ)
-    value = environ.get(startup.SWITCH)
-    advice = f"set {startup.SWITCH}=1 in the image (ENV) or in the job's environment"
+    on, problem = switch(environ)
+    value = environ.get(SWITCH)
+    advice = f"set {SWITCH}=1 in the image (ENV) or in the job's environment"
     if problem is not None:
         found = Finding("switch", PROBLEM, problem, advice)
     elif not on:
-        what = (
-            f"{startup.SWITCH} is not set" if value is None else f"{startup.SWITCH}={value!r} switches it off"
-        )
+        what = f"{SWITCH} is not set" if value is None else f"{SWITCH}={value!r} switches it off"
         found = Finding("switch", PROBLEM, what, advice)
     else:
-        found = Finding("switch", OK, f"{startup.SWITCH}={value}")
+        found = Finding("switch", OK, f"{SWITCH}={value}")
     skip = environ.get("AUTOTEARDOWN_SKIP", "").strip()
     if not skip:
         return [found]
@@ -133,7 +132,7 @@ def _active(environ: Mapping[str, str], process: Process) -> list[Finding]:
         findings.append(
             Finding("start-up", PROBLEM, text, process.said.splitlines()[-1] if process.said else None)
         )
-    elif startup.switch(environ)[0]:
+    elif switch(environ)[0]:
         reason, advice = _why(environ, process)
         findings.append(Finding("start-up", PROBLEM, f"switched on, but not active: {reason}", advice))
     if process.said and process.start:

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
-from autoteardown import folder, registry, settings
+from autoteardown import settings
 from autoteardown.cli.doctor.activation import Process
 from autoteardown.cli.doctor.finding import NOTE, OK, PROBLEM, WARNING, Finding
+from autoteardown.node import folder, registry
 
 _OLDEST_WRAPT, _FIRST_WRAPT_TOO_NEW = (1, 14), (3,)
 _OLDEST_TORCH = (2, 4)

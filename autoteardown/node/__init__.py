@@ -1,0 +1,1 @@
+"""The armed ranks of this node: their registry, and how they are drained."""

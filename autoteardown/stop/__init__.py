@@ -1,0 +1,1 @@
+"""One stop, from the signal to the exit."""
