@@ -1,0 +1,20 @@
+"""Threads, locks, sockets, polling and clocks as the interpreter made them.
+
+Programs replace them (`gevent.monkey.patch_all()`, eventlet): then a thread of ours would be a greenlet, which runs
+only when the program waits, and a wait of ours would wait for the program. So they are taken here, once, before a
+program can have them replaced, and the rest of the agent takes them from here alone.
+"""
+
+import _socket
+import _thread
+import select
+import time
+
+start_new_thread = _thread.start_new_thread
+allocate_lock = _thread.allocate_lock
+get_ident = _thread.get_ident
+monotonic = time.monotonic
+sleep = time.sleep
+poll = select.poll
+socket = _socket.socket
+socketpair = _socket.socketpair
