@@ -144,7 +144,7 @@ def _wrap_worker_handlers(real: Callable[..., Any]) -> Callable[..., Any]:
 def _in_worker() -> None:
     from autoteardown.rank import workers
 
-    workers.stay_with_parent()
+    workers.stand_apart()
 
 
 # -- what the wrapped init and destroy do -----------------------------------------------------------------------------
