@@ -20,8 +20,13 @@ _MARK = "_autoteardown_wrapped"
 
 def register() -> None:
     """Hook torch: now where its modules are imported already, else as they are imported. Idempotent."""
+    import signal
+
     import wrapt
 
+    from autoteardown import signals
+
+    guarded(signals.install(signal).prepare)()
     for name, patch in (
         ("torch.distributed.distributed_c10d", _patch_c10d),
         ("torch.serialization", _patch_serialization),
@@ -177,6 +182,7 @@ def _joined() -> None:
 
     if guard.guard is not None:
         guard.guard.join()
+        guard.guard.tap.look_again()  # communication libraries set handlers of their own
 
 
 @guarded
