@@ -7,10 +7,10 @@ abort (2.4 and 2.5).
 
 from __future__ import annotations
 
-import _thread
 import sys
 from typing import Any, Callable, NamedTuple, Optional
 
+from autoteardown import primitives
 from autoteardown.rank import afterwards
 
 # Their abort does nothing: a blocked operation stays blocked until the peer's socket closes.
@@ -150,7 +150,7 @@ def abort(done: Callable[[Problem], object]) -> None:
     if not aborts:
         done(None)
     for function in aborts:
-        _thread.start_new_thread(run, (function,))
+        primitives.start_new_thread(run, (function,))
 
 
 def destroy(real: Callable[[], object]) -> Problem:
