@@ -22,6 +22,7 @@ included.
 import _thread
 import errno
 import os
+import sys
 
 from autoteardown import primitives, standins
 
@@ -94,6 +95,11 @@ class Tap:
         """The listener, unless it is only in the parent that forked this process."""
         listener = self._listener
         return listener if listener is not None and listener.here else None
+
+    @property
+    def loop(self) -> "Listener | None":
+        """The thread that listens, if this process is armed."""
+        return self._own_listener
 
     # -- behind the stand-ins -----------------------------------------------------------------------------------------
 
@@ -177,6 +183,14 @@ class Tap:
         self._signal(signum, self._default)
         os.kill(os.getpid(), signum)
         return None
+
+    def deliver(self, signum: int) -> None:
+        """On the main thread: the application's own handler, as if the signal had come now; raises what it raises."""
+        if self._slots is not None:
+            self._slots.chain(signum)
+        handler = self.handler_of(signum)
+        if callable(handler):
+            handler(signum, sys._getframe(1))
 
     def on_main(self, errand: "Callable[[], object]") -> bool:
         """In a teardown: have the main thread call `errand` soon, out of a sleep or a lock if need be.
