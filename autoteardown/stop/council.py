@@ -168,7 +168,7 @@ class Council:
         if "plan" not in self._said and len(self._answers) + gone >= self.world:
             self._agree()
         if self._next or len(self._at) + len(self._still) + gone >= len(self._steppers):
-            self._check(self._steppers - self._left - self.lost)
+            self._check()
         if len(self._arrived) + gone >= len(self._steppers) < self.world and self._arrived:
             self._halt_helpers()
         if self._owners and not self._owners - self._left - self.lost - self._over:
@@ -190,7 +190,7 @@ class Council:
 
     def _all_quiet(self) -> None:
         # A device whose rank is only out of reach may still touch this one's memory: that takes the floor (F9).
-        if set(range(self.world)) - self._dead <= self._quiet.keys():
+        if "quiet" not in self._said and set(range(self.world)) - self._dead <= self._quiet.keys():
             self._plan(None)  # for ranks that hear us late, and wait for what nobody decided
             self._tell("quiet", all(self._quiet.values()) and not self.lost)
 
@@ -209,10 +209,11 @@ class Council:
             # At least the second: a rank in its first iteration does not know yet where that ends.
             self._plan(max(max(known) + 1, 2))
 
-    def _check(self, steppers: set[int]) -> None:
+    def _check(self) -> None:
         """The agreement is checked, not believed: no count is beyond doubt (a step skipped on one rank long ago)."""
         if self._said.get("plan", {}).get("stop") is None or self._said.keys() & {"even", "halt"}:
             return
+        steppers = self._steppers - self._left - self.lost
         if self._next:
             if not self._preparing & steppers:
                 self._out += [(rank, "more", more) for rank, more in self._next.items()]
@@ -243,7 +244,7 @@ class Council:
         self._next = {rank: {"round": self._rounds, "until": until} for rank in sorted(behind)}
         self._at -= behind
         self._still -= waiting
-        self._check(waiting | behind)
+        self._check()
 
     def _most(self, steppers: set[int]) -> dict[str, int]:
         most: dict[str, int] = {}
