@@ -1,4 +1,4 @@
-"""Where the program's own threads stop: after an optimizer step, in our signal handler, or when a save is over.
+"""Where the program's own threads stop: at the end of an iteration, in our signal handler, or when a save is over.
 
 Everything here runs on threads of the program, on its hot path or at any of its bytecodes. So: no lock that another
 thread may hold while it is frozen, and nothing raised but the SystemExit that ends a parked thread.
@@ -10,85 +10,149 @@ import _thread
 import ctypes
 import os
 import sys
-import threading
 from collections import deque
-from time import monotonic
 from typing import Any, Callable, Optional
 
-from autoteardown.boundary import failed, guarded
-from autoteardown.rank import threads
+from autoteardown.boundary import guarded
+from autoteardown.primitives import allocate_lock, get_ident, monotonic
+from autoteardown.rank import savers, threads
+from autoteardown.rank.clock import Clock
 
-_NOW = -1
+_LOOK = 0.1  # seconds between two looks of a waiting thread at what it waits for, in case nobody wakes it
+_DELIVERY = 5.0  # seconds that a training thread waits for the application's handler on the main thread
+
+_PARKED, _LEAVING = "parked", "leaving"
 
 
 class Gate:
     """The training side of one armed process.
 
-    The hold flag and the step count make the agreement on a last step safe without a lock: the step hook counts
-    first and looks at the flag afterwards; the guard raises the flag first and reads the count afterwards. A step that
-    the guard did not count therefore finds the flag up and waits until the last step is known.
+    The hold flag and the count make the agreement on an iteration safe without a lock: the hook counts first and looks
+    at the flag afterwards; the guard raises the flag first and reads the count afterwards. An iteration that the guard
+    did not count therefore finds the flag up and waits until it is known which is the last.
 
     Args:
         tell: called with an event and its value; must be safe at any bytecode (`SimpleQueue.put` is).
+        numbers: the sequence numbers of the groups' collectives.
     """
 
-    def __init__(self, tell: Callable[[tuple[str, Any]], None]) -> None:
-        self.count = 0
-        self.times: deque[float] = deque(maxlen=9)
+    def __init__(
+        self, tell: Callable[[tuple[str, Any]], None], numbers: Callable[[], dict[str, int]] = dict
+    ) -> None:
+        self.clock = Clock()
+        self.polls = 0  # of `stop_requested()`: the clock of a program that polls
+        self.times: deque[float] = deque(maxlen=9)  # of the last ends of iterations
+        self.longest = 0.0  # seconds between two of them, at most
         self.thread: Optional[int] = None  # the thread that steps; else the one that called init
         self.holding = False
         self.closed = False
-        self.parked: set[int] = set()
+        self.requested = False  # what `stop_requested()` returns
+        self.held: set[int] = set()  # threads that wait at the end of an iteration
         self.exit_code = 0
-        self._tell = tell
-        self._last: Optional[int] = None
-        self._known = _thread.allocate_lock()
-        self._known.acquire()
-        self._exit = _thread.allocate_lock()
-        self._exit.acquire()
-        self._saves: dict[int, int] = {}
-        self._background = 0
         self.loop: Any = None  # the event loop of that thread
+        self.saves = savers.Saves()
+        self._tell = tell
+        self._numbers = numbers
+        self._last: Optional[int] = None
+        self._until: dict[str, int] = {}
+        self._resumed = False
+        self._delivery: list[Callable[[], object]] = []
+        self._threads: dict[int, str] = {}  # who is parked here, and who has left from here with SystemExit
+        self._exits: list[SystemExit] = []
+        self._exit_open = False
+        self._waiters: dict[int, Any] = {}
 
     def begin(self, thread: int) -> None:
         """A new world: every rank of it counts from nought."""
         self.thread = thread
         self.loop = _running_loop()
-        self.count = 0
+        self.clock = Clock()
+        self.polls = 0
         self.times.clear()
+        self.longest = 0.0
 
-    # -- asked by the guard -------------------------------------------------------------------------------------
+    # -- asked by the guard ---------------------------------------------------------------------------------------
+
+    @property
+    def count(self) -> int:
+        """Iterations that are over."""
+        return self.polls or self.clock.count
+
+    @property
+    def begun(self) -> bool:
+        """Whether this rank has stepped, or polled."""
+        return self.polls > 0 or self.clock.begun
+
+    @property
+    def parked(self) -> set[int]:
+        """The threads that are stopped here, or were and are on their way out."""
+        return set(self._threads)
 
     @property
     def saving(self) -> bool:
-        """Whether some thread is in a save or in a `protect()` block."""
-        return bool(self._saves) or self._background > 0
+        """Whether a checkpoint is being written."""
+        return self.saves.going_on(self._may_save())
 
-    def shielded(self, ident: int) -> bool:
-        """Whether that thread is."""
-        return ident in self._saves
+    def _may_save(self) -> set[int]:
+        # A thread that is stopped at the end of an iteration has none in hand.
+        watched = {ident for ident in (self.thread, threads.main_ident()) if ident is not None}
+        return watched - self._threads.keys() - self.held
 
     def step_time(self) -> Optional[float]:
-        """Median seconds between the last few steps; None before there were two."""
+        """Median seconds of the last few iterations; None before there were two."""
         times = list(self.times)
         gaps = sorted(later - earlier for earlier, later in zip(times, times[1:]))
         return gaps[len(gaps) // 2] if gaps else None
 
-    def let_run_to(self, step: int) -> None:
-        """The last step is known: threads that wait in the hook go on, up to it."""
-        if self._last is None:
-            self._last = step
-            self._known.release()
+    def idle(self) -> float:
+        """Seconds since the last end of an iteration; 0 before the first."""
+        return monotonic() - self.times[-1] if self.times else 0.0
+
+    def hold(self) -> None:
+        """From now on, whoever comes to the end of an iteration waits there."""
+        self.clock.frozen = True
+        self.holding = True
+
+    def let_run_to(self, count: int) -> None:
+        """The last iteration is known: threads that wait go on, up to its end."""
+        self._last = count
+        self._wake()
+
+    def go_on(self, until: dict[str, int]) -> None:
+        """To the end of the next iteration that has joined so many of each group's collectives."""
+        self._until = until
+        self.let_run_to(self.count + 1)
+
+    def resume(self, delivery: Optional[Callable[[], object]], requested: bool) -> None:
+        """The application ends by itself: everybody runs on, after `delivery` has been called on the main thread."""
+        if delivery is not None:
+            self._delivery.append(delivery)
+        self.requested = requested
+        self.holding, self._resumed = False, True
+        self._wake()
+
+    def deliver(self) -> None:
+        """On the main thread: what `resume` was given, if nobody has called it yet."""
+        try:
+            delivery = self._delivery.pop()
+        except IndexError:
+            return
+        try:
+            delivery()
+        finally:
+            self._wake()
 
     def close(self) -> None:
         """Whoever comes to a stopping place from now on is parked there."""
         self.closed = True
-        self.let_run_to(_NOW)
+        self._wake()
 
     def open_exit(self, code: int) -> None:
         """Parked threads leave with SystemExit."""
         self.exit_code = code
-        self._exit.release()
+        _swallowed_exits_end_here(self)
+        self._exit_open = True
+        self._wake()
 
     def wake_loop(self) -> None:
         """An event loop with nothing to do waits in C (Ray's async actors do): have it come to a bytecode."""
@@ -97,139 +161,217 @@ class Gate:
         except (AttributeError, RuntimeError):  # none, or closed
             pass
 
-    def steps(self, patience: float) -> tuple[Optional[int], bool]:
-        """How many steps are completed (None if this rank does not step), and whether there is no hope of another.
-
-        Args:
-            patience: seconds that the group will wait for one.
-        """
-        self._find_thread()
-        count = self.count
-        if not count:
-            return None, False
-        step = self.step_time() or 0.0
-        idle = monotonic() - self.times[-1]
-        blocked = idle > max(patience, 5 * step) and not self.saving
-        return count, step > patience or blocked or not threads.alive(self.thread)
-
     def to_park(self) -> list[int]:
-        """The threads that train, or may: those that nobody has parked yet."""
-        self._find_thread()
+        """The threads that train, or may: those that nobody has stopped yet."""
+        self.find_thread()
         # Nobody waits for the threads of a pool that come after the training thread's end, but they keep a Ray actor
         # from its exit.
         candidates = [self.thread] if threads.alive(self.thread) else threads.foreign()
-        return [
-            ident
-            for ident in candidates
-            if ident is not None and ident not in self.parked and not self.shielded(ident)
-        ]
+        stopped = self._threads.keys() | self.held
+        return [i for i in candidates if i is not None and i not in stopped and not self.shielded(i)]
 
-    def _find_thread(self) -> None:
-        # The threads of a pool take turns (Ray's threaded actors), and init may be called on one, the training
-        # function on another (Ray Train): without a step to tell, the one that waits in a collective is it.
-        if not self.count or not threads.alive(self.thread):
+    def shielded(self, ident: int) -> bool:
+        """Whether that thread writes a checkpoint, of which a file may be only a part."""
+        return ident not in self._threads and self.saves.shields(ident)
+
+    def find_thread(self) -> None:
+        """Without an iteration to tell, the thread that waits in a collective is the one that trains.
+
+        The threads of a pool take turns (Ray's threaded actors), and init may be called on one, the training function
+        on another (Ray Train).
+        """
+        if not self.begun or not threads.alive(self.thread):
             waiting = threads.in_collective()
             if waiting and self.thread not in waiting:
                 self.thread = waiting[0]
 
-    # -- on the program's threads -----------------------------------------------------------------------------------
+    # -- on the program's threads ---------------------------------------------------------------------------------
 
-    def at_step(self) -> None:
-        """In the step hook while the hold flag is up."""
-        if self.shielded(_thread.get_ident()):
+    def end_of_iteration(self) -> None:
+        """In the hook, after the iteration was counted. A program that polls stops in its polls."""
+        now = monotonic()
+        if self.times:
+            self.longest = max(self.longest, now - self.times[-1])
+        self.times.append(now)
+        self.thread = get_ident()
+        if (self.holding or self.closed) and not self.polls:
+            self._stop_here(self.thread)
+
+    def before_step(self) -> None:
+        """Before an optimizer's step, once the gate is closed: no step begins after the stop."""
+        if get_ident() not in self.saves.open:
+            self.park()
+
+    def end_of_poll(self) -> None:
+        """In a poll, once the hold flag is up."""
+        self.thread = get_ident()
+        self._stop_here(self.thread)
+
+    def _stop_here(self, ident: int) -> None:
+        if (ident in self.saves.open and not self.closed) or ident in self.held:
             return
-        count = self.count
-        _pass(self._known)
-        last = self._last
-        if self.closed or (last is not None and count >= last):
-            self._tell(("stopped", count))
-            self.hold()
-
-    def wait_for_plan(self, limit: float) -> None:
-        """Wait until it is known whether this thread is to run on, at most `limit` seconds."""
-        if self._known.acquire(timeout=limit):
-            self._known.release()
-
-    def hold(self) -> None:
-        """Park this thread until the exit, which it leaves towards with SystemExit."""
-        ident = _thread.get_ident()
-        if ident in self.parked:  # a signal handler on top of a parked frame
+        if self._until and not self.closed and not _reached(self._numbers(), self._until):
             return
-        self.parked.add(ident)
+        told: Optional[int] = None
+        self.held.add(ident)
+        while not (self.closed or self._resumed):
+            last, count = self._last, self.count
+            if last is not None and count < last:
+                break
+            if last is not None and told != last:
+                told = last
+                self._tell(("stopped", count))
+            self._wait(ident)
+        if self._resumed and not self.closed:
+            self._wait_for_delivery(ident)
+        self.held.discard(ident)
+        if self.closed:
+            if told is None:
+                self._tell(("stopped", self.count))
+            self.park()
+
+    def _wait_for_delivery(self, ident: int) -> None:
+        if ident == threads.main_ident():
+            self.held.discard(ident)
+            self.deliver()
+            return
+        until = monotonic() + _DELIVERY
+        while self._delivery and monotonic() < until and not self.closed:
+            self._wait(ident)
+
+    def park(self) -> None:
+        """Stop this thread until the exit, which it leaves towards with SystemExit."""
+        ident = get_ident()
+        state = self._threads.get(ident)
+        if state == _PARKED:  # a signal handler on top of a parked frame
+            return
+        if state == _LEAVING:
+            self.swallowed()
+        self._threads[ident] = _PARKED
         self._tell(("parked", ident))
-        _pass(self._exit)
-        raise SystemExit(self.exit_code)
+        while not self._exit_open:
+            self._wait(ident)
+        self.leave()
+
+    def leave(self) -> None:
+        """Have this thread leave with SystemExit, once the exit is open."""
+        self._threads[get_ident()] = _LEAVING
+        way_out = SystemExit(self.exit_code)
+        self._exits.append(way_out)
+        raise way_out
+
+    def left(self, ident: int) -> bool:
+        """Whether that thread has been sent out."""
+        return self._threads.get(ident) == _LEAVING
+
+    def swallowed(self) -> None:
+        """This thread was sent out, and has come to a stopping place again: it does not get any further."""
+        ident = get_ident()
+        self._tell(("swallowed", ident))
+        while True:
+            self._wait(ident)
+
+    def is_exit(self, error: object) -> bool:
+        """Whether this is the exception with which a thread was sent out."""
+        return any(error is each for each in self._exits)
+
+    def on_way_out(self) -> bool:
+        """Whether this thread runs what a program runs on its way out: `finally`, `except`, exit callbacks."""
+        error: Any = sys.exc_info()[1]
+        for _ in range(20):
+            if error is None:
+                break
+            if self.is_exit(error):
+                return True
+            error = error.__context__
+        return get_ident() == threads.main_ident() and threads.in_exit_callback()
 
     def wait_for_exit(self) -> None:
         """Keep this thread, which has nothing left to run, until the exit."""
-        self.parked.add(_thread.get_ident())
-        _pass(self._exit)
+        ident = get_ident()
+        self._threads[ident] = _PARKED
+        while not self._exit_open:
+            self._wait(ident)
+        self._threads[ident] = _LEAVING
 
-    def enter_save(self) -> None:
-        """A save begins on this thread."""
-        ident = _thread.get_ident()
+    def wait_for_plan(self, limit: float) -> None:
+        """Wait until it is known whether this thread is to run on, at most `limit` seconds."""
+        ident, until = get_ident(), monotonic() + limit
+        while self._last is None and not (self.closed or self._resumed) and monotonic() < until:
+            self._wait(ident)
+
+    def enter_save(self, collective: bool = False) -> None:
+        """A save begins on this thread; `collective`: it needs the other ranks."""
+        ident = get_ident()
         if self.closed and not self.shielded(ident):
-            self.hold()
-        self._saves[ident] = self._saves.get(ident, 0) + 1
+            # Its group may be gone: a rank that saves alone then overwrites a good checkpoint with its own part.
+            if not self.left(ident) or collective or not self.on_way_out():
+                self.park()
+        self.saves.enter(ident)
 
     def leave_save(self) -> None:
-        """A save ends on this thread, which stops here if it should have stopped earlier."""
-        ident = _thread.get_ident()
-        depth = self._saves.get(ident, 0) - 1
-        if depth > 0:
-            self._saves[ident] = depth
-            return
-        self._saves.pop(ident, None)
-        if self.closed and ident in (self.thread, threading.main_thread().ident):
-            self.hold()
+        """A save ends on this thread."""
+        self.saves.leave(get_ident())
 
-    def background_save(self, future: Any) -> None:
-        """A save goes on in the background until `future` is done."""
-        self._background += 1
-        future.add_done_callback(self._background_over)
-
-    def _background_over(self, future: Any) -> None:
-        self._background -= 1
-
-
-def _pass(lock: Any) -> None:
-    """Wait for a lock that is taken only to wait, and released for good."""
-    while True:
+    def _wait(self, ident: int) -> None:
+        """Until somebody wakes this thread, or for a moment. Raises nothing."""
         try:
-            with lock:
-                return
+            lock = self._waiters.get(ident)
+            if lock is None:
+                lock = allocate_lock()
+                lock.acquire()
+                self._waiters[ident] = lock
+            lock.acquire(timeout=_LOOK)
         except BaseException:
             # Out of another signal's handler, on top of this frame: DataLoader's for SIGCHLD raises when a worker is
             # killed. The program must not go on because of it.
-            continue
+            pass
+
+    def _wake(self) -> None:
+        for lock in list(self._waiters.values()):
+            try:
+                lock.release()
+            except RuntimeError:  # nobody has waited since the last time
+                pass
+
+
+def _reached(numbers: dict[str, int], until: dict[str, int]) -> bool:
+    return all(numbers.get(group, number) >= number for group, number in until.items())
+
+
+def _swallowed_exits_end_here(gate: Gate) -> None:
+    """CPython swallows what is raised in `__del__`, weakref callbacks and fork hooks, and tells this hook."""
+    others = sys.unraisablehook
+
+    def unraisable(args: Any) -> None:
+        if gate.is_exit(args.exc_value):
+            gate.swallowed()
+        others(args)
+
+    sys.unraisablehook = unraisable
 
 
 gate = Gate(lambda event: None)
 """The process's gate; replaced when the process is armed, and in a forked child."""
 
 
-def renew(tell: Callable[[tuple[str, Any]], None] = lambda event: None) -> Gate:
+def renew(
+    tell: Callable[[tuple[str, Any]], None] = lambda event: None,
+    numbers: Callable[[], dict[str, int]] = dict,
+) -> Gate:
     """Start again with a gate that has seen nothing."""
     global gate
-    gate = Gate(tell)
+    gate = Gate(tell, numbers)
     return gate
 
 
-def step_hook(optimizer: object, args: object, kwargs: object) -> None:
-    """`torch.optim.optimizer.register_optimizer_step_post_hook`: global, after every optimizer's step."""
-    try:
-        g = gate
-        g.thread = _thread.get_ident()
-        g.times.append(monotonic())
-        g.count += 1
-        if g.holding:
-            g.at_step()
-    except Exception as error:
-        failed("step hook", error)
-
-
-# As `torch.compiler.disable` would, which would import the compiler: a compiled step calls the hook, untraced.
-step_hook._torchdynamo_disable = True  # type: ignore[attr-defined]
+def poll() -> bool:
+    """What `autoteardown.stop_requested()` does."""
+    g = gate
+    g.polls += 1
+    if g.holding or g.closed:
+        g.end_of_poll()
+    return g.requested
 
 
 def _running_loop() -> Any:
@@ -258,7 +400,8 @@ class Parking(BaseException):
 
     def __init__(self) -> None:
         super().__init__()
-        gate.hold()
+        if get_ident() not in gate.held:
+            gate.park()
 
 
 os.register_at_fork(after_in_child=guarded(renew))
