@@ -204,7 +204,7 @@ class Rank:
 
     def report(self):
         """The JSON report that it left."""
-        found = list((self.folder.parent / "reports").glob(f"*-{self.pid}.json"))
+        found = list((self.folder.parent / "reports").glob(f"*-{self.pid}-*Z.json"))
         assert len(found) == 1, f"{len(found)} reports: {self.story()}"
         return json.loads(found[0].read_text())
 

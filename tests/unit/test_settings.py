@@ -287,4 +287,5 @@ def test_reading_the_settings_imports_next_to_nothing():
         "autoteardown",
         "autoteardown.settings",
         "autoteardown.switch",
+        "autoteardown.variables",
     ]
