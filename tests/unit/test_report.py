@@ -6,7 +6,10 @@ import os
 import re
 import select
 
+import jsonschema
 import pytest
+import sample_reports as sample
+from schema import SCHEMA, validate_report
 
 from autoteardown.node import folder
 from autoteardown.stop import report
@@ -146,3 +149,44 @@ def test_levels(said, form):
     assert said() == []
     log(form, level="debug").line("x", level="debug")
     assert len(said()) == 1
+
+
+# -- schema --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"outcome": "splendid"},
+        {"outcome": "partial"},  # without a word on why
+        {"schema": 1},
+        {"cause": "boredom"},
+        {"exit_code": -9},
+        {"rank": "0"},
+        {"colour": "red"},
+        {"phases": [{"name": "coffee", "start": 0, "end": 1, "outcome": "ok", "detail": ""}]},
+        {"job": 4711},
+        {"received_at": None},
+    ],
+)
+def test_the_schema_refuses_what_is_no_report(changes):
+    validate_report(sample.report(0, 2))
+    with pytest.raises(jsonschema.ValidationError):
+        validate_report({**sample.report(0, 2), **changes})
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        sample.wedged(1, 2),
+        sample.forced(1, 2),
+        sample.report(1, 2, outcome="partial", why="quiet timed out"),
+        {**sample.report(1, 2), "cause": "lost", "job": None, "steps": None, "rank": None},
+    ],
+)
+def test_the_schema_takes_every_outcome(value):
+    validate_report(value)
+
+
+def test_the_schema_is_a_schema():
+    jsonschema.Draft202012Validator.check_schema(json.loads(SCHEMA.read_text()))
