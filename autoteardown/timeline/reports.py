@@ -14,7 +14,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from autoteardown.cli.stops import Phase, Rank, Stop, group, ranges
+from autoteardown.timeline.stops import Phase, Rank, Stop, group, ranges
 
 SCHEMAS = (1, 2)
 MAX_BYTES = 4 << 20

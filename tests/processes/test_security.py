@@ -16,8 +16,8 @@ import pytest
 import torch.distributed as dist
 from harness import AGENT, LOG_LINE, NONE, environment, free_port
 
-from autoteardown.cli import reports
 from autoteardown.stop import report
+from autoteardown.timeline import reports
 
 NOBODY = 65534
 # What a name must not do: begin a line, look like fields of ours, steer a terminal, leave its folder, break an encoder.

@@ -22,8 +22,9 @@ from browser import look, needs_chromium
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from autoteardown.cli import lanes, page, perfetto, picture, reports, timeline
-from autoteardown.cli.stops import Phase, Rank, Stop, verdict
+from autoteardown.cli import timeline
+from autoteardown.timeline import lanes, page, perfetto, picture, reports
+from autoteardown.timeline.stops import Phase, Rank, Stop, verdict
 
 HOSTILE = """</title></script></pre><script>alert(1)</script>"'><img src=x onerror=alert(2)>&lt;\x1b[31m\u202e\x00"""
 
