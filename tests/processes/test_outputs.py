@@ -81,7 +81,11 @@ def test_report(job, program):
             assert set(report["steps"]) == {"at_signal", "agreed", "stopped_at"}
         else:
             assert report["steps"] is None
-    assert not [path.name for path in job.reports.iterdir() if not re.fullmatch(r".+-\d+\.json", path.name)]
+    assert not [
+        path.name
+        for path in job.reports.iterdir()
+        if not re.fullmatch(r".+-\d+-\d{8}T\d{6}Z\.json", path.name)
+    ]
 
 
 def test_program_in_the_report(job):

@@ -14,9 +14,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from autoteardown.cli.stops import Phase, Rank, Stop, group, ranges
+from autoteardown.timeline.stops import Phase, Rank, Stop, group, ranges
 
-SCHEMA = 1
+SCHEMAS = (1, 2)
 MAX_BYTES = 4 << 20
 # No grace period is a day long: a phase beyond this is a broken clock, and would squash every other bar.
 LONGEST = 86_400.0
@@ -76,13 +76,15 @@ def _rank(file: str, value: Any) -> tuple[Rank, list[str]]:
     """A report's fields, each checked on its own, and the names of those that are missing or unreadable."""
     if not isinstance(value, dict) or "schema" not in value:
         raise ValueError("not a report (no schema)")
-    if value["schema"] != SCHEMA or isinstance(value["schema"], bool):
-        raise ValueError(f"schema {plain(str(value['schema']), 20)}, and this version reads {SCHEMA}")
+    if value["schema"] not in SCHEMAS or isinstance(value["schema"], bool):
+        known = " and ".join(map(str, SCHEMAS))
+        raise ValueError(f"schema {plain(str(value['schema']), 20)}, and this version reads {known}")
     wrong = [name for name in REQUIRED if name not in value]
     given = value.get("steps")
     steps: dict[str, Any] = given if isinstance(given, dict) else {}
     rank = Rank(
         file=file,
+        job=_text(value.get("job")),
         host=_text(value.get("host")) or "?",
         pid=_whole(value.get("pid")),
         rank=_whole(value.get("rank"), most=MOST_RANKS),
@@ -96,6 +98,7 @@ def _rank(file: str, value: Any) -> tuple[Rank, list[str]]:
         stopped_at=_whole(steps.get("stopped_at")),
         stuck=stacks(value.get("stuck")),
         outcome=_text(value.get("outcome")) or "unknown",
+        why=_text(value.get("why")),
         exit_code=_whole(value.get("exit_code"), least=-255),
         grace=_number(value.get("grace")),
     )

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Union
 
-from autoteardown.cli.page import PHASES, esc
-from autoteardown.cli.stops import GLYPH, Phase, Rank, Stop, seconds, verdict, words
+from autoteardown.timeline.page import PHASES, esc
+from autoteardown.timeline.stops import GLYPH, Phase, Rank, Stop, seconds, verdict, words
 
 WIDTH, LEFT, RIGHT, TOP = 1180, 196, 190, 40
 X0, X1 = LEFT, WIDTH - RIGHT

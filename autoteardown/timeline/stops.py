@@ -11,7 +11,12 @@ DEFAULT_GRACE = 25.0
 # process ids of the one before, so that even the same origin can be another stop.
 TOGETHER = 60.0
 SAME_ORIGIN = 600.0
-GLYPH = {"clean": "\N{CHECK MARK}", "aborted": "\N{BLACK UP-POINTING TRIANGLE}", "forced": "\N{BLACK SQUARE}"}
+GLYPH = {
+    "clean": "\N{CHECK MARK}",
+    "partial": "\N{WHITE CIRCLE}",
+    "aborted": "\N{BLACK UP-POINTING TRIANGLE}",
+    "forced": "\N{BLACK SQUARE}",
+}
 NO_GLYPH = "\N{EN DASH}"  # for what a later version reports, and for who left no report
 
 
@@ -45,6 +50,8 @@ class Rank:
     stopped_at: int | None = None
     stuck: str = ""
     outcome: str = "?"
+    why: str = ""
+    job: str = ""
     exit_code: int | None = None
     grace: float | None = None
 
@@ -172,6 +179,7 @@ def _join(stops: list[Stop], part: Stop, window: float) -> bool:
         taken = {r.rank for r in stop.ranks} - {None}
         if (
             stop.ranks[0].program == first.program
+            and len({stop.ranks[0].job, first.job} - {""}) <= 1
             and len(worlds) <= 1
             and not taken & {r.rank for r in part.ranks}
             and (first.received is None or first.received - stop.began <= window)
@@ -199,6 +207,8 @@ def words(stop: Stop, rank: Rank) -> str:
     ]
     out = f"out after {seconds(rank.lasted)}" if all(p.end is not None for p in rank.phases) else ""
     lines.append(", ".join(filter(None, [ending(rank), out, *steps])))
+    if rank.why:
+        lines.append(f"why: {rank.why}")
     for p in rank.phases:
         end = f"{p.end:.3f}" if p.end is not None else "..."
         lines.append(
@@ -242,5 +252,5 @@ def ranges(numbers: list[int]) -> str:
 
 
 def _clean_first(item: tuple[str, int]) -> tuple[int, str]:
-    order = ("clean", "aborted", "forced")
+    order = ("clean", "partial", "aborted", "forced")
     return (order.index(item[0]) if item[0] in order else len(order), item[0])

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from autoteardown.cli import lanes, page
-from autoteardown.cli.stops import Stop
+from autoteardown.timeline import lanes, page
+from autoteardown.timeline.stops import Stop
 
 _BOX = '<rect class="{}" width="14" height="12"/>'
 

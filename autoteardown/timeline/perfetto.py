@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from autoteardown.cli.stops import DEFAULT_GRACE, Rank, Stop, ending
+from autoteardown.timeline.stops import DEFAULT_GRACE, Rank, Stop, ending
 
 Event = dict[str, Any]
 
