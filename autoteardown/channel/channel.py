@@ -16,7 +16,7 @@ from autoteardown.channel import addresses, rendezvous, sockets
 from autoteardown.channel.connection import Connection, Deliver
 from autoteardown.channel.council import Council
 from autoteardown.channel.hub import Hub
-from autoteardown.channel.messages import encode
+from autoteardown.channel.messages import encode, kind_of
 
 if TYPE_CHECKING:
     from autoteardown.rank.loop import Loop
@@ -105,6 +105,13 @@ class Channel:
             self._why = ""
         except Exception as error:
             self._why = f"the store cannot be written to: {type(error).__name__}"
+            assert self._loop is not None
+            self._loop.at(_PUBLISH_AGAIN, lambda: self._publish_again(desk, card))
+
+    def _publish_again(self, desk: rendezvous.Desk, card: rendezvous.Card) -> None:
+        """On the loop thread, which must not wait for a store."""
+        if not self._closed:
+            desk.on_a_thread(lambda: self._publish(desk, card))
 
     # -- for any thread ---------------------------------------------------------------------------------------------
 
@@ -140,7 +147,7 @@ class Channel:
         if self._closed or end is None or loop is None:
             return
         try:
-            copy = json.loads(encode("p", 2**53, kind, value))[3]
+            copy = json.loads(encode("p", 2**53, kind_of(kind), value))[3]
         except Exception as error:
             failed("a message", error)
             return
@@ -201,12 +208,7 @@ def _release(lock: Any) -> None:
 
 
 def close_all(seconds: float = 2.0) -> None:
-    """At exit, last of all: close every channel, and wait for who reads a store just now, at most so long.
-
-    A thread that comes back from C++ to an interpreter that is gone is made to exit by CPython (up to 3.13), and c10d's
-    frames turn that into an abort.
-    """
+    """At exit, last of all: close every channel, and wait for who reads a store just now, at most so many seconds."""
     for channel in list(_open):
         channel.close()
-        if channel._desk is not None:
-            channel._desk.wait(seconds)
+    rendezvous.settle(seconds)

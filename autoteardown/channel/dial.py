@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Callable, Optional
 from autoteardown.channel import sockets
 from autoteardown.channel.messages import Lines, Malformed, encode, name_of, proof, proven, whole
 from autoteardown.channel.sockets import Ended, Stream
+from autoteardown.node.record import printable, text
 
 if TYPE_CHECKING:
     from autoteardown.channel.rendezvous import Card
@@ -47,6 +48,7 @@ class Dial:
         self._loop, self.card, self._hello, self._done = loop, card, hello, done
         self._route = card.route()
         self._tried: dict[int, tuple[Link, str]] = {}  # and the proof that the hub owes us
+        self._greeted: list[tuple[Link, Any]] = []  # with nonces: waiting for their turn
         self._next: Optional[Timer] = None
         self._over = False
         self._why = "it has published no address"
@@ -97,31 +99,45 @@ class Dial:
             while lines:
                 kind, *rest = lines.pop(0)
                 if kind == "hub" and len(rest) == 2 and not self._tried[link.fd][1]:
-                    self._introduce(link, *rest)
+                    self._greet(link, *rest)
                 elif kind == "welcome" and len(rest) == 2 and proven(rest[0], self._tried[link.fd][1] or "-"):
                     self._finish(link, whole(rest[1]), lines, "")
                     return
-                elif kind == "no" and len(rest) == 1 and self._tried[link.fd][1]:
-                    raise Ended(str(rest[0])[:200])
+                elif kind == "no" and len(rest) == 1:
+                    raise Ended(printable(text(rest[0])))
                 else:
                     raise Malformed("not what a hub says")
         except (Ended, Malformed) as error:
             self._drop(link, str(error))
 
-    def _introduce(self, link: Link, name: Any, nonce: Any) -> None:
+    def _greet(self, link: Link, name: Any, nonce: Any) -> None:
         if name_of(name) != self.card.name:
             raise Ended("somebody else listens there")
+        # One at a time: a second hello would end the connection of the first.
+        if any(promised for _, promised in self._tried.values()):
+            self._greeted.append((link, name_of(nonce)))
+        else:
+            self._introduce(link, name_of(nonce))
+
+    def _introduce(self, link: Link, nonce: str) -> None:
         rank, world, member, heard = self._hello
         own = os.urandom(8).hex()
-        said = (name_of(nonce), own, rank, world, member, heard)
+        said = (nonce, own, rank, world, member, heard)
         self._tried[link.fd] = (link, proof(self.card.token, "welcome", *said))
         link.send(encode("hello", own, *self._hello, proof(self.card.token, "hello", *said)))
 
     def _drop(self, link: Link, why: str) -> None:
         self._why = f"{link.where}: {why}"
-        self._tried.pop(link.fd, None)
+        _, promised = self._tried.pop(link.fd)
         self._loop.unwatch(link.fd)
         link.close()
+        self._greeted = [each for each in self._greeted if each[0] is not link]
+        if promised and self._greeted:
+            other, nonce = self._greeted.pop(0)
+            try:
+                self._introduce(other, nonce)
+            except Ended as error:
+                self._drop(other, str(error))
         self._try_next()
 
     def _time_out(self) -> None:

@@ -151,7 +151,7 @@ class Hub:
             except OSError as error:
                 if self._closed or listener.fileno() == -1:
                     return
-                self._note_once(f"cannot accept a connection: {sockets.words(error)}")
+                self._note_once(f"the hub cannot accept a connection: {sockets.words(error)}")
                 self._pause(listener)
                 return
             try:
@@ -175,7 +175,7 @@ class Hub:
         try:
             sockets.keep(sock)
             if self._here + len(self._guests) >= self._room:
-                why = "no file descriptor left for one more rank (the limit is RLIMIT_NOFILE)"
+                why = "the hub has no file descriptor left for one more rank (RLIMIT_NOFILE)"
                 self._note_once(why)
                 peer.send(encode("no", why))
                 raise Ended(why)
@@ -202,12 +202,13 @@ class Hub:
     def _admit(self, peer: Peer, line: list[Any]) -> None:
         """A guest's first line."""
         if len(line) != 7 or line[0] != "hello":
-            raise Malformed("somebody who does not speak as a rank does")
+            raise Malformed("no hello")
         own, rank, world, name = name_of(line[1]), whole(line[2], 1), whole(line[3], 1), name_of(line[4])
         heard = whole(line[5])
         said = (peer.nonce, own, rank, world, name, heard)
         if not proven(line[6], proof(self._card.token, "hello", *said)):
-            raise Malformed("somebody without this group's token")
+            self._note_once("the hub has hung up on somebody without this group's token")
+            raise Ended("no token")
         if world != self._card.world or rank >= world:
             self._refuse(peer, "that is no rank of this group")
         member = self._members.get(rank)
@@ -253,7 +254,9 @@ class Hub:
                     return
             self._pump(peer)
         except Malformed as error:
-            self._drop(peer, f"hung up on {error}" if peer.member is None else f"a line that is {error}")
+            self._drop(
+                peer, "somebody who does not speak as a rank does" if peer.member is None else str(error)
+            )
         except Ended as error:
             self._drop(peer, "" if peer.member is None else str(error))
 
@@ -283,7 +286,7 @@ class Hub:
         self._hang_up(peer)
         if member is None:
             if why:
-                self._note_once(why)
+                self._note_once(f"the hub has hung up on {why}")
         elif not member.left and not self._closed:
             member.mourn = self._loop.at(BACK_WITHIN, lambda: self._count_lost(member))
 
@@ -382,4 +385,4 @@ class Hub:
     def _note_once(self, why: str) -> None:
         if why not in self._noted:
             self._noted.add(why)
-            self._note(f"on the hub's port: {why}")
+            self._note(why)

@@ -17,12 +17,14 @@ import weakref
 from typing import Any, Callable, NamedTuple, Optional
 
 from autoteardown import primitives
+from autoteardown.boundary import failed
 from autoteardown.channel import addresses, sockets
 from autoteardown.channel.messages import Malformed, name_of, whole
 
 KEY = "autoteardown/hub"
 _VERSION = 1
 _LIMIT = 4096
+_STUCK = 1.0  # seconds after which a thread in the store is taken to wait for the program
 
 
 class Card(NamedTuple):
@@ -75,6 +77,10 @@ class Card(NamedTuple):
         return near + far if where == self.here else far
 
 
+class NoCard(Exception):
+    """Why there is none, in words for a person."""
+
+
 def is_loopback(host: str) -> bool:
     """Whether an address leads back to the host itself."""
     return host == "::1" or host.startswith("127.")
@@ -97,6 +103,40 @@ def _root(store: Any) -> Any:
     return store
 
 
+_in_stores: set[object] = set()
+
+
+def _start(errand: Callable[[], object]) -> None:
+    """Do it on a thread that ends with it."""
+    mark = object()
+
+    def run() -> None:
+        try:
+            errand()
+        except Exception as error:
+            failed("to use the store", error)
+        finally:
+            _in_stores.discard(mark)
+
+    _in_stores.add(mark)
+    try:
+        primitives.start_new_thread(run, ())
+    except BaseException:
+        _in_stores.discard(mark)
+        raise
+
+
+def settle(seconds: float) -> None:
+    """Wait until no thread of ours is in a store, at most so long: before the interpreter is finalized.
+
+    A thread that comes back from C++ to an interpreter that is gone is made to exit by CPython (up to 3.13), and c10d's
+    frames turn that into an abort.
+    """
+    end = primitives.monotonic() + seconds
+    while _in_stores and primitives.monotonic() < end:
+        primitives.sleep(0.001)
+
+
 class Desk:
     """The key, for one rank.
 
@@ -112,6 +152,8 @@ class Desk:
         tcp = getattr(sys.modules.get("torch.distributed"), "TCPStore", ())
         self.port: Optional[int] = root.port if isinstance(root, tcp) else None
         self._busy = primitives.allocate_lock()
+        self._since = 0.0  # when it was taken
+        self._cloning = False
 
     def publish(self, card: Card) -> None:
         """Write the key, on this thread. One operation.
@@ -132,45 +174,67 @@ class Desk:
         Returns:
             Whether a thread was started: False while another is still at it.
         """
+        if self.on_a_thread(lambda: self._read(found, self._store())):
+            return True
+        # The program itself waits in that client: for NCCL's unique id, say, until rank 0 comes to its first
+        # collective. That may take long, and another client may not.
+        if primitives.monotonic() - self._since < _STUCK or self._cloning:
+            return False
+        clone = getattr(self._store(), "clone", None)
+        if clone is None:  # torch before 2.8
+            return False
+        self._cloning = True
+
+        def read() -> None:
+            try:
+                self._read(found, clone())
+            finally:
+                self._cloning = False
+
+        _start(read)
+        return True
+
+    def on_a_thread(self, errand: Callable[[], object]) -> bool:
+        """Have a thread do something in the store; False while another is still at it."""
         if not self._busy.acquire(False):
             return False
+        self._since = primitives.monotonic()
+
+        def run() -> None:
+            try:
+                errand()
+            finally:
+                self._busy.release()
+
         try:
-            primitives.start_new_thread(self._read, (found,))
+            _start(run)
         except BaseException:
             self._busy.release()
             raise
         return True
 
-    def wait(self, seconds: float) -> None:
-        """Wait until nobody looks: a thread that comes back from C++ to a finalized interpreter would abort it."""
-        if self._busy.acquire(timeout=seconds):
-            self._busy.release()
-
-    def _read(self, found: Callable[[Optional[Card], str], object]) -> None:
+    def _read(self, found: Callable[[Optional[Card], str], object], store: Any) -> None:
         card, why = None, ""
         try:
-            card = self._card()
-        except LookupError as error:
-            why = str(error.args[0])
+            card = self._card(store)
+        except NoCard as error:
+            why = str(error)
         except Malformed as error:
             why = f"what rank 0 has published is {error}"
-        except BaseException as error:
+        except Exception as error:
             why = f"the store cannot be read: {type(error).__name__}"
-        finally:
-            self._busy.release()
         found(card, why)
 
-    def _card(self) -> Card:
-        store = self._store()
+    def _card(self, store: Any) -> Card:
         if store is None:
-            raise LookupError("the store is gone")
+            raise NoCard("the store is gone")
         if self.port and _hung_up(self.port):
-            raise LookupError("the store's server is gone")
+            raise NoCard("the store's server is gone")
         if not store.check([KEY]):
-            raise LookupError("rank 0 has not published its hub")
+            raise NoCard("rank 0 has not published its hub")
         card = Card.decode(bytes(store.get(KEY)))
         if card.world != self._world:
-            raise LookupError("rank 0 has not published its hub")
+            raise NoCard("rank 0 has not published its hub")
         return card
 
 

@@ -147,6 +147,12 @@ class Stream:
         problem = self._sock.getsockopt(_socket.SOL_SOCKET, _socket.SO_ERROR)
         if problem:
             raise Ended(os.strerror(problem).lower())
+        try:
+            # A port that nobody listens on any more may be the one that the kernel has given to this very socket.
+            if self._sock.getsockname() == self._sock.getpeername():
+                raise Ended("connection refused")
+        except OSError as error:
+            raise Ended(words(error)) from None
 
     def send(self, data: bytes | bytearray) -> None:
         """Hand bytes to the kernel; what it does not take waits for the next call.

@@ -2,8 +2,8 @@
 
     talk.py STORE RANK WORLD
 
-STORE is tcp:HOST:PORT, serve:HOST:PORT (and be the server), file:PATH, hash or none. The council says everything
-that it hears of to everybody.
+STORE is tcp:HOST:PORT, serve:HOST:PORT (and be the server), file:PATH, hash, py:FOLDER or none. The council says
+everything that it hears of to everybody.
 """
 
 import json
@@ -36,6 +36,30 @@ class Council:
         return [(None, kind, [rank, value])]
 
 
+class FolderStore:
+    """As much of a store as the channel needs, without a torch to wait for."""
+
+    def __init__(self, folder):
+        self._folder = folder
+
+    def _path(self, key):
+        return os.path.join(self._folder, key.replace("/", "-"))
+
+    def set(self, key, value):
+        if value and os.path.exists(os.path.join(self._folder, "read-only")):
+            raise RuntimeError("read-only")
+        with open(self._path(key) + str(os.getpid()), "w") as file:
+            file.write(value)
+        os.rename(file.name, self._path(key))
+
+    def check(self, keys):
+        return all(os.path.exists(self._path(key)) for key in keys)
+
+    def get(self, key):
+        with open(self._path(key), "rb") as file:
+            return file.read()
+
+
 _lock = threading.Lock()
 
 
@@ -48,6 +72,8 @@ def open_store(where):
     kind, _, rest = where.partition(":")
     if kind == "none":
         return None
+    if kind == "py":
+        return FolderStore(rest)
     import torch.distributed as dist
 
     if kind == "file":
@@ -69,12 +95,12 @@ def threads():
 def main():
     where, rank, world = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     store = open_store(where)
-    if store is not None:
+    if store is not None and not where.startswith("py:"):
         import torch.distributed as dist
 
         store = dist.PrefixStore("default_pg", store)
     loop = Loop(lambda data: say("signal", list(data)), lambda error: say("deaf", str(error)), lambda: None)
-    channel = None
+    channel, names = None, {}
 
     def deliver(kind, value):
         say("heard", kind, value)
@@ -111,7 +137,8 @@ def main():
             os.closerange(3, 1 << 12)
             say("closed range")
         elif what == "do":
-            exec(rest[0], {"channel": channel, "loop": loop, "say": say, "store": store})
+            names.update(channel=channel, loop=loop, say=say, store=store)
+            exec(rest[0], names)
         elif what == "end":
             channels.close_all()
             return
