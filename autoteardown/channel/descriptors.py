@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import fcntl
 import os
+import termios
 from typing import TYPE_CHECKING, Callable
 
 from autoteardown import primitives
 from autoteardown.boundary import failed
+from autoteardown.channel import sockets
 
 if TYPE_CHECKING:
     from autoteardown.rank.loop import Loop
@@ -22,6 +24,8 @@ SPARE = 256
 """Descriptors that the hub leaves to the program."""
 _SELECT = 1024
 _BATCH = 1024
+
+_not_ours: list[object] = []
 
 
 def afford(wanted: int) -> int:
@@ -64,8 +68,6 @@ def high(fd: int) -> int:
 
 def unsent(fd: int) -> int:
     """Bytes in the kernel that the other end has not acknowledged."""
-    import termios
-
     return int.from_bytes(fcntl.ioctl(fd, termios.TIOCOUTQ, bytes(4)), "little")
 
 
@@ -83,6 +85,7 @@ class Crowd:
         self._epoll = primitives.epoll() if primitives.epoll is not None else None
         if self._epoll is not None:
             self._fd: int = self._epoll.fileno()
+            self._identity = sockets.identity(self._fd)
             loop.watch(self._fd, 1, self._news)  # POLLIN
 
     def watch(self, fd: int, events: int, callback: Callable[[int], object]) -> None:
@@ -113,7 +116,15 @@ class Crowd:
         self._callbacks.clear()
         if self._epoll is not None:
             self._loop.unwatch(self._fd)
-            self._epoll.close()
+            try:
+                known = sockets.identity(self._fd) == self._identity
+            except OSError:
+                known = False
+            if known:
+                self._epoll.close()
+            else:  # the program has closed it, and may have a file of its own there: nobody may close that
+                _not_ours.append(self._epoll)
+                self._epoll = None
 
     def _news(self, events: int) -> None:
         assert self._epoll is not None

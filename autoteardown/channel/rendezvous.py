@@ -11,6 +11,7 @@ that finds nobody, somebody else, or a group that has another process in its pla
 
 from __future__ import annotations
 
+import _socket
 import json
 import sys
 import weakref
@@ -249,8 +250,6 @@ def _hung_up(port: int) -> bool:
 
 
 def _is_over(sock: Any) -> bool:
-    import _socket
-
     try:
         return not sock.recv(1, _socket.MSG_PEEK | _socket.MSG_DONTWAIT)
     except BlockingIOError:
