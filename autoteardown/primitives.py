@@ -16,5 +16,6 @@ get_ident = _thread.get_ident
 monotonic = time.monotonic
 sleep = time.sleep
 poll = select.poll
+epoll = getattr(select, "epoll", None)  # Linux; gevent removes it from the module
 socket = _socket.socket
 socketpair = _socket.socketpair

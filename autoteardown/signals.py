@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from types import FrameType, ModuleType
     from typing import Any, Callable
 
-    from autoteardown.rank.listener import Listener
+    from autoteardown.rank.loop import Loop
 
     Handler = Any
 
@@ -71,7 +71,7 @@ class Tap:
         # What the application believes to be in force, for the signals whose real handler is the trampoline.
         self._handlers: dict[int, Handler] = {}
         self._trampoline = self._on_main_thread  # one object, to be compared by identity
-        self._listener: Listener | None = None
+        self._listener: Loop | None = None
         self._app_fd = -1  # what would be the wake-up fd if the process were not armed
         self._doorbell = Doorbell(module, _failed)
         self._masks: dict[int, set[Any]] = {}
@@ -85,7 +85,7 @@ class Tap:
         return self._own_listener is not None
 
     @property
-    def _own_listener(self) -> "Listener | None":
+    def _own_listener(self) -> "Loop | None":
         """The listener, unless it is only in the parent that forked this process."""
         listener = self._listener
         return listener if listener is not None and listener.here else None
@@ -236,7 +236,7 @@ class Tap:
         if self.armed:
             return
         from autoteardown.boundary import guarded
-        from autoteardown.rank.listener import Listener
+        from autoteardown.rank.loop import Loop
 
         if not self._fork_hooks:
             os.register_at_fork(
@@ -246,7 +246,7 @@ class Tap:
             )
             os.register_at_fork(after_in_child=self._unmask)  # whatever comes of the other
             self._fork_hooks = True
-        self._listener = Listener(self._hear, self._deaf, guarded(on_quiet))
+        self._listener = Loop(self._hear, self._deaf, guarded(on_quiet))
         self._doorbell.settle(self._take_slots)
 
     def _take_slots(self) -> None:

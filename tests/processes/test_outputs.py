@@ -229,8 +229,8 @@ def test_a_cleaner_of_tmp(job):
         """
         import time
         import torch.distributed as dist
-        import autoteardown.rank.listener as listener
-        listener.DAY = 0.2
+        import autoteardown.rank.loop as loop
+        loop.DAY = 0.2
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         print("ready", flush=True)
         while True:
