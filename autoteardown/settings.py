@@ -27,15 +27,19 @@ class Settings:
 
     __slots__ = (
         "abort_timeout",
+        "checkpoint",
         "destroy_timeout",
         "drain_timeout",
         "exit_code",
         "exit_timeout",
         "grace",
+        "handlers",
         "hard",
         "job",
         "log",
         "log_format",
+        "lost",
+        "on_teardown",
         "peer_exit_code",
         "peers",
         "report_dir",
@@ -56,6 +60,10 @@ class Settings:
     peer_exit_code: int
     peers: bool
     stop_at: str  # "step" or "now"
+    handlers: str  # "together" or "alone"
+    lost: float | None  # seconds; None: for ever
+    on_teardown: tuple[tuple[str, str], ...]  # module and function
+    checkpoint: bool
     step_timeout: float
     drain_timeout: float
     destroy_timeout: float

@@ -36,6 +36,10 @@ def _read_signals(text: str) -> tuple[int, ...]:
     for word in text.upper().split(","):
         word = word.strip()
         number = int(word) if word.isdecimal() else by_name.get(word, by_name.get(f"SIG{word}", 0))
+        for first, sign in (("RTMIN", 1), ("RTMAX", -1)):  # SIGRTMIN+3, SIGRTMAX-2
+            base, _, distance = word.replace("SIG", "").partition("+" if sign > 0 else "-")
+            if base == first and distance.isdecimal():
+                number = by_name.get(f"SIG{first}", 0) + sign * int(distance)
         if number not in allowed:
             raise ValueError(word)
         chosen[number] = None
@@ -99,6 +103,22 @@ def _read_job(text: str) -> str | None:
     return None if text in ("", _LAUNCHERS) else text[:200]
 
 
+def _read_lost(text: str) -> float | None:
+    return None if text.lower() == "off" else _read_seconds(text)
+
+
+def _read_callbacks(text: str) -> tuple[tuple[str, str], ...]:
+    if text == "unset":
+        return ()
+    found = []
+    for word in text.split(","):
+        module, colon, name = word.strip().partition(":")
+        if not colon or not all(part.isidentifier() for part in (*module.split("."), *name.split("."))):
+            raise ValueError(word)
+        found.append((module, name))
+    return tuple(found)
+
+
 def _read_runtime_dir(text: str) -> str | None:
     # What tempfile.gettempdir() says in all but odd cases, without importing it.
     tmp = os.environ.get("TMPDIR", "")
@@ -140,6 +160,32 @@ TABLE: dict[str, tuple[str, Callable[[str], object], str, str]] = {
         _word_of("step", "now"),
         "step or now",
         "`step`: every rank stops after the same optimizer step; `now`: at the next bytecode",
+    ),
+    "HANDLERS": (
+        "together",
+        _word_of("together", "alone"),
+        "together or alone",
+        "the application's own handlers run on every rank of the group after the same iteration; `alone`: at once, on "
+        "the signalled rank only, and nobody is told until its time is over",
+    ),
+    "LOST": (
+        "30",
+        _read_lost,
+        f"{_SECONDS}, or off",
+        "seconds that a rank waits, blocked and without progress, for a peer that vanished without a word, before it "
+        "is torn down as a peer; `off`: never",
+    ),
+    "ON_TEARDOWN": (
+        "unset",
+        _read_callbacks,
+        "a comma list of module:function",
+        "called like `on_teardown` callbacks: for programs that must not be changed",
+    ),
+    "CHECKPOINT": (
+        "off",
+        _read_flag,
+        "on or off",
+        "`on`: the framework's own checkpoint is written at the agreed iteration (HF Trainer, Lightning, Accelerate)",
     ),
     "STEP_TIMEOUT": ("8", _read_seconds, _SECONDS, "longest wait for that step"),
     "DRAIN_TIMEOUT": (

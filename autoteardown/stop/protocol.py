@@ -77,6 +77,13 @@ class Stop:
         return "aborted" if self.wedged else "partial" if self.why else "clean"
 
     @property
+    def reason(self) -> str:
+        """Why it is not clean, in words."""
+        if self.outcome == "clean":
+            return ""
+        return self.why or ("a phase timed out" if not self.forced else "the hard deadline")
+
+    @property
     def steps(self) -> Optional[dict[str, Optional[int]]]:
         """As it is in the report; None if this rank does not step."""
         completed = self.heard.get("steps", (None, False))[0]
@@ -377,6 +384,7 @@ class Stop:
         self.blocked = True
         if not self.facts.joined:
             self._end("timeout", now, "blocked in init_process_group")
+            self._fault("blocked in init_process_group")
             return self._enter_exit(now)
         self._end(
             "timeout", now, "a save is still going on" if saving else "the training thread is blocked in C"
@@ -472,6 +480,7 @@ class Stop:
                 self._fault(problem)
         elif self._due:
             self._end("timeout", now, "destroy_process_group does not return")
+            self._fault("destroy_process_group does not return")
             self.wedged = True
         else:
             return False
@@ -481,6 +490,7 @@ class Stop:
 
     def _enter_wedged(self, now: float) -> bool:
         self.wedged = True
+        self._fault(self.phases[-1].detail)
         if "halt" not in self.heard:
             self._say("halt")
         if not self.facts.can_abort:
@@ -540,7 +550,9 @@ class Stop:
         return self._enter("leaving", now, self.limits.exit, phase=False)
 
     def _in_leaving(self, now: float) -> bool:
-        if self._soft and "swallowed" not in self.heard:
+        if "swallowed" in self.heard:
+            self._fault("the program has caught the exit, and was stopped again")
+        elif self._soft:
             if self.heard.get(
                 "saving"
             ):  # Lightning saves on any exception, the one that it leaves with included
