@@ -17,6 +17,7 @@ Environment (all with the prefix `SIMULATED_`):
 
 import contextlib
 import importlib.util
+import json
 import sys
 import types
 
@@ -41,10 +42,35 @@ def install(waitable=True):
     spec.loader.exec_module(extension)
     torch._register_device_module("simulated", _module(torch, waitable))
     if not waitable:
-        torch.accelerator.is_available = lambda: False
-        torch.accelerator.current_accelerator = lambda check_available=False: None
+        del torch.accelerator.synchronize
+    # Where torch keeps the flight recorders of its own backends, and in their format.
+    torch._C._distributed_c10d._dump_simulated_trace_json = _dump_trace
     dist.Backend.register_backend("simulated", extension.create, extended_api=True, devices=["simulated"])
     return sys.modules["torch.simulated"]
+
+
+def _dump_trace(includeCollectives=True, onlyActive=False):
+    """The flight recorder: an entry for each of the last collectives, and each group's counters."""
+    status = {
+        str(number): {"last_enqueued_collective": str(launched), "last_completed_collective": str(ended)}
+        for number, (launched, ended) in enumerate(extension.counters())
+    }
+    trace = {"version": "2.10", "pg_status": status}
+    if includeCollectives:
+        trace["entries"] = [
+            {
+                "pg_id": number,
+                "process_group": [name, ""],
+                "profiling_name": f"simulated:{op.lower()}",
+                "collective_seq_id": seq,
+                "is_p2p": False,
+                "retired": False,
+                "state": state,
+            }
+            for number, name, op, seq, state in extension.records()
+            if state != "completed" or not onlyActive
+        ]
+    return json.dumps(trace).encode()
 
 
 def split_group(ranks):
@@ -77,7 +103,6 @@ def _module(torch, waitable):
     module.stream = _stream
     module.graph = Graph
     module.compute = extension.compute
-    module._records = extension.records
     if waitable:
         module.is_initialized = extension.is_initialized
         module.synchronize = lambda device=None: extension.synchronize()

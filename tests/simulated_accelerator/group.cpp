@@ -18,7 +18,7 @@
 
 #include <algorithm>
 #include <list>
-#include <map>
+#include <tuple>
 #include <thread>
 
 #include "device.h"
@@ -494,21 +494,33 @@ struct SimulatedBackend : Backend {
   }
 };
 
-std::vector<std::map<std::string, std::string>> records() {
-  std::vector<std::map<std::string, std::string>> found;
+std::vector<CommunicatorPtr> communicators() {
   std::lock_guard<std::mutex> lock(all_mutex);
-  for (auto& weak : all_communicators()) {
-    auto communicator = weak.lock();
-    if (!communicator) continue;
-    std::lock_guard<std::mutex> inner(communicator->recording);
-    for (auto& record : communicator->records)
-      found.push_back({{"process_group", communicator->name},
-                       {"op", record->op},
-                       {"seq", std::to_string(record->seq)},
-                       {"state", record->done->done    ? "completed"
-                                 : record->started > 0 ? "started"
-                                                       : "scheduled"}});
+  std::vector<CommunicatorPtr> found;
+  for (auto& weak : all_communicators())
+    if (auto communicator = weak.lock()) found.push_back(communicator);
+  return found;
+}
+
+// (number of the group, its name, operation, sequence number, state), one for each of the last collectives
+using Row = std::tuple<size_t, std::string, std::string, uint64_t, std::string>;
+std::vector<Row> records() {
+  std::vector<Row> rows;
+  auto all = communicators();
+  for (size_t number = 0; number < all.size(); number++) {
+    std::lock_guard<std::mutex> lock(all[number]->recording);
+    for (auto& record : all[number]->records) {
+      const char* state = record->done->done ? "completed" : record->started > 0 ? "started" : "scheduled";
+      rows.emplace_back(number, all[number]->name, record->op, record->seq, state);
+    }
   }
+  return rows;
+}
+
+// For each group: the last collective that was launched, and that has ended.
+std::vector<std::pair<uint64_t, uint64_t>> counters() {
+  std::vector<std::pair<uint64_t, uint64_t>> found;
+  for (auto& communicator : communicators()) found.emplace_back(communicator->launched, communicator->finished);
   return found;
 }
 
@@ -538,6 +550,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using Released = py::call_guard<py::gil_scoped_release>;
   m.def("create", &create);
   m.def("records", &records, Released());
+  m.def("counters", &counters, Released());
   m.def("initialize", &simulated::initialize);
   m.def("is_initialized", &simulated::initialized);
   m.def("synchronize", &simulated::synchronize, Released());
