@@ -7,6 +7,7 @@ each post once. What the hub says is numbered, and a new connection goes on wher
 from __future__ import annotations
 
 import collections
+import functools
 import os
 import random
 from typing import TYPE_CHECKING, Any, Callable, Optional
@@ -60,6 +61,7 @@ class Connection:
         self._doubt: Optional[Timer] = None
         self._mourn: Optional[Timer] = None
         self._tries = 0
+        self._attempts = 0
         self._lost = False
         self._ended = False  # rank 0 has said that it is no more in the group
         self._closed = False
@@ -167,8 +169,6 @@ class Connection:
             # The thread that looks may be stuck in the store for long: then no answer comes, and none is needed.
             self._retry = self._loop.at(_IDLE_WAIT, self._again)
             return
-        heard = self._heard if self._card.name == self._session else 0
-        hello = (self._rank, self._world, self._member, heard)
         done: list[tuple[Any, ...]] = []
 
         def finished(*result: Any) -> None:
@@ -177,11 +177,16 @@ class Connection:
             else:
                 self._dialed(*result)
 
-        dial = Dial(self._loop, self._card, hello, finished)
+        dial = Dial(self._loop, self._card, functools.partial(self._hello, self._card), finished)
         if done:
             self._dialed(*done[0])
         else:
             self._dial = dial
+
+    def _hello(self, card: Card) -> tuple[int, int, str, int, int]:
+        self._attempts += 1
+        heard = self._heard if card.name == self._session else 0
+        return self._rank, self._world, self._member, self._attempts, heard
 
     def _dialed(self, link: Optional[Link], seen: int, lines: list[list[Any]], why: str) -> None:
         self._dial = None

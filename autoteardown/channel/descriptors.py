@@ -66,6 +66,16 @@ def high(fd: int) -> int:
     return moved
 
 
+def make_room(count: int) -> None:
+    """Have the kernel make its table of descriptors long enough at once: in a program with threads, each time takes
+    it a while.
+    """
+    try:
+        os.close(fcntl.fcntl(0, fcntl.F_DUPFD_CLOEXEC, _SELECT + count))
+    except OSError:  # no descriptor 0, or not that many
+        pass
+
+
 def unsent(fd: int) -> int:
     """Bytes in the kernel that the other end has not acknowledged."""
     return int.from_bytes(fcntl.ioctl(fd, termios.TIOCOUTQ, bytes(4)), "little")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
+import functools
 from typing import TYPE_CHECKING, Any, Callable, Optional
 
 from autoteardown.channel import sockets
-from autoteardown.channel.messages import Lines, Malformed, encode, name_of, proof, proven, whole
+from autoteardown.channel.messages import Lines, Malformed, encode, proof, proven, whole
 from autoteardown.channel.sockets import Ended, Stream
 from autoteardown.node.record import printable, text
 
@@ -33,7 +33,7 @@ class Dial:
     Args:
         loop: the rank's.
         card: who to look for, and where.
-        hello: rank, world, member and heard, as the hub wants them.
+        hello: rank, world, member, attempt and heard, as the hub wants them. Each attempt uses up a number.
         done: called once: with a link that has been let in, the posts that the hub has seen and the lines that came
             after its welcome; or with None and the reason why there is none.
     """
@@ -42,13 +42,16 @@ class Dial:
         self,
         loop: Loop,
         card: Card,
-        hello: tuple[int, int, str, int],
+        hello: Callable[[], tuple[int, int, str, int, int]],
         done: Callable[[Optional[Link], int, list[list[Any]], str], object],
     ) -> None:
         self._loop, self.card, self._hello, self._done = loop, card, hello, done
         self._route = card.route()
-        self._tried: dict[int, tuple[Link, str]] = {}  # and the proof that the hub owes us
-        self._greeted: list[tuple[Link, Any]] = []  # with nonces: waiting for their turn
+        self._tried: dict[int, Link] = {}
+        # One of them at a time says hello: the hub takes a second one as the end of the first.
+        self._speaking: Optional[Link] = None
+        self._promised = ""  # the proof that the hub owes it
+        self._arrivals: list[Link] = []  # wait for their turn
         self._next: Optional[Timer] = None
         self._over = False
         self._why = "it has published no address"
@@ -61,7 +64,7 @@ class Dial:
         self._end.cancel()
         if self._next is not None:
             self._next.cancel()
-        for link, _ in self._tried.values():
+        for link in self._tried.values():
             self._loop.unwatch(link.fd)
             link.close()
         self._tried.clear()
@@ -79,70 +82,67 @@ class Dial:
             except OSError as error:
                 self._why = f"{where}: {sockets.words(error)}"
                 continue
-            self._tried[link.fd] = (link, "")
-            self._loop.watch(link.fd, sockets.WRITE, lambda events, link=link: self._arrived(link))  # type: ignore[misc]
+            self._tried[link.fd] = link
+            self._loop.watch(link.fd, sockets.WRITE, functools.partial(self._arrived, link))
             self._next = self._loop.at(_STAGGER, self._try_next)
             return
         if not self._tried:
             self._finish(None, 0, [], self._why)
 
-    def _arrived(self, link: Link) -> None:
+    def _arrived(self, link: Link, events: int) -> None:
         try:
             link.connected()
-            self._loop.watch(link.fd, sockets.READ, lambda events: self._hear(link))
+            self._loop.watch(link.fd, sockets.READ, functools.partial(self._hear, link))
+            if self._speaking is None:
+                self._speak(link)
+            else:
+                self._arrivals.append(link)
         except Ended as error:
             self._drop(link, str(error))
 
-    def _hear(self, link: Link) -> None:
+    def _speak(self, link: Link) -> None:
+        hello = self._hello()
+        self._speaking = link
+        self._promised = proof(self.card.token, "welcome", *hello)
+        link.send(encode("hello", *hello, proof(self.card.token, "hello", *hello)))
+
+    def _hear(self, link: Link, events: int) -> None:
         try:
             lines = link.lines.feed(link.receive())
-            while lines:
-                kind, *rest = lines.pop(0)
-                if kind == "hub" and len(rest) == 2 and not self._tried[link.fd][1]:
-                    self._greet(link, *rest)
-                elif kind == "welcome" and len(rest) == 2 and proven(rest[0], self._tried[link.fd][1] or "-"):
-                    self._finish(link, whole(rest[1]), lines, "")
-                    return
-                elif kind == "no" and len(rest) == 1:
-                    raise Ended(printable(text(rest[0])))
-                else:
-                    raise Malformed("not what a hub says")
+            if not lines:
+                return
+            kind, *rest = lines.pop(0)
+            if kind == "no" and len(rest) == 1:
+                raise Ended(printable(text(rest[0])))
+            # A stranger may listen at an address that was the hub's.
+            if link is not self._speaking or kind != "welcome" or len(rest) != 2:
+                raise Malformed("not what a hub says")
+            if not proven(rest[1], self._promised):
+                raise Malformed("a hub without this group's token")
+            self._finish(link, whole(rest[0]), lines, "")
         except (Ended, Malformed) as error:
             self._drop(link, str(error))
 
-    def _greet(self, link: Link, name: Any, nonce: Any) -> None:
-        if name_of(name) != self.card.name:
-            raise Ended("somebody else listens there")
-        # One at a time: a second hello would end the connection of the first.
-        if any(promised for _, promised in self._tried.values()):
-            self._greeted.append((link, name_of(nonce)))
-        else:
-            self._introduce(link, name_of(nonce))
-
-    def _introduce(self, link: Link, nonce: str) -> None:
-        rank, world, member, heard = self._hello
-        own = os.urandom(8).hex()
-        said = (nonce, own, rank, world, member, heard)
-        self._tried[link.fd] = (link, proof(self.card.token, "welcome", *said))
-        link.send(encode("hello", own, *self._hello, proof(self.card.token, "hello", *said)))
-
     def _drop(self, link: Link, why: str) -> None:
         self._why = f"{link.where}: {why}"
-        _, promised = self._tried.pop(link.fd)
+        self._tried.pop(link.fd)
         self._loop.unwatch(link.fd)
         link.close()
-        self._greeted = [each for each in self._greeted if each[0] is not link]
-        if promised and self._greeted:
-            other, nonce = self._greeted.pop(0)
-            try:
-                self._introduce(other, nonce)
-            except Ended as error:
-                self._drop(other, str(error))
+        if link in self._arrivals:
+            self._arrivals.remove(link)
+        if link is self._speaking:
+            self._speaking = None
+            if self._arrivals:
+                other = self._arrivals.pop(0)
+                try:
+                    self._speak(other)
+                except Ended as error:
+                    self._drop(other, str(error))
         self._try_next()
 
     def _time_out(self) -> None:
         self._route.clear()
-        where = ", ".join(link.where for link, _ in self._tried.values())
+        where = ", ".join(link.where for link in self._tried.values())
         self._finish(None, 0, [], f"{where}: timed out")
 
     def _finish(self, link: Optional[Link], seen: int, lines: list[list[Any]], why: str) -> None:

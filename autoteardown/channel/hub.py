@@ -7,7 +7,6 @@ oldest goes first. Nothing that a guest says gets any further than this module.
 from __future__ import annotations
 
 import collections
-import os
 from typing import TYPE_CHECKING, Any, Callable, Optional
 
 from autoteardown import primitives
@@ -27,8 +26,9 @@ GUESTS = 32
 GUEST_SECONDS = 10.0
 BACK_WITHIN = 2.0
 """Seconds that a rank has to come back after its connection has ended, before it counts as lost."""
+_MANY = 128  # ranks whose connections are not to take the low numbers
 _ACCEPTS = 64  # in a row, before it is the others' turn
-_UNREAD = 1 << 20  # bytes that a member may leave unread
+_FULL, _UNREAD = 1 << 16, 1 << 20  # bytes that wait: no more messages are added; it is given up
 _GLANCE = 0.005  # seconds until the next look at what the kernel has sent
 _PAUSE = 0.5  # seconds without accepting when there is no descriptor to be had
 
@@ -39,7 +39,6 @@ class Peer(Stream):
     def __init__(self, sock: Any) -> None:
         super().__init__(sock)
         self.lines = Lines()
-        self.nonce = os.urandom(8).hex()
         self.since = primitives.monotonic()
         self.member: Optional[Member] = None
         self.told = 0  # index of the last message handed to the kernel
@@ -51,6 +50,7 @@ class Member:
     def __init__(self, rank: int, name: str) -> None:
         self.rank, self.name = rank, name
         self.peer: Optional[Peer] = None
+        self.attempt = 0
         self.seen = 0  # number of its last post
         self.left = False
         self.lost = False
@@ -83,6 +83,7 @@ class Hub:
         self._listeners = [(each, sockets.identity(each.fileno())) for each in listeners]
         self._crowd = descriptors.Crowd(loop, self._tell)
         self._room = descriptors.afford(card.world - 1 + GUESTS)
+        self._many = card.world > _MANY
         self._here = 0  # members that are connected
         self._said = Said()
         self._members: dict[int, Member] = {}
@@ -98,6 +99,8 @@ class Hub:
 
     def start(self) -> None:
         """Let them come."""
+        if self._many:
+            descriptors.make_room(self._card.world)
         for listener, _ in self._listeners:
             self._loop.watch(listener.fileno(), READ, lambda events, each=listener: self._accept(each))  # type: ignore[misc]
         self._happened(0, "joined", None)
@@ -155,7 +158,7 @@ class Hub:
                 self._pause(listener)
                 return
             try:
-                self._welcome(primitives.socket(fileno=descriptors.high(fd)))
+                self._welcome(sockets.accepted(descriptors.high(fd) if self._many else fd))
             except OSError:
                 continue
 
@@ -170,10 +173,8 @@ class Hub:
         self._loop.at(_PAUSE, go_on)
 
     def _welcome(self, sock: Any) -> None:
-        sock.setblocking(False)
         peer = Peer(sock)
         try:
-            sockets.keep(sock)
             if self._here + len(self._guests) >= self._room:
                 why = "the hub has no file descriptor left for one more rank (RLIMIT_NOFILE)"
                 self._note_once(why)
@@ -181,8 +182,7 @@ class Hub:
                 raise Ended(why)
             while len(self._guests) >= self._card.world - 1 - self._here + GUESTS:
                 self._drop(next(iter(self._guests.values())), "too many who do not say who they are")
-            peer.send(encode("hub", self._card.name, peer.nonce))
-        except (OSError, Ended):
+        except Ended:
             peer.close()
             return
         self._guests[peer.fd] = peer
@@ -203,9 +203,9 @@ class Hub:
         """A guest's first line."""
         if len(line) != 7 or line[0] != "hello":
             raise Malformed("no hello")
-        own, rank, world, name = name_of(line[1]), whole(line[2], 1), whole(line[3], 1), name_of(line[4])
-        heard = whole(line[5])
-        said = (peer.nonce, own, rank, world, name, heard)
+        rank, world, name = whole(line[1], 1), whole(line[2], 1), name_of(line[3])
+        attempt, heard = whole(line[4], 1), whole(line[5])
+        said = (rank, world, name, attempt, heard)
         if not proven(line[6], proof(self._card.token, "hello", *said)):
             self._note_once("the hub has hung up on somebody without this group's token")
             raise Ended("no token")
@@ -214,6 +214,8 @@ class Hub:
         member = self._members.get(rank)
         if member is not None and member.name != name:
             self._refuse(peer, "this group has another process in that place")
+        if member is not None and attempt <= member.attempt:
+            self._refuse(peer, "that has been said before")
         del self._guests[peer.fd]
         born = ""
         if member is None:
@@ -228,8 +230,9 @@ class Hub:
             member.mourn.cancel()
         member.peer, peer.member = peer, member
         self._here += 1
+        member.attempt = attempt
         peer.told = min(heard, self._said.last)
-        peer.send(encode("welcome", proof(self._card.token, "welcome", *said), member.seen))
+        peer.put(encode("welcome", member.seen, proof(self._card.token, "welcome", *said)))
         if born:
             self._happened(rank, born, None)
 
@@ -243,8 +246,6 @@ class Hub:
         if peer.closed:
             return
         try:
-            if peer.waiting:
-                peer.send(b"")
             for line in peer.lines.feed(peer.receive()):
                 if peer.member is None:
                     self._admit(peer, line)
@@ -273,7 +274,7 @@ class Hub:
             raise Malformed("not the next post")
         fresh = number > member.seen
         member.seen = max(member.seen, number)
-        peer.send(encode("ack", member.seen))
+        peer.put(encode("ack", member.seen))
         if fresh and kind not in BORN:
             member.left = member.left or kind in FAREWELLS
             self._happened(member.rank, kind, line[3])
@@ -358,10 +359,11 @@ class Hub:
 
     def _pump(self, peer: Peer) -> None:
         if peer.member is not None:
-            while peer.told < self._said.last and not peer.waiting:
+            while peer.told < self._said.last and peer.waiting < _FULL:
                 data, peer.told = self._said.after(peer.told, peer.member.rank)
-                if data:
-                    peer.send(data)
+                peer.send(data)
+        if peer.waiting:
+            peer.send(b"")
         if peer.waiting > _UNREAD:
             raise Ended("it does not read what it is told")
         self._watch(peer)

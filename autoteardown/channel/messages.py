@@ -1,20 +1,20 @@
 """Lines of JSON: what goes over a connection of the channel, as bytes and back. Pure.
 
-Every line is an array that begins with its kind. From the hub:
+Every line is an array that begins with its kind. To the hub:
 
-    ["hub", name, nonce]             the first line: who is here, and what the proof has to be made of
-    ["welcome", proof, seen]         the hub knows the token too, and has the posts up to that number
-    ["no", reason]                   not a rank of this group
+    ["hello", rank, world, member, attempt, heard, proof]
+                                     the first line: who comes (`member` names one life of the rank), for which time,
+                                     and the last index it has heard. The proof holds for this once: attempts grow
+    ["p", number, kind, value]       a post; numbers grow by one
+    ["bye"]                          this rank has left the group
+
+From the hub:
+
+    ["welcome", seen, proof]         the hub knows the token too, and has the posts up to that number
+    ["no", reason]                   not now, or not a rank of this group
     ["m", index, kind, value]        a message; indices grow
     ["ack", number]                  the posts up to that number have come
     ["end"]                          rank 0 has left the group, and the hub is no more
-
-To the hub:
-
-    ["hello", rank, world, member, heard, proof]
-                                     who comes (`member` names one life of the rank), and the last index it has heard
-    ["p", number, kind, value]       a post; numbers grow by one
-    ["bye"]                          this rank has left the group
 """
 
 from __future__ import annotations
@@ -112,8 +112,8 @@ def name_of(value: Json) -> str:
 
 def proof(token: str, *said: str | int) -> str:
     """That whoever says this knows the token, which itself is never sent."""
-    text = "\n".join(str(each) for each in said)
-    return hmac.new(token.encode(), text.encode(), "sha256").hexdigest()
+    text = "\n".join(map(str, said))
+    return hmac.digest(token.encode(), text.encode(), "sha256").hex()
 
 
 def proven(found: Json, expected: str) -> bool:

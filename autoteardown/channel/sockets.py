@@ -42,6 +42,7 @@ def listen(host: str) -> Any:
         listener.setblocking(False)
         if family == _socket.AF_INET6:
             listener.setsockopt(_socket.IPPROTO_IPV6, _socket.IPV6_V6ONLY, 1)
+        keep(listener)  # for those that it accepts
         listener.bind((host, 0))
         listener.listen(4096)
     except BaseException:
@@ -67,6 +68,14 @@ def connect(host: str, port: int) -> Any:
     except BaseException:
         sock.close()
         raise
+    return sock
+
+
+def accepted(fd: int) -> Any:
+    """A connection as a listener of ours gives it: with its options."""
+    sock = primitives.socket(fileno=fd)
+    if _socket.getdefaulttimeout() is not None:  # then a send would wait that long
+        sock.setblocking(False)
     return sock
 
 
@@ -154,6 +163,10 @@ class Stream:
         except OSError as error:
             raise Ended(words(error)) from None
 
+    def put(self, data: bytes) -> None:
+        """Have bytes go out with the next `send`."""
+        self._waiting += data
+
     def send(self, data: bytes | bytearray) -> None:
         """Hand bytes to the kernel; what it does not take waits for the next call.
 
@@ -165,7 +178,7 @@ class Stream:
             waiting += data
             data = waiting
         try:
-            sent = self._sock.send(data) if data else 0
+            sent = self._sock.send(data, _socket.MSG_DONTWAIT) if data else 0
         except BlockingIOError:
             sent = 0
         except OSError as error:
@@ -182,7 +195,7 @@ class Stream:
             Ended: the connection is over.
         """
         try:
-            data: bytes = self._sock.recv(_CHUNK)
+            data: bytes = self._sock.recv(_CHUNK, _socket.MSG_DONTWAIT)
         except BlockingIOError:
             return b""
         except OSError as error:
