@@ -7,9 +7,11 @@ program can have them replaced, and the rest of the agent takes them from here a
 
 import _socket
 import _thread
+import os
 import select
 import time
 
+builtin_function = type(_thread.allocate_lock)
 start_new_thread = _thread.start_new_thread
 allocate_lock = _thread.allocate_lock
 get_ident = _thread.get_ident
@@ -19,3 +21,8 @@ poll = select.poll
 epoll = getattr(select, "epoll", None)  # Linux; gevent removes it from the module
 socket = _socket.socket
 socketpair = _socket.socketpair
+
+
+def on_main_thread() -> bool:
+    """Whether this is the thread that the process began with, or was forked on: the one that Python's signals need."""
+    return _thread.get_native_id() == os.getpid()

@@ -14,16 +14,17 @@ application sees exactly what it would see without us, while underneath
 - the Python-level handler of an eviction signal is one trampoline that asks, when it runs, whose turn it is;
 - the wake-up fd of an armed process stays ours, and every byte is handed on to the fd of the event loop.
 
-A process that is not armed keeps its real default action and its real wake-up fd: there, the stand-ins only remember.
+A process that is not armed keeps its real default action, handlers and wake-up fd: there, the stand-ins only remember.
 Every process of the image that imports `signal` imports this: no module more than it needs, `typing` and `__future__`
 included.
 """
 
 import _thread
-import functools
+import errno
 import os
+import sys
 
-from autoteardown.doorbell import Doorbell
+from autoteardown import standins
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -31,11 +32,12 @@ if TYPE_CHECKING:
     from typing import Any, Callable
 
     from autoteardown.rank.loop import Loop
+    from autoteardown.rank.slots import Slots
 
     Handler = Any
 
 # Handlers that do nothing but raise SystemExit: there is no work of the application's to wait for.
-# Ray's, in workers (`Worker.main_loop`) and drivers (`ray.init`).
+# Ray's, in workers (`Worker.main_loop`) and drivers (`ray.init`); in a driver, abseil's in C beneath it belongs to it.
 _EXIT_ONLY = frozenset({("ray._private.worker", "sigterm_handler")})
 _OWN = 0x80  # marks a byte of the trampoline's; signal numbers end at 64
 _MISSING = object()
@@ -54,7 +56,7 @@ def install(module: "ModuleType") -> "Tap":
 
             signals = settings.load(os.environ)[0].signals
         tap = Tap(module, signals)
-        tap.patch()
+        standins.put(tap, module)
     return tap
 
 
@@ -63,21 +65,25 @@ class Tap:
 
     def __init__(self, module: "ModuleType", signals: "tuple[int, ...]") -> None:
         self.signals = frozenset(signals)
+        self.originals: tuple[Callable[..., Any], ...] = (
+            module.signal,
+            module.getsignal,
+            module.set_wakeup_fd,
+        )
         self._module = module
-        self._signal: Callable[[int, Handler], Handler] = module.signal
-        self._getsignal: Callable[[int], Handler] = module.getsignal
-        self._set_wakeup_fd: Callable[..., int] = module.set_wakeup_fd
-        self._default, self._ignore = module.SIG_DFL, module.SIG_IGN
+        self._signal, self._getsignal, _ = self.originals
+        self._default = module.SIG_DFL
         # What the application believes to be in force, for the signals whose real handler is the trampoline.
         self._handlers: dict[int, Handler] = {}
         self._trampoline = self._on_main_thread  # one object, to be compared by identity
         self._listener: Loop | None = None
-        self._app_fd = -1  # what would be the wake-up fd if the process were not armed
-        self._doorbell = Doorbell(module, _failed)
+        self._slots: Slots | None = None  # as long as torch is not imported
+        self._warn = True  # about the application's wake-up fd
         self._masks: dict[int, set[Any]] = {}
         self._fork_hooks = False
         self._on_signal: Callable[[int], object] = lambda signum: None
         self._on_main: Callable[[int], bool] = lambda signum: False
+        self.failed = _failed
 
     @property
     def armed(self) -> bool:
@@ -90,88 +96,68 @@ class Tap:
         listener = self._listener
         return listener if listener is not None and listener.here else None
 
-    # -- stand-ins ------------------------------------------------------------------------------------------------
+    @property
+    def loop(self) -> "Loop | None":
+        """The thread of an armed process, which reads the wake-up fd, and whatever else the rank has to read."""
+        return self._own_listener
 
-    def patch(self) -> None:
-        """Replace the three functions of the `signal` module."""
-
-        @functools.wraps(self._signal)
-        def signal(signalnum: "Any", handler: "Any") -> "Any":
-            try:
-                return self._set_handler(signalnum, handler)
-            except Exception as error:
-                problem = error
-            # If it was not us, the original raises it again: as itself, and without a traceback of ours.
-            old = self._signal(signalnum, handler)
-            _failed("signal.signal", problem)
-            return old
-
-        @functools.wraps(self._getsignal)
-        def getsignal(signalnum: "Any") -> "Any":
-            try:
-                return self.handler_of(signalnum)
-            except Exception as error:
-                problem = error
-            handler = self._getsignal(signalnum)
-            _failed("signal.getsignal", problem)
-            return handler
-
-        @functools.wraps(self._set_wakeup_fd)
-        def set_wakeup_fd(*args: "Any", **kwargs: "Any") -> int:
-            old = self._set_wakeup_fd(*args, **kwargs)
-            try:
-                listener = self._own_listener
-                if listener is None:
-                    return old
-                # The real call has checked the thread and the fd. A signal that comes before the slot is ours again
-                # reaches us through the trampoline, which runs on this very thread.
-                self._set_wakeup_fd(listener.fd, warn_on_full_buffer=False)
-                old, self._app_fd = self._app_fd, int(args[0] if args else kwargs["fd"])
-            except Exception as error:
-                _failed("signal.set_wakeup_fd", error)
-            return old
-
-        self._module.signal = signal  # type: ignore[attr-defined]
-        self._module.getsignal = getsignal  # type: ignore[attr-defined]
-        self._module.set_wakeup_fd = set_wakeup_fd  # type: ignore[attr-defined]
-        self._doorbell.hang(self.signals)
+    # -- behind the stand-ins -----------------------------------------------------------------------------------------
 
     def handler_of(self, signalnum: "Any") -> "Handler":
         """What `signal.getsignal` would return without us."""
         handler = self._getsignal(signalnum)
         if handler is self._trampoline:
             return self._handlers.get(int(signalnum), self._default)
-        return self._default if self._doorbell.is_handler(handler) else handler
+        return self._default if self._slots and self._slots.doorbell.is_handler(handler) else handler
 
-    def _set_handler(self, signalnum: "Any", handler: "Handler") -> "Handler":
-        if self._doorbell.number and isinstance(signalnum, int) and signalnum == self._doorbell.number:
-            return self._doorbell.set_handler(handler)
-        if not isinstance(signalnum, int) or signalnum not in self.signals or handler is self._trampoline:
+    def set_handler(self, signalnum: "Any", handler: "Handler") -> "Handler":
+        """What `signal.signal` does; raises what it raises."""
+        slots = self._slots
+        if slots is None or not isinstance(signalnum, int) or handler is self._trampoline:
+            return self._signal(signalnum, handler)
+        if signalnum and signalnum == slots.doorbell.number:
+            return slots.doorbell.set_handler(handler)
+        if signalnum not in self.signals:
             return self._signal(signalnum, handler)
         signum, old = int(signalnum), self.handler_of(signalnum)
         # SIG_IGN is obeyed (the kernel drops the signal), and only an armed process needs to hear of a default.
-        if not callable(handler) and not (handler == self._default and self.armed):
-            self._signal(signum, handler)
-            self._handlers.pop(signum, None)
-            return old
+        hears = callable(handler) or (handler == self._default and self.armed)
         before = self._handlers.get(signum, _MISSING)
-        self._handlers[signum] = self._default if handler == self._default else handler
+        if hears:
+            self._handlers[signum] = self._default if handler == self._default else handler
         try:
-            self._signal(signum, self._trampoline)
+            self._signal(signum, self._trampoline if hears else handler)
         except BaseException:  # not the main thread: the same ValueError as from the original
-            if before is _MISSING:
-                del self._handlers[signum]
-            else:
+            if before is not _MISSING:
                 self._handlers[signum] = before
+            elif hears:
+                del self._handlers[signum]
             raise
+        slots.replaced(signum)
+        if not hears:
+            self._handlers.pop(signum, None)
+            slots.prepare_one(signum)
+        return old
+
+    def wakeup_fd_set(self, old: int, new: int, warn: bool) -> int:
+        """The real `set_wakeup_fd` has checked and done it; returns what it would have returned without us."""
+        self._warn = warn
+        listener, slots = self._own_listener, self._slots
+        if listener is None or slots is None:
+            return old
+        # A signal that comes before the slot is ours again reaches us through the trampoline, on this very thread.
+        self.originals[2](listener.fd, warn_on_full_buffer=False)
+        old, slots.app_fd = slots.app_fd, int(new)
         return old
 
     def application_owns(self, signum: int) -> bool:
         """Whether the handler in force is the application's and does more than to leave."""
         handler = self.handler_of(signum)
-        if not callable(handler) or handler is self._module.default_int_handler:
+        if (getattr(handler, "__module__", ""), getattr(handler, "__name__", "")) in _EXIT_ONLY:
             return False
-        return (getattr(handler, "__module__", ""), getattr(handler, "__name__", "")) not in _EXIT_ONLY
+        if self._slots is not None and self._slots.has_c_handler(signum):
+            return True
+        return callable(handler) and handler is not self._module.default_int_handler
 
     # -- the two ways in --------------------------------------------------------------------------------------------
 
@@ -190,24 +176,63 @@ class Tap:
         handler = self._handlers.get(signum, self._default)
         if callable(handler):
             return handler(signum, frame)
+        # Not armed, the kernel does not call us: it was `_thread.interrupt_main`, which does nothing by default. Armed,
+        # a handler in C has it.
+        if listener is None or (self._slots is not None and self._slots.has_c_handler(signum)):
+            return None
         self._signal(signum, self._default)
         os.kill(os.getpid(), signum)
         return None
 
+    def deliver(self, signum: int) -> None:
+        """On the main thread: have the application handle the signal as if it had come now."""
+        slots = self._slots
+        if slots is not None:
+            self._forward(slots, bytes([signum]))
+            slots.chain(signum)
+        handler = self.handler_of(signum)
+        if callable(handler):
+            handler(signum, sys._getframe(1))
+
     def on_main(self, errand: "Callable[[], object]") -> bool:
-        """Have the main thread call `errand` soon; False if it cannot be asked (see `Doorbell.ask`)."""
-        return self._doorbell.ask(errand)
+        """In a teardown: have the main thread call `errand` soon, out of a sleep or a lock if need be.
+
+        Returns:
+            False if it cannot be asked (see `Doorbell.ask`).
+        """
+        return self._slots is not None and self._slots.doorbell.ask(errand)
+
+    def on_main_soon(self, errand: "Callable[[], object]") -> bool:
+        """In a healthy process: have the main thread call `errand` when it comes by, without a signal."""
+        from autoteardown.rank import dispositions
+
+        return dispositions.call_on_main(errand)
 
     def _hear(self, data: bytes) -> None:
         """On the listener thread."""
-        signums = bytes(byte for byte in data if not byte & _OWN and byte != self._doorbell.number)
-        if self._app_fd != -1 and signums:
-            try:
-                os.write(self._app_fd, signums)
-            except OSError:
-                pass
-        for signum in {byte & ~_OWN for byte in data} & self.signals:
-            self._on_signal(signum)
+        slots = self._slots
+        if slots is None:
+            return
+        signums = bytes(byte for byte in data if not byte & _OWN and byte != slots.doorbell.number)
+        deferred = set()
+        for signum in {byte & ~_OWN for byte in data} & self.signals if self.armed else ():
+            if self._on_signal(signum):
+                deferred.add(signum)
+            elif self.application_owns(signum):
+                slots.chain(signum)
+        self._forward(slots, bytes(signum for signum in signums if signum not in deferred))
+
+    def _forward(self, slots: "Slots", signums: bytes) -> None:
+        """To the wake-up fd of the application."""
+        if slots.app_fd == -1 or not signums:
+            return
+        try:
+            os.write(slots.app_fd, signums)
+        except OSError as error:
+            if self._warn or error.errno not in (errno.EAGAIN, errno.EWOULDBLOCK):
+                from autoteardown.rank import unraisable
+
+                unraisable.wakeup_write_failed(error)
 
     def _deaf(self, error: Exception) -> None:
         """On the listener thread: it must not keep what event loops wait for."""
@@ -215,6 +240,19 @@ class Tap:
         self.disarm()
 
     # -- arming ------------------------------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """As torch is imported: what only the main thread can do for a rank, in case init is called on another."""
+        from autoteardown.rank.slots import Slots
+
+        if self._slots is None:
+            self._slots = Slots(self._module, self.signals, self._handlers, self._trampoline, self.originals)
+        self._slots.prepare()
+
+    @property
+    def late(self) -> bool:
+        """Whether it still waits for the main thread to come by for that: a signal may find the default action."""
+        return self._slots is None or not self._slots.ready
 
     def arm(
         self,
@@ -225,7 +263,8 @@ class Tap:
         """Listen from now on. May be called on any thread.
 
         Args:
-            on_signal: called on the listener thread with the number of each eviction signal; must not raise.
+            on_signal: called on the listener thread with the number of each eviction signal; must not raise. Returns
+                whether the application is to hear of it later, through `deliver`.
             on_main: called on the main thread, at a bytecode boundary; True if the agent deals with the signal.
             on_quiet: called on the listener thread after each day without a signal.
 
@@ -234,9 +273,14 @@ class Tap:
         """
         self._on_signal, self._on_main = on_signal, on_main
         if self.armed:
+            self.look_again()
             return
         from autoteardown.boundary import guarded
         from autoteardown.rank.loop import Loop
+
+        def quiet() -> None:
+            self.look_again()
+            on_quiet()
 
         if not self._fork_hooks:
             os.register_at_fork(
@@ -246,42 +290,33 @@ class Tap:
             )
             os.register_at_fork(after_in_child=self._unmask)  # whatever comes of the other
             self._fork_hooks = True
-        self._listener = Loop(self._hear, self._deaf, guarded(on_quiet))
-        self._doorbell.settle(self._take_slots)
+        if self._slots is None:
+            self.prepare()
+        self._listener = listener = Loop(self._hear, self._deaf, guarded(quiet))
+        assert self._slots is not None
+        self._slots.take(listener)
+        self._interrupt_main(True)
 
-    def _take_slots(self) -> None:
-        listener = self._own_listener
-        if listener is not None:
-            old = self._set_wakeup_fd(listener.fd, warn_on_full_buffer=False)
-            self._app_fd = old if old != listener.fd else self._app_fd
-            self._take_handlers()
+    def look_again(self) -> "list[int]":
+        """Any thread, a few system calls: take back what C code has taken from an armed process.
 
-    def _take_handlers(self) -> None:
-        """Put the trampoline in place, but leave a SIG_IGN alone."""
-        for signum in self.signals:
-            handler = self._getsignal(signum)
-            if handler is not self._trampoline and handler != self._ignore:
-                # None: somebody's C-level handler (Ray's drivers: it aborts the process after 3 s,
-                # ray-project/ray#64830). It cannot be called from here; the agent takes its place.
-                self._handlers[signum] = self._default if handler is None else handler
-                self._signal(signum, self._trampoline)
+        Returns:
+            The signals that it would not have heard.
+        """
+        return self._slots.look_again() if self._slots is not None and self.armed else []
 
     def disarm(self) -> None:
         """Give handlers and wake-up fd back and end the listener. May be called on any thread."""
         listener = self._own_listener
-        if listener is None:
+        if listener is None or self._slots is None:
             return
         self._listener = None
-        self._doorbell.settle(self._give_slots_back)
-        listener.close()
+        self._interrupt_main(False)
+        self._slots.give_back(self._warn)
 
-    def _give_slots_back(self) -> None:
-        if self._listener is None:
-            self._set_wakeup_fd(self._app_fd)
-            self._app_fd = -1
-            for signum in self.signals:
-                if self._getsignal(signum) is self._trampoline:
-                    self._signal(signum, self._handlers.pop(signum, self._default))
+    def _interrupt_main(self, armed: bool) -> None:
+        real = getattr(_thread.interrupt_main, "_original", _thread.interrupt_main)
+        _thread.interrupt_main = standins.interrupt_main(self, real) if armed else real
 
     # -- fork --------------------------------------------------------------------------------------------------------
 
@@ -299,14 +334,12 @@ class Tap:
     def _after_fork_in_child(self) -> None:
         """Children are not ranks: the child gets back what it would have had without us (F10)."""
         listener, self._listener = self._listener, None
-        self._doorbell.forget()
-        try:
+        if self._slots is not None:
+            self._slots.forget()
             if listener is not None:
-                self._set_wakeup_fd(-1)
+                self._interrupt_main(False)
                 listener.forget()
-                self._give_slots_back()
-        except (OSError, ValueError):  # the event loop's fd is gone: so be it
-            pass
+                self._slots.give_back(self._warn)
 
 
 def _failed(what: str, error: BaseException) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Optional, Protocol
 
-BORN = frozenset({"joined", "lost", "back", "bye", "tick"})
+BORN = frozenset({"joined", "lost", "back", "bye", "closed", "tick"})
 """Kinds that the hub itself makes; a rank that posts one is not listened to."""
 FAREWELLS = frozenset({"left"})
 """Kinds after which a rank whose connection ends is not lost."""
@@ -22,9 +22,9 @@ class Council(Protocol):
         Args:
             rank: whose; of no meaning for `tick`.
             kind: what that rank has posted, or one of `BORN`: `joined` (for the first time), `lost` (its connection
-                ended without a farewell, and it has not come back), `back` (it has after all), `bye` (it has left
-                the group), `tick`.
-            value: as posted; None for what the hub makes. Nobody has checked it.
+                ended without a farewell, and it has not come back; value: whether its process is known to be dead),
+                `back` (it has after all), `bye` (it has left the group), `closed` (after a farewell), `tick`.
+            value: as posted; None for what else the hub makes. Nobody has checked it.
             now: monotonic time in seconds.
 
         Returns:

@@ -7,6 +7,8 @@ oldest goes first. Nothing that a guest says gets any further than this module.
 from __future__ import annotations
 
 import collections
+import errno
+import os
 from typing import TYPE_CHECKING, Any, Callable, Optional
 
 from autoteardown import primitives
@@ -30,6 +32,7 @@ _MANY = 128  # ranks whose connections are not to take the low numbers
 _ACCEPTS = 64  # in a row, before it is the others' turn
 _FULL, _UNREAD = 1 << 16, 1 << 20  # bytes that wait: no more messages are added; it is given up
 _GLANCE = 0.005  # seconds until the next look at what the kernel has sent
+_GONE = ("closed by the other end", *(os.strerror(code).lower() for code in (errno.ECONNRESET, errno.EPIPE)))
 _PAUSE = 0.5  # seconds without accepting when there is no descriptor to be had
 
 
@@ -289,7 +292,13 @@ class Hub:
             if why:
                 self._note_once(f"the hub has hung up on {why}")
         elif not member.left and not self._closed:
-            member.mourn = self._loop.at(BACK_WITHIN, lambda: self._count_lost(member))
+            # A live process whose line drops comes back at once: the kernel has closed a dead one's. Of one that is
+            # only silent nobody knows.
+            dead = why in _GONE
+            member.mourn = self._loop.at(BACK_WITHIN, lambda: self._count_lost(member, dead))
+        elif member.left and not self._closed:
+            self._happened(member.rank, "closed", None)
+            self._tell_soon()
 
     def _hang_up(self, peer: Peer) -> None:
         if peer.member is None:
@@ -300,10 +309,10 @@ class Hub:
         self._crowd.unwatch(peer.fd)
         peer.close()
 
-    def _count_lost(self, member: Member) -> None:
+    def _count_lost(self, member: Member, dead: bool) -> None:
         if member.peer is None and not member.left and not member.lost:
             member.lost = True
-            self._happened(member.rank, "lost", None)
+            self._happened(member.rank, "lost", dead)
             self._tell_soon()
 
     # -- the council ------------------------------------------------------------------------------------------------

@@ -13,14 +13,24 @@ import sys
 from typing import Any, Callable, NamedTuple
 
 from autoteardown.rank.collectives import evidence, progress, sequence_numbers, stuck_collective, watchdog
-from autoteardown.rank.devices import Problem, accelerators, drain, line, unwaitable
+from autoteardown.rank.devices import (
+    Problem,
+    accelerators,
+    current_devices,
+    devices_of,
+    drain,
+    line,
+    unwaitable,
+)
 
 __all__ = [
     "World",
     "abort",
     "accelerators",
     "can_abort",
+    "current_devices",
     "destroy",
+    "devices_of",
     "drain",
     "evidence",
     "groups",

@@ -1,4 +1,4 @@
-"""What is to be called in a stop: given in code (`autoteardown.on_teardown`) or by name (`AUTOTEARDOWN_ON_TEARDOWN`)."""
+"""What is to be called in a stop: given by `autoteardown.on_teardown` or by name, by `AUTOTEARDOWN_ON_TEARDOWN`."""
 
 from __future__ import annotations
 

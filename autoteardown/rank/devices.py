@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Callable, Optional
 
 Problem = Optional[str]
@@ -76,6 +78,30 @@ def drain() -> Problem:
                 else:
                     problems.append(f"{name}: {text}")
     return "; ".join(problems) or None
+
+
+def current_devices() -> dict[str, int]:
+    """The current device of this thread, of each kind that is in use."""
+    torch = sys.modules.get("torch")
+    found = {}
+    for name in accelerators():
+        try:
+            found[name] = int(getattr(torch, name).current_device())
+        except Exception:  # not every kind has one
+            continue
+    return found
+
+
+@contextmanager
+def devices_of(current: dict[str, int]) -> Iterator[None]:
+    """Make these the current devices of this thread, which is one of ours: else each is the first of its kind."""
+    torch = sys.modules.get("torch")
+    for name, index in current.items():
+        try:
+            getattr(torch, name).set_device(index)
+        except Exception:
+            continue
+    yield
 
 
 def bound_devices() -> dict[str, set[Optional[int]]]:

@@ -6,7 +6,6 @@ thread may hold while it is frozen, and nothing raised but the SystemExit that e
 
 from __future__ import annotations
 
-import _thread
 import ctypes
 import os
 import sys
@@ -34,15 +33,19 @@ class Gate:
     Args:
         tell: called with an event and its value; must be safe at any bytecode (`SimpleQueue.put` is).
         numbers: the sequence numbers of the groups' collectives.
+        devices: which device of each kind is the current one of the calling thread.
     """
 
     def __init__(
-        self, tell: Callable[[tuple[str, Any]], None], numbers: Callable[[], dict[str, int]] = dict
+        self,
+        tell: Callable[[tuple[str, Any]], None],
+        numbers: Callable[[], dict[str, int]] = dict,
+        devices: Callable[[], dict[str, int]] = dict,
     ) -> None:
         self.clock = Clock()
         self.polls = 0  # of `stop_requested()`: the clock of a program that polls
         self.times: deque[float] = deque(maxlen=9)  # of the last ends of iterations
-        self.longest = 0.0  # seconds between two of them, at most
+        self.devices: dict[str, int] = {}  # the current ones of the training thread when it stopped
         self.thread: Optional[int] = None  # the thread that steps; else the one that called init
         self.holding = False
         self.closed = False
@@ -52,7 +55,7 @@ class Gate:
         self.loop: Any = None  # the event loop of that thread
         self.saves = savers.Saves()
         self._tell = tell
-        self._numbers = numbers
+        self._numbers, self._devices = numbers, devices
         self._last: Optional[int] = None
         self._until: dict[str, int] = {}
         self._resumed = False
@@ -69,7 +72,6 @@ class Gate:
         self.clock = Clock()
         self.polls = 0
         self.times.clear()
-        self.longest = 0.0
 
     # -- asked by the guard ---------------------------------------------------------------------------------------
 
@@ -103,6 +105,11 @@ class Gate:
         times = list(self.times)
         gaps = sorted(later - earlier for earlier, later in zip(times, times[1:]))
         return gaps[len(gaps) // 2] if gaps else None
+
+    def longest(self) -> float:
+        """Seconds of the longest of them."""
+        times = list(self.times)
+        return max((later - earlier for earlier, later in zip(times, times[1:])), default=0.0)
 
     def idle(self) -> float:
         """Seconds since the last end of an iteration; 0 before the first."""
@@ -189,10 +196,7 @@ class Gate:
 
     def end_of_iteration(self) -> None:
         """In the hook, after the iteration was counted. A program that polls stops in its polls."""
-        now = monotonic()
-        if self.times:
-            self.longest = max(self.longest, now - self.times[-1])
-        self.times.append(now)
+        self.times.append(monotonic())
         self.thread = get_ident()
         if (self.holding or self.closed) and not self.polls:
             self._stop_here(self.thread)
@@ -213,6 +217,7 @@ class Gate:
         if self._until and not self.closed and not _reached(self._numbers(), self._until):
             return
         told: Optional[int] = None
+        self.devices = self._devices()
         self.held.add(ident)
         while not (self.closed or self._resumed):
             last, count = self._last, self.count
@@ -303,10 +308,11 @@ class Gate:
     def enter_save(self, collective: bool = False) -> None:
         """A save begins on this thread; `collective`: it needs the other ranks."""
         ident = get_ident()
-        if self.closed and not self.shielded(ident):
-            # Its group may be gone: a rank that saves alone then overwrites a good checkpoint with its own part.
-            if not self.left(ident) or collective or not self.on_way_out():
-                self.park()
+        # Once it has left, its group may be gone: a rank that saves alone then overwrites a good checkpoint with its
+        # own part. What a program saves for itself on its way out is left alone.
+        legitimate = self.left(ident) and not collective and self.on_way_out()
+        if self.closed and not legitimate and not self.shielded(ident):
+            self.park()
         self.saves.enter(ident)
 
     def leave_save(self) -> None:
@@ -358,10 +364,11 @@ gate = Gate(lambda event: None)
 def renew(
     tell: Callable[[tuple[str, Any]], None] = lambda event: None,
     numbers: Callable[[], dict[str, int]] = dict,
+    devices: Callable[[], dict[str, int]] = dict,
 ) -> Gate:
     """Start again with a gate that has seen nothing."""
     global gate
-    gate = Gate(tell, numbers)
+    gate = Gate(tell, numbers, devices)
     return gate
 
 

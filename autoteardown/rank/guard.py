@@ -104,7 +104,9 @@ class Guard:
         channel, self.channel = self.channel, None
         if channel is None:
             return
-        if self.teardown is not None:  # the application ends by itself, in its own time: the others need not wait
+        if (
+            self.teardown is not None
+        ):  # the application ends by itself, in its own time: the others need not wait
             channel.post("left")
             channel.flush(_GOODBYE)
         channel.close()

@@ -20,8 +20,13 @@ _MARK = "_autoteardown_wrapped"
 
 def register() -> None:
     """Hook torch: now where its modules are imported already, else as they are imported. Idempotent."""
+    import signal
+
     import wrapt
 
+    from autoteardown import signals
+
+    guarded(signals.install(signal).prepare)()
     for name, patch in (
         ("torch.distributed.distributed_c10d", _patch_c10d),
         ("torch.serialization", _patch_serialization),
@@ -83,17 +88,17 @@ def _wrap_destroy(real: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _patch_serialization(module: ModuleType) -> None:
-    _patch(module, "save", _wrap_save, "torch")
+    _patch(module, "save", functools.partial(_wrap_save, False), "torch")
 
 
 def _patch_checkpoint(module: ModuleType) -> None:
     for name in ("save", "save_state_dict", "async_save"):
-        _patch(module, name, _wrap_save, "torch.distributed.checkpoint")
+        _patch(module, name, functools.partial(_wrap_save, True), "torch.distributed.checkpoint")
 
 
-def _wrap_save(real: Callable[..., Any]) -> Callable[..., Any]:
+def _wrap_save(collective: bool, real: Callable[..., Any]) -> Callable[..., Any]:
     def save(*args: Any, **kwargs: Any) -> Any:
-        gate = _enter_save()
+        gate = _enter_save(collective)
         try:
             result = real(*args, **kwargs)
             _save_returned(gate, result)
@@ -105,12 +110,11 @@ def _wrap_save(real: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @guarded
-def _enter_save() -> Any:
-    from autoteardown.rank import training
+def _enter_save(collective: bool) -> Any:
+    from autoteardown.rank import gate
 
-    gate = training.gate
-    gate.enter_save()
-    return gate
+    gate.gate.enter_save(collective)
+    return gate.gate
 
 
 @guarded
@@ -118,7 +122,7 @@ def _save_returned(gate: Any, result: Any) -> None:
     # dcp.async_save: a future, or (2.9 and later, on request) an object with two of them.
     future = getattr(result, "upload_completion", result)
     if gate is not None and hasattr(future, "add_done_callback"):
-        gate.background_save(future)
+        gate.saves.in_background(future)
 
 
 @guarded
@@ -144,7 +148,7 @@ def _wrap_worker_handlers(real: Callable[..., Any]) -> Callable[..., Any]:
 def _in_worker() -> None:
     from autoteardown.rank import workers
 
-    workers.stay_with_parent()
+    workers.stand_apart()
 
 
 # -- what the wrapped init and destroy do -----------------------------------------------------------------------------
@@ -177,6 +181,7 @@ def _joined() -> None:
 
     if guard.guard is not None:
         guard.guard.join()
+        guard.guard.tap.look_again()  # communication libraries set handlers of their own
 
 
 @guarded

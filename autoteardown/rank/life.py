@@ -55,7 +55,7 @@ class Life:
             seen = now - self._since
             waited = max(seen, gate.idle()) if seen > 0.1 else seen
             return waited > (_STOPPING if gate.closed else max(_FOR_PEERS, 5 * step))
-        return now - self._since > max(_ELSEWHERE, 5 * step, 3 * gate.longest)
+        return now - self._since > max(_ELSEWHERE, 5 * step, 3 * gate.longest())
 
     def _moved(self, now: float) -> bool:
         position, seen = threads.position(self._gate.thread), self._progress()

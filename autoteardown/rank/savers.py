@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Optional
 
-from autoteardown.primitives import monotonic
+from autoteardown.primitives import get_ident, monotonic
 from autoteardown.rank import threads
 
 _MOMENT = 0.5  # seconds after a save in which another may follow it, at least
@@ -56,6 +57,16 @@ class Saves:
         now = monotonic()
         took = now - self._began.get(ident, now)
         self._moment[ident] = now + min(_LONGEST_MOMENT, max(_MOMENT, took))
+
+    @contextmanager
+    def on_this_thread(self) -> Iterator[None]:
+        """Whatever this thread does, it is saving."""
+        ident = get_ident()
+        self.enter(ident)
+        try:
+            yield
+        finally:
+            self.leave(ident)
 
     def in_background(self, future: Any) -> None:
         """A save goes on until `future` is done."""

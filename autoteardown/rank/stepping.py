@@ -51,7 +51,9 @@ def any_optimizer() -> bool:
     kinds = [optimizer.Optimizer] if optimizer is not None else []
     while kinds:
         kind = kinds.pop()
-        if "step" in vars(kind) and getattr(kind.step, "hooked", False):  # set by the first instance's __init__
+        if "step" in vars(kind) and getattr(
+            kind.step, "hooked", False
+        ):  # set by the first instance's __init__
             return True
         kinds += kind.__subclasses__()
     return False
@@ -111,7 +113,7 @@ def _watch_backward() -> None:
 
     backward._autoteardown_wrapped = True  # type: ignore[attr-defined]
     backward._torchdynamo_disable = True  # type: ignore[attr-defined]
-    autograd.backward = backward
+    autograd.backward = backward  # type: ignore[attr-defined]
 
 
 def _backward_over() -> None:

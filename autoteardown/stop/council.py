@@ -7,7 +7,7 @@ A rank says: `tell` (a dict: who is being evicted, and how long it has `left`), 
 owner]`), `plan_now`, `at` (`[iteration, round, numbers]`), `still` (`[whether it waits without progress, round,
 numbers]`), `ready` (round: it knows where to stop), `saving` (whether it saves), `arrived` (its device is idle at the
 agreed iteration), `halt`, `over` (the time of its application is), `wedged`, `quiet` (whether clean), `left`. Its
-connection says: `joined`, `lost` (whether it is known to be dead), `back`, `closed` (after `left`). `numbers` are the
+connection says: `lost` (whether it is known to be dead), `back`, `bye`, `closed` (after `left`). `numbers` are the
 sequence numbers of the groups' collectives where hosts run ahead of devices, else empty.
 
 It is told: `notice`, `plan` (`{"stop": iteration or None, "owned": bool, "why": words}`), `more` (`{"round": n,
@@ -18,6 +18,7 @@ It is told: `notice`, `plan` (`{"stop": iteration or None, "owned": bool, "why":
 
 from __future__ import annotations
 
+from math import inf
 from typing import Any, Optional
 
 Told = list[tuple[Optional[int], str, Any]]
@@ -29,13 +30,13 @@ class Council:
     """Of a group with so many ranks; `hub` is the rank in whose process it is."""
 
     def __init__(self, world: int, hub: int = 0) -> None:
+        self.wake = inf  # decides nothing by the clock
         self.world = world
         self.hub = hub
         self.lost: set[int] = set()
         self._dead: set[int] = set()  # who is known not to run any more
         self._left: set[int] = set()
         self._said: dict[str, Any] = {}  # to all
-        self._history: Told = []
         self._answers: dict[int, tuple[Optional[int], bool, bool]] = {}
         self._owners: set[int] = (
             set()
@@ -55,20 +56,22 @@ class Council:
         self._quiet: dict[int, bool] = {}
         self._out: Told = []
 
-    def on(self, rank: int, kind: str, value: Any = None) -> Told:
-        """Take in what a rank has said, or its connection; return who is to be told what. `None`: everybody."""
+    def on(self, rank: int, kind: str, value: Any = None, now: float = 0.0) -> Told:
+        """Take in what a rank has said, or its connection; return who is to be told what. `None`: everybody.
+
+        What does not make sense is not heard: whoever has the group's token could say anything.
+        """
         self._out = []
         hear = getattr(self, "_hear_" + kind, None)
         if hear is not None and 0 <= rank < self.world:
-            hear(rank, value)
+            try:
+                hear(rank, value)
+            except (TypeError, ValueError, KeyError, IndexError, AttributeError):
+                return self._out
             self._decide()
         return self._out
 
     # -- what is heard ------------------------------------------------------------------------------------------
-
-    def _hear_joined(self, rank: int, _: Any) -> None:
-        self._hear_back(rank, None)
-        self._out += [(rank, kind, value) for _, kind, value in self._history]
 
     def _hear_lost(self, rank: int, dead: Any) -> None:
         if rank not in self._left and rank not in self.lost:
@@ -76,6 +79,10 @@ class Council:
             self._out.append((None, "lost", rank))
         if dead:
             self._dead.add(rank)
+
+    def _hear_bye(self, rank: int, _: Any) -> None:
+        self._hear_left(rank, None)  # its process group is gone, or its process is at its end
+        self._dead.add(rank)
 
     def _hear_closed(self, rank: int, _: Any) -> None:
         self._dead.add(rank)
@@ -147,7 +154,6 @@ class Council:
         """Everybody, and once."""
         if kind not in self._said:
             self._said[kind] = value
-            self._history.append((None, kind, value))
             self._out.append((None, kind, value))
 
     def _plan(self, stop: Optional[int], why: str = "") -> None:

@@ -186,7 +186,9 @@ class Teardown:
         if self.cause == "peer":
             return f"a peer is being evicted: rank {self.origin.get('rank')} on {self.origin.get('host')}"
         if self.cause == "lost":
-            return f"rank {self.origin.get('rank')} is lost, and this one has waited {settings.lost:g}s for it"
+            return (
+                f"rank {self.origin.get('rank')} is lost, and this one has waited {settings.lost:g}s for it"
+            )
         name = signal_name(self.signum) if self.signum else "?"
         if self._owner and settings.yield_seconds:
             return f"{name}: the application ends by itself, and has {settings.yield_seconds:g}s"
@@ -215,7 +217,16 @@ class Teardown:
 
     def _do_drain(self, _: Any) -> None:
         self.hands.mark(state="parked")
-        self._work("drained", self.hands.drain)
+        self._work("drained", self._drain)
+
+    def _drain(self) -> Any:
+        problem = self.hands.drain()
+        # Asked again: some turn out to be when they are waited for.
+        unwaitable = self.hands.facts(self.cause).unwaitable
+        if unwaitable:
+            self.hands.events.put(("unwaitable", unwaitable))
+            self.hands.events.put(("fault", f"nobody can wait for this device: {unwaitable}"))
+        return problem
 
     def _do_callbacks(self, budget: float) -> None:
         self._work("called", lambda: self.hands.call_back(self.say))

@@ -32,8 +32,10 @@ class Hands(Protocol):
     settings: Settings
     log: Log
     events: _queue.SimpleQueue[tuple[str, Any]]
-    alone: str
-    """Why the peers of this rank cannot be told, in words; empty if they can."""
+
+    @property
+    def alone(self) -> str:
+        """Why the peers of this rank cannot be told, in words; empty if they can."""
 
     def facts(self, cause: str) -> Facts:
         """What is true of this rank now."""
@@ -92,5 +94,5 @@ class Hands(Protocol):
     def leave(self, exit_code: int) -> None:
         """Have the program's threads leave with SystemExit."""
 
-    def swallowed(self) -> bool:
+    def swallowed(self) -> None:
         """Have the main thread look again, if it should have left by now."""

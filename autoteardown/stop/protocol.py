@@ -442,7 +442,7 @@ class Stop:
             # Nobody to wait for, or (gloo) nobody who minds: its destroy is not collective.
             self._end("skipped", now, "no peers" if self.facts.world == 1 else "peers are not asked")
             return self._release(now, everyone=True)
-        if "quiet" in self.heard and not self.facts.unwaitable:
+        if "quiet" in self.heard and not (self.facts.unwaitable or "unwaitable" in self.heard):
             clean = bool(self.heard["quiet"])
             self._end("ok", now, "" if clean else "a peer was wedged or lost")
             if not clean:

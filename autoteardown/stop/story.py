@@ -28,6 +28,7 @@ class Story(NamedTuple):
 
     def as_dict(self) -> dict[str, Any]:
         """The JSON report, schema 2."""
+        why = {"why": self.why} if self.why else {}
         return {
             **self.identity,
             "cause": self.cause,
@@ -39,7 +40,7 @@ class Story(NamedTuple):
             "steps": self.steps,
             "stuck": self.stuck,
             "outcome": self.outcome,
-            "why": self.why or None,
+            **why,
             "exit_code": self.exit_code,
         }
 
@@ -55,7 +56,9 @@ class Story(NamedTuple):
         place = f"rank {self.identity['rank']} of {self.identity['world_size']}"
         lines = [f"autoteardown: {place}, {self.opening}"]
         for phase in self.phases:
-            lines.append(f"+{phase['start']:.2f}s {phase['name']}: {phase['outcome']} {phase['detail']}".rstrip())
+            lines.append(
+                f"+{phase['start']:.2f}s {phase['name']}: {phase['outcome']} {phase['detail']}".rstrip()
+            )
         lines.append(f"+{self.seconds:.2f}s {self.summary()}")
         for entry in self.stuck[-4:]:
             lines.append(f"{entry['when']}, thread {entry['thread']}: " + " < ".join(entry["frames"][:6]))

@@ -108,6 +108,28 @@ def test_control_whole_process_group_signalled(job):
     assert "dataloader.py" in rank.stderr
 
 
+@pytest.mark.parametrize("how", ["persistent", "terminated", "stuck"])
+def test_workers_end_as_without_us(job, how):
+    """Promise 11 and F21: live at the program's end, terminated by it, or stuck in C: torch's own handler is there."""
+    seen = []
+    for mode in (AGENT, NONE):
+        rank = job.start("unchanged_loader.py", how, mode=mode)
+        code = rank.wait()
+        seen.append((code, anonymous(rank)))
+    assert seen[0] == seen[1]
+    assert seen[0][0] == (7 if how == "stuck" else 0), seen
+
+
+def test_a_worker_stuck_in_c_goes_with_its_group(job):
+    """What a launcher kills with the rank's process group is gone with it, also where no bytecode runs."""
+    rank = job.start("unchanged_loader.py", "abandoned")
+    worker = int(rank.wait_for(r"^stuck (\d+)$")[1])
+    rank.wait_for("^waiting$")
+    os.killpg(rank.pid, signal.SIGKILL)
+    rank.wait()
+    wait_until(lambda: not alive(worker), "the worker's end", 10)
+
+
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_no_worker_outlives_a_killed_rank(job, context):
     """Promise 9: no worker outlives its parent by more than its own watchdog's 5 s, killed in mid-teardown or not."""

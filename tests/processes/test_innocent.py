@@ -1,0 +1,109 @@
+"""Promise 11: a healthy program cannot tell that we are there. Each runs with us and without, and sees the same."""
+
+import os
+import re
+import time
+
+import pytest
+from harness import AGENT, NONE, SIGTERM
+
+IMPATIENT = {"AUTOTEARDOWN_GRACE": 8}
+
+
+@pytest.mark.parametrize(
+    "what", ["pause", "real-time", "stand-ins", "stand-ins armed", "wake-up errors", "faulthandler"]
+)
+def test_it_sees_the_same(job, what):
+    """FACTS F21: interrupted calls, a survived signal, functions that are others, errors that are not said."""
+    seen = []
+    for mode in (AGENT, NONE):
+        rank = job.start("innocent.py", what, mode=mode, fresh=True)
+        code = rank.wait()
+        # Where the main thread was when the wake-up fd could not be written to: not in ours, we are late.
+        lines = re.sub(r"Traceback .*\n(  .*\n)+\n", "", rank.stdout + rank.stderr).splitlines()
+        seen.append([code, *(re.sub(r"0x[0-9a-f]+|, line \d+", "N", line) for line in lines)])
+    assert seen[0] == seen[1]
+    assert seen[0][0] == 0, seen
+
+
+FAULTHANDLER = """
+import faulthandler, os, signal, sys, time
+import torch.distributed as dist
+when = sys.argv[1]
+if when in ("before", "unregistered"):
+    faulthandler.register(signal.SIGTERM)
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+if when == "after":
+    faulthandler.register(signal.SIGTERM)
+if when == "unregistered":
+    faulthandler.unregister(signal.SIGTERM)
+if when != "before":
+    from autoteardown import signals
+    print("mended", signals.tap.look_again(), flush=True)
+print("ready", flush=True)
+time.sleep(3600)
+"""
+
+
+@pytest.mark.parametrize("when", ["before", "after", "unregistered"])
+def test_a_handler_in_c(job, when):
+    """`faulthandler.register(SIGTERM)`: it dumps, as the application's own; its `unregister` does not make us deaf."""
+    rank = job.start(FAULTHANDLER, when, **IMPATIENT)
+    rank.wait_for("ready")
+    assert rank.evict(8) == 0, rank.story()
+    assert rank.stderr.count("Current thread") == (0 if when == "unregistered" else 1), rank.story()
+    assert rank.report()["outcome"] in ("clean", "partial"), rank.story()
+    yielded = rank.phase("yield")
+    assert (yielded is not None and yielded["outcome"] == "timeout") == (when != "unregistered")
+
+
+def test_signal_first_imported_on_another_thread(job):
+    """A rank all the same: what only the main thread can do is done when it comes by."""
+    program = job.folder / "early.py"
+    program.write_text(
+        "import _thread, sys, time\n"
+        "assert 'signal' not in sys.modules\n"
+        "done = _thread.allocate_lock(); done.acquire()\n"
+        "def load():\n"
+        "    import torch.distributed as dist\n"
+        "    dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)\n"
+        "    done.release()\n"
+        "    time.sleep(3600)\n"
+        "_thread.start_new_thread(load, ())\n"
+        "while not done.acquire(timeout=0.1): pass\n"
+        "print('ready', flush=True)\n"
+        "time.sleep(3600)\n"
+    )
+    rank = job.start(str(program), fresh=True, RANK=0, WORLD_SIZE=1)
+    rank.wait_for("ready")
+    assert rank.evict() == 0, rank.story()
+    assert "done: " in rank.said[-1]
+
+
+@pytest.mark.parametrize("main", ["thread.join()", "time.sleep(3600)", "signal.pause()"])
+def test_armed_from_another_thread_while_the_main_one_waits(job, main):
+    """No signal of ours gets it out of its wait, and the rank is guarded all the same."""
+    rank = job.start(
+        f"""
+        import signal, threading, time
+        import torch, torch.distributed as dist
+
+        def train():
+            time.sleep(0.3)
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+            print("ready", flush=True)
+            while True:
+                time.sleep(0.01)
+
+        thread = threading.Thread(target=train, daemon=True)
+        thread.start()
+        {main}
+        print("woken", flush=True)
+        time.sleep(3600)
+        """
+    )
+    rank.wait_for("ready")
+    time.sleep(0.3)
+    os.kill(rank.pid, SIGTERM)
+    assert rank.outlast() == 0, rank.story()
+    assert rank.report()["outcome"] == "clean", rank.story()
