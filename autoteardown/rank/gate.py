@@ -51,6 +51,9 @@ class Gate:
         self.closed = False
         self.requested = False  # what `stop_requested()` returns
         self.held: set[int] = set()  # threads that wait at the end of an iteration
+        self.waiting: set[int] = (
+            set()
+        )  # threads in a wait of ours: below a handler that comes now, and looks then
         self.exit_code = 0
         self.loop: Any = None  # the event loop of that thread
         self.saves = savers.Saves()
@@ -321,6 +324,7 @@ class Gate:
 
     def _wait(self, ident: int) -> None:
         """Until somebody wakes this thread, or for a moment. Raises nothing."""
+        self.waiting.add(ident)
         try:
             lock = self._waiters.get(ident)
             if lock is None:
@@ -332,6 +336,8 @@ class Gate:
             # Out of another signal's handler, on top of this frame: DataLoader's for SIGCHLD raises when a worker is
             # killed. The program must not go on because of it.
             pass
+        finally:
+            self.waiting.discard(ident)
 
     def _wake(self) -> None:
         for lock in list(self._waiters.values()):

@@ -135,7 +135,7 @@ class Guard:
                 self._begun.release()  # its own signal may yet come
         elif self.teardown is not None:
             if kind == "notice":
-                self.teardown.origin = _origin(value)  # the first to be signalled
+                self.teardown.begun_by(_origin(value))  # the first to be signalled
             if kind in ("up", "down"):
                 kind, value = "down", value if kind == "down" else None
             self.events.put((kind, value))

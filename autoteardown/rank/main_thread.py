@@ -82,7 +82,8 @@ class MainThread:
     def stop(self) -> None:
         """Park this thread if it is time to, or have it leave if it is time for that."""
         guard, gate, ident = self._guard, self._guard.gate, get_ident()
-        if ident in gate.held:  # it waits at the end of an iteration, below this frame, and looks for itself
+        # It waits below this frame, and looks for itself. What is raised here would not come out of that wait.
+        if ident in gate.waiting or ident in gate.held:
             return
         if ident in gate.parked:
             if gate.left(ident) and not gate.on_way_out():

@@ -46,7 +46,7 @@ class Teardown:
         self.hands = hands
         self.cause = cause
         self.signum = signum
-        self.origin = {key: value for key, value in origin.items() if key != "left"}
+        self.begun_by(origin)
         self.started = monotonic()
         self.received_at = datetime.now(timezone.utc).isoformat()
         self.committed = False  # from here on the agent ends the process
@@ -61,6 +61,10 @@ class Teardown:
         self._told = 0
         self._left_at = 0.0
         self._fuse = Fuse()
+
+    def begun_by(self, origin: dict[str, Any]) -> None:
+        """Who was signalled first."""
+        self.origin = {key: value for key, value in origin.items() if key != "left"}
 
     # -- the two threads ------------------------------------------------------------------------------------------
 

@@ -262,8 +262,9 @@ class Stop:
             if "even" in self.heard or not self._group:
                 return self._step_over("ok", now, f"stopped after iteration {self.heard['stopped']}")
         if "ended" in self.heard:
-            if completed is not None:
-                self._say("halt")
+            if completed is None:
+                return self._step_over("skipped", now, "the thread that called init has ended")
+            self._say("halt")
             return self._step_over("error", now, "the training thread has ended")
         if "halt" in self.heard:
             return self._step_over("skipped", now, self.heard["halt"] or "the group does not wait for a step")
