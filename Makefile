@@ -9,7 +9,7 @@ JOBS ?= 4
 DRILL ?=
 BENCH ?=
 
-.PHONY: help drill test lint format bench unchanged chaos frameworks gpu wheel clean
+.PHONY: help drill test lint format bench unchanged chaos frameworks gpu wheel docs clean
 
 help:
 	@echo "make drill        evict a rank of a real training job here, and see what happens"
@@ -18,7 +18,8 @@ help:
 	@echo "make bench        what the agent costs   make chaos    long randomized fault injection"
 	@echo "make frameworks   tests with real Ray, Lightning, ...   make gpu   tests that need a GPU"
 	@echo "make unchanged    CPython's own tests, with the agent and without"
-	@echo "make wheel        build dist/*.whl       make clean    remove .venv and caches"
+	@echo "make wheel        build dist/*.whl       make docs     build site/, the docs as a site"
+	@echo "make clean        remove .venv and caches"
 
 drill: $(VENV)/.has-drill
 	$(BIN)/autoteardown drill $(DRILL)
@@ -26,12 +27,12 @@ drill: $(VENV)/.has-drill
 test: $(VENV)/.has-test
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(TEST)
 
-lint: $(VENV)/.has-dev
+lint: $(VENV)/.has-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(VENV)/.has-dev
+format: $(VENV)/.has-lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -55,21 +56,27 @@ gpu: $(VENV)/.has-test
 wheel: $(VENV)/.has-build
 	$(BIN)/python -m build --wheel --outdir dist .
 
+docs: $(VENV)/.has-docs
+	$(BIN)/mkdocs build --strict --quiet
+
 # Debian's Python can lack ensurepip (python3-venv); its pip can still fill the environment.
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV) || { $(PYTHON) -m venv --clear --without-pip $(VENV) && \
 		$(PYTHON) -m pip --python $(BIN)/python install -q pip; }
 
-EXTRAS_drill := torch,drill
-EXTRAS_test := torch,drill,test
-EXTRAS_frameworks := torch,drill,test,frameworks
-EXTRAS_dev := dev
-EXTRAS_build := build
+GROUPS_drill := torch
+GROUPS_test := torch test
+GROUPS_frameworks := torch test frameworks
+GROUPS_lint := lint
+GROUPS_build := build
+GROUPS_docs := docs
 
 # pip copies the start-up files, so an editable install has to follow them too.
 $(VENV)/.has-%: pyproject.toml $(wildcard startup_files/*) | $(BIN)/python
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[$(EXTRAS_$*)]'
+	@# Groups came with pip 25.1; a venv of an older Python begins with an older one.
+	$(BIN)/python -m pip install -q --disable-pip-version-check 'pip>=25.1'
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.$(if $(filter torch,$(GROUPS_$*)),[drill])' $(addprefix --group ,$(GROUPS_$*))
 	@touch $@
 
 clean:
-	rm -rf $(VENV) dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -6,17 +6,18 @@ want more say. All of them are safe to call anywhere, import no torch, and do no
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from autoteardown.api import arm, disarm, on_teardown, protect, status
+    from autoteardown.api import arm, disarm, on_teardown, protect, status, stop_requested
 
 __version__ = "0.1.0"
-__all__ = ["arm", "disarm", "on_teardown", "protect", "status"]
+__all__ = ["arm", "disarm", "on_teardown", "protect", "status", "stop_requested"]
 
 
 def __getattr__(name: str) -> object:
     if name in __all__:
         from autoteardown import api
 
-        return getattr(api, name)
+        function = globals()[name] = getattr(api, name)  # found without this the next time
+        return function
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

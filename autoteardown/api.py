@@ -14,14 +14,15 @@ def status() -> dict[str, Any]:
 
     Returns:
         `active` (the switch is on here), `state` (`off`, `idle`, `armed`, `stopping`), and for an armed rank `rank`,
-        `world_size`, `backend` and `steps`, the optimizer steps counted so far.
+        `world_size`, `backend`, `connected` (whether its peers would be told of an eviction now), `alone` (why not, in
+        words) and `steps`, the iterations counted so far.
     """
     return _status() or {"active": False, "state": "off", "reason": "the agent has failed"}
 
 
 @guarded
 def _status() -> dict[str, Any]:
-    from autoteardown.rank import training
+    from autoteardown.rank import gate
 
     if not startup.active():
         return {"active": False, "state": "off", "reason": startup.why_off or "AUTOTEARDOWN is not set"}
@@ -32,10 +33,12 @@ def _status() -> dict[str, Any]:
     return {
         "active": True,
         "state": "stopping" if stopping else "armed",
-        "rank": guard.rank,
-        "world_size": guard.world_size,
-        "backend": guard.backend,
-        "steps": training.gate.count,
+        "rank": guard.identity.rank,
+        "world_size": guard.identity.world_size,
+        "backend": guard.identity.backend,
+        "connected": guard.channel is not None and guard.channel.connected,
+        "alone": guard.alone if guard.identity.world_size != 1 else "",
+        "steps": gate.gate.count,
     }
 
 
@@ -88,11 +91,10 @@ class protect:
     @guarded
     def __enter__(self) -> None:
         """Begin the block; a thread that should have stopped by now stops here."""
-        from autoteardown.rank import training
+        from autoteardown.rank import gate
 
-        gate = training.gate
-        gate.enter_save()
-        self._gate = gate
+        gate.gate.enter_save()
+        self._gate = gate.gate
 
     @guarded
     def __exit__(self, *exc_info: object) -> None:
@@ -101,11 +103,39 @@ class protect:
             self._gate.leave_save()
 
 
+def stop_requested() -> bool:
+    """Whether this program is to save and leave by itself, after an eviction of any rank of its group.
+
+    To be called once an iteration, on every rank, at the same place; then every rank gets True at the same call, and
+    the group is alive: it may save collectively. Costs less than 0.1 us. False while nothing happens, and where the
+    agent is off. The calls are the iterations of a program that makes them, whether it has optimizers or not.
+    """
+    module = _gate_module
+    if module is None:
+        module = _find_gate()
+        if module is None:
+            return False
+    return bool(module.poll())
+
+
+_gate_module: Any = None
+
+
+def _find_gate() -> Any:
+    global _gate_module
+    if startup.active():
+        _gate_module = sys.modules.get("autoteardown.rank.gate")
+    return _gate_module
+
+
 def on_teardown(callback: Callable[[], object]) -> Callable[[], object]:
     """Have `callback` called, without arguments, in a teardown, after the drain; usable as a decorator.
 
-    It runs on a thread of the agent's, while the training thread is stopped. Its time is what the grace period leaves:
-    about 15 s of the default 25 if the stop itself is quick. What it raises is logged and goes no further.
+    It runs on every rank, on a thread of the agent's, while the training thread is stopped, the devices are idle and
+    the process group is alive: it may save, also collectively. It sees the state after the optimizer's step of the
+    agreed iteration; what the loop itself counts, its scheduler included, has not moved (`status()["steps"]` has). Its
+    time is what the grace period leaves: 6 s less than `AUTOTEARDOWN_GRACE - 1`, if the stop itself is quick. What it
+    raises is logged and goes no further.
 
     Raises:
         TypeError: not callable.
@@ -119,9 +149,9 @@ def on_teardown(callback: Callable[[], object]) -> Callable[[], object]:
 @guarded
 def _register(callback: Callable[[], object]) -> None:
     if startup.active():
-        from autoteardown.rank import guard
+        from autoteardown.rank import callbacks
 
-        guard.callbacks.append(callback)
+        callbacks.registered.append(callback)
 
 
 def _guard() -> Any:

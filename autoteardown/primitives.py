@@ -31,15 +31,17 @@ def _original(module: "ModuleType") -> "ModuleType":
     return copy
 
 
-_clock, _threads, _polling = _original(time), _original(_thread), _original(select)
+if not TYPE_CHECKING:
+    time, _thread, select = _original(time), _original(_thread), _original(select)
 
 builtin_function = type(len)
-start_new_thread = _threads.start_new_thread
-allocate_lock = _threads.allocate_lock
-get_ident = _threads.get_ident
-monotonic = _clock.monotonic
-sleep = _clock.sleep
-poll = _polling.poll
+start_new_thread = _thread.start_new_thread
+allocate_lock = _thread.allocate_lock
+get_ident = _thread.get_ident
+monotonic = time.monotonic
+sleep = time.sleep
+poll = select.poll
+epoll = getattr(select, "epoll", None)  # Linux; gevent removes it from the module
 socket = _socket.socket
 socketpair = _socket.socketpair
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from types import FrameType, ModuleType
     from typing import Any, Callable
 
-    from autoteardown.rank.listener import Listener
+    from autoteardown.rank.loop import Loop
     from autoteardown.rank.slots import Slots
 
     Handler = Any
@@ -76,7 +76,7 @@ class Tap:
         # What the application believes to be in force, for the signals whose real handler is the trampoline.
         self._handlers: dict[int, Handler] = {}
         self._trampoline = self._on_main_thread  # one object, to be compared by identity
-        self._listener: Listener | None = None
+        self._listener: Loop | None = None
         self._slots: Slots | None = None  # as long as torch is not imported
         self._warn = True  # about the application's wake-up fd
         self._masks: dict[int, set[Any]] = {}
@@ -91,14 +91,14 @@ class Tap:
         return self._own_listener is not None
 
     @property
-    def _own_listener(self) -> "Listener | None":
+    def _own_listener(self) -> "Loop | None":
         """The listener, unless it is only in the parent that forked this process."""
         listener = self._listener
         return listener if listener is not None and listener.here else None
 
     @property
-    def loop(self) -> "Listener | None":
-        """The thread that listens, if this process is armed."""
+    def loop(self) -> "Loop | None":
+        """The thread of an armed process, which reads the wake-up fd, and whatever else the rank has to read."""
         return self._own_listener
 
     # -- behind the stand-ins -----------------------------------------------------------------------------------------
@@ -185,9 +185,11 @@ class Tap:
         return None
 
     def deliver(self, signum: int) -> None:
-        """On the main thread: the application's own handler, as if the signal had come now; raises what it raises."""
-        if self._slots is not None:
-            self._slots.chain(signum)
+        """On the main thread: have the application handle the signal as if it had come now."""
+        slots = self._slots
+        if slots is not None:
+            self._forward(slots, bytes([signum]))
+            slots.chain(signum)
         handler = self.handler_of(signum)
         if callable(handler):
             handler(signum, sys._getframe(1))
@@ -212,18 +214,25 @@ class Tap:
         if slots is None:
             return
         signums = bytes(byte for byte in data if not byte & _OWN and byte != slots.doorbell.number)
-        if slots.app_fd != -1 and signums:
-            try:
-                os.write(slots.app_fd, signums)
-            except OSError as error:
-                if self._warn or error.errno not in (errno.EAGAIN, errno.EWOULDBLOCK):
-                    from autoteardown.rank import unraisable
-
-                    unraisable.wakeup_write_failed(error)
+        deferred = set()
         for signum in {byte & ~_OWN for byte in data} & self.signals if self.armed else ():
-            self._on_signal(signum)
-            if self.application_owns(signum):
+            if self._on_signal(signum):
+                deferred.add(signum)
+            elif self.application_owns(signum):
                 slots.chain(signum)
+        self._forward(slots, bytes(signum for signum in signums if signum not in deferred))
+
+    def _forward(self, slots: "Slots", signums: bytes) -> None:
+        """To the wake-up fd of the application."""
+        if slots.app_fd == -1 or not signums:
+            return
+        try:
+            os.write(slots.app_fd, signums)
+        except OSError as error:
+            if self._warn or error.errno not in (errno.EAGAIN, errno.EWOULDBLOCK):
+                from autoteardown.rank import unraisable
+
+                unraisable.wakeup_write_failed(error)
 
     def _deaf(self, error: Exception) -> None:
         """On the listener thread: it must not keep what event loops wait for."""
@@ -254,7 +263,8 @@ class Tap:
         """Listen from now on. May be called on any thread.
 
         Args:
-            on_signal: called on the listener thread with the number of each eviction signal; must not raise.
+            on_signal: called on the listener thread with the number of each eviction signal; must not raise. Returns
+                whether the application is to hear of it later, through `deliver`.
             on_main: called on the main thread, at a bytecode boundary; True if the agent deals with the signal.
             on_quiet: called on the listener thread after each day without a signal.
 
@@ -266,7 +276,7 @@ class Tap:
             self.look_again()
             return
         from autoteardown.boundary import guarded
-        from autoteardown.rank.listener import Listener
+        from autoteardown.rank.loop import Loop
 
         def quiet() -> None:
             self.look_again()
@@ -282,7 +292,7 @@ class Tap:
             self._fork_hooks = True
         if self._slots is None:
             self.prepare()
-        self._listener = listener = Listener(self._hear, self._deaf, guarded(quiet))
+        self._listener = listener = Loop(self._hear, self._deaf, guarded(quiet))
         assert self._slots is not None
         self._slots.take(listener)
         self._interrupt_main(True)

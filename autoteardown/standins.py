@@ -94,8 +94,16 @@ def put(tap: "Tap", module: "Any") -> None:
             function.__wrapped__ = real.__wrapped__
     module.signal = signal
     module.getsignal = getsignal
-    module.set_wakeup_fd = stand_in = Builtin(real_set_wakeup_fd, set_wakeup_fd)
-    real_set_wakeup_fd.__self__.set_wakeup_fd = stand_in  # type: ignore[attr-defined]  # `_signal`, where pickle looks for it
+    module.set_wakeup_fd = _like(real_set_wakeup_fd, set_wakeup_fd)
+    home = getattr(real_set_wakeup_fd, "__self__", None)
+    if home is not None:
+        home.set_wakeup_fd = module.set_wakeup_fd  # in `_signal`, where pickle looks for it
+
+
+def _like(real: "Any", function: "Callable[..., object]") -> "Any":
+    if isinstance(real, builtin_function):
+        return Builtin(real, function)
+    return functools.wraps(real)(function)  # gevent's
 
 
 def interrupt_main(tap: "Tap", real: "Any") -> "Any":

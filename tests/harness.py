@@ -19,6 +19,8 @@ import time
 import uuid
 from pathlib import Path
 
+from schema import validate_report
+
 TESTS = Path(__file__).parent
 PROGRAMS = TESTS / "programs"
 AGENT, HANDWRITTEN, NONE = "agent", "handwritten", "none"
@@ -204,9 +206,12 @@ class Rank:
 
     def report(self):
         """The JSON report that it left."""
-        found = list((self.folder.parent / "reports").glob(f"*-{self.pid}.json"))
+        found = list((self.folder.parent / "reports").glob(f"*-{self.pid}-*Z.json"))
         assert len(found) == 1, f"{len(found)} reports: {self.story()}"
-        return json.loads(found[0].read_text())
+        report = json.loads(found[0].read_text())
+        if report["schema"] > 1:
+            validate_report(report)
+        return report
 
     def phase(self, name):
         """One phase of its report; None if it did not take place."""

@@ -9,6 +9,8 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
+from autoteardown.stop.report import stamped
+
 T0 = datetime(2026, 3, 5, 14, 7, 31, 250_000, tzinfo=timezone.utc)
 FRAMES = [
     "/usr/lib/python3/site-packages/torch/distributed/distributed_c10d.py:2806 in all_reduce",
@@ -33,7 +35,8 @@ def report(rank: int, world: int, **changes: Any) -> dict[str, Any]:
     first = {"rank": 0, "host": "node-000", "pid": 4000}
     late = 0.0 if rank == 0 else 0.004 + draw.random() * 0.012
     value: dict[str, Any] = {
-        "schema": 1,
+        "schema": 2,
+        "job": "4711",
         "host": f"node-{rank // 8:03}",
         "pid": 4000 + rank % 8,
         "program": "/app/train.py",
@@ -47,6 +50,7 @@ def report(rank: int, world: int, **changes: Any) -> dict[str, Any]:
         "signal": "SIGTERM" if rank == 0 else None,
         "origin": first,
         "received_at": (T0 + timedelta(seconds=late)).isoformat(),
+        "grace": 25.0,
         "phases": phases(
             ("step", 0.21 + draw.random() * 0.05, "ok", "agreed on step 1201"),
             ("park", 0.01 + draw.random() * 0.02, "ok", ""),
@@ -75,7 +79,16 @@ def wedged(rank: int, world: int, **changes: Any) -> dict[str, Any]:
     stuck = [{"when": when, "thread": 140_189, "frames": FRAMES} for when in ("at the signal", "after park")]
     steps_seen = {"at_signal": 1200, "agreed": 1201, "stopped_at": None}
     return report(
-        rank, world, **{"phases": steps, "stuck": stuck, "steps": steps_seen, "outcome": "aborted", **changes}
+        rank,
+        world,
+        **{
+            "phases": steps,
+            "stuck": stuck,
+            "steps": steps_seen,
+            "outcome": "aborted",
+            "why": "blocked in all_reduce",
+            **changes,
+        },
     )
 
 
@@ -96,7 +109,7 @@ def write(folder: Path, reports: list[dict[str, Any]], prefix: str = "") -> Path
     """The folder with these reports in it, named as ranks name them."""
     folder.mkdir(parents=True, exist_ok=True)
     for value in reports:
-        name = f"{prefix}{value['host']}-{value['pid']}.json"
+        name = stamped(f"{prefix}{value['host']}-{value['pid']}.json", value)
         (folder / re.sub(r"[^\w.-]", "_", name)).write_text(json.dumps(value))
     return folder
 

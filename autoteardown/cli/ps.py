@@ -29,7 +29,10 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps([as_dict(record) for record in records], indent=2))
     elif records:
-        rows = [("PID", "RANK", "BACKEND", "PROGRAM", "STATE", "AGE"), *(_row(record) for record in records)]
+        rows = [
+            ("PID", "JOB", "RANK", "BACKEND", "PROGRAM", "STATE", "AGE"),
+            *(_row(record) for record in records),
+        ]
         widths = [max(map(len, column)) for column in zip(*rows)]
         for row in rows:
             print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
@@ -42,6 +45,7 @@ def as_dict(record: Record) -> dict[str, object]:
     """What `--json` says of a rank."""
     return {
         "pid": record.pid,
+        "job": record.job,
         "start_time": record.start_time,
         "rank": record.rank,
         "local_rank": record.local_rank,
@@ -63,7 +67,7 @@ def none_here(runtime_dir: str) -> str:
 
 def _row(record: Record) -> tuple[str, ...]:
     named = (printable(text) for text in (record.backend, record.program, record.state))
-    return (str(record.pid), record.place, *named, _age(int(record.age)))
+    return (str(record.pid), printable(record.job), record.place, *named, _age(int(record.age)))
 
 
 def _age(seconds: int) -> str:

@@ -8,8 +8,8 @@ import sys
 from datetime import datetime, timezone
 from pathlib import Path
 
-from autoteardown.cli import lanes, page, perfetto, picture, reports
-from autoteardown.cli.stops import DEFAULT_GRACE, Rank, Stop, seconds, verdict
+from autoteardown.timeline import lanes, page, perfetto, picture, reports
+from autoteardown.timeline.stops import DEFAULT_GRACE, Rank, Stop, seconds, verdict
 
 DEFAULT_FILE = {"html": "timeline.html", "perfetto": "timeline.perfetto.json", "svg": "timeline.svg"}
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from autoteardown.cli import reports
-from autoteardown.cli.stops import Stop, ranges, seconds
 from autoteardown.drills.scenario import PROTECTIONS, SCENARIOS
+from autoteardown.timeline import reports
+from autoteardown.timeline.stops import Stop, ranges, seconds
 
 WHOLE, CUT, NO_CHECKPOINT = "whole", "cut", "none"
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import groupby
 
-from autoteardown.cli import lanes, page, picture
-from autoteardown.cli.stops import Phase, Rank, Stop
 from autoteardown.drills import table
 from autoteardown.drills.outcome import Outcome, RankOutcome
+from autoteardown.timeline import lanes, page, picture
+from autoteardown.timeline.stops import Phase, Rank, Stop
 
 
 def html(outcomes: Sequence[Outcome], introduction: str) -> str:

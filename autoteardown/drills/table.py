@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
-from autoteardown.cli.stops import seconds
 from autoteardown.drills.outcome import CUT, Outcome
+from autoteardown.timeline.stops import seconds
 
 HEAD = (
     "scenario", "protection", "exit codes", "last exit", "hanging", "SIGKILLed", "checkpoint", "last step", "verdict",

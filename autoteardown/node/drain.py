@@ -18,7 +18,7 @@ from autoteardown.node.record import Record, printable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 MARGIN = 2.0
 """How much longer than a grace period to wait, in seconds: a rank's own clock starts with its signal."""
@@ -32,7 +32,7 @@ _POLL = 0.1
 class Drained:
     """What became of one rank.
 
-    `outcome` is what the rank's own teardown said (`clean`, `aborted`, `forced`), or `ended`: it withdrew its
+    `outcome` is what its own teardown said (`clean`, `partial`, `aborted`, `forced`), or `ended`: it withdrew its
     entry, as at the normal end of a job; `died`: it left its entry and said nothing; `unknown`: it is gone, and
     its entry cannot be read; `running`: it is still there; `refused`: it could not be signalled.
     """
@@ -64,8 +64,7 @@ class Drained:
             "refused": f"not signalled: {self.detail}",
         }.get(self.outcome, printable(self.outcome))
         code = "" if self.exit_code is None else f", exit {self.exit_code}"
-        name = f"rank={self.record.place} pid={self.record.pid} {printable(self.record.program)}"
-        return f"{name}: {said}{code} ({self.seconds:.2f}s)"
+        return f"{named(self.record)}: {said}{code} ({self.seconds:.2f}s)"
 
     def _start(self, signum: int) -> bool:
         """Signal the rank; whether there is something to wait for."""
@@ -119,14 +118,52 @@ class Drained:
             self.outcome, self.exit_code = last.outcome or ("ended" if executed else "died"), last.exit_code
 
 
-def drain(
-    runtime_dir: str, signum: int, timeout: float, problem: Callable[[str], object] | None = None
-) -> tuple[list[Drained], bool]:
-    """Signal every armed rank but this process, wait for all; also whether Ctrl-C cut the waiting short.
+def named(record: Record) -> str:
+    """A rank as the lines of a drain call it."""
+    job = f" job={printable(record.job).replace(' ', '?')}" if record.job else ""
+    return f"rank={record.place} pid={record.pid}{job} {printable(record.program)}"
 
-    Ranks that arm meanwhile (a launcher that restarts its workers) are drained like the others. `problem` hears
-    of a registry that cannot be used each time that it is looked at.
+
+class Which:
+    """Which of the armed ranks are meant: all but this process, or only those of a job, or only these pids."""
+
+    __slots__ = ("job", "pids")
+
+    def __init__(self, job: str | None = None, pids: Sequence[int] = ()) -> None:
+        self.job = job
+        self.pids = tuple(pids)
+
+    def matches(self, record: Record) -> bool:
+        """Whether this rank is one of them."""
+        if record.pid == os.getpid() or record.outcome is not None:
+            return False
+        return (self.job is None or record.job == self.job) and (not self.pids or record.pid in self.pids)
+
+
+def would_signal(
+    runtime_dir: str, which: Which, problem: Callable[[str], object] | None = None
+) -> list[Record]:
+    """Those whom `drain` would signal and wait for, if it were called now; signals nobody."""
+    return [record for record in registry.read(runtime_dir, problem) if which.matches(record)]
+
+
+def drain(
+    runtime_dir: str,
+    signum: int,
+    timeout: float,
+    problem: Callable[[str], object] | None = None,
+    which: Which | None = None,
+) -> tuple[list[Drained], bool]:
+    """Signal the armed ranks, wait for all; also whether Ctrl-C cut the waiting short.
+
+    Args:
+        runtime_dir: folder of the registry.
+        signum: for ranks that do not name their own eviction signal.
+        timeout: longest wait for all of them together, in seconds.
+        problem: hears of a registry that cannot be used, each time that it is looked at.
+        which: default all. Those of them that arm meanwhile (a launcher that restarts its workers) are drained, too.
     """
+    which = which or Which()
     ranks: dict[str, Drained] = {}
     waiting: list[Drained] = []
     interrupted = False
@@ -134,8 +171,8 @@ def drain(
     marker = registry.DrainMarker(runtime_dir)
     try:
         while True:
-            for record in registry.read(runtime_dir, problem):
-                if record.name not in ranks and record.pid != os.getpid() and record.outcome is None:
+            for record in would_signal(runtime_dir, which, problem):
+                if record.name not in ranks:
                     ranks[record.name] = rank = Drained(record)
                     if rank._start(signum):
                         waiting.append(rank)

@@ -48,9 +48,36 @@ def open_own(path: str, create: bool = False) -> int:
 
 def replace(folder: int, name: str, data: bytes, mode: int = 0o600) -> None:
     """Write a file so that a reader finds the old content or the new, never a part."""
+    temporary = _write_beside(folder, name, data, mode)
+    try:
+        os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
+    except BaseException:
+        remove(folder, temporary)
+        raise
+
+
+def create(folder: int, name: str, data: bytes, mode: int = 0o600) -> None:
+    """Write a new file so that a reader finds all of it; FileExistsError where anything has that name already."""
+    temporary = _write_beside(folder, name, data, mode)
+    try:
+        os.link(temporary, name, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
+    except FileExistsError:
+        raise
+    except OSError:  # object stores and FAT have no links: take the name first, then put the content under it
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        os.close(os.open(name, flags, mode, dir_fd=folder))
+        os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
+    finally:
+        remove(folder, temporary)
+
+
+def _write_beside(folder: int, name: str, data: bytes, mode: int) -> str:
     temporary = f".{name}.{os.urandom(8).hex()}"  # a name that nobody can have put something under
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    descriptor = os.open(temporary, flags, mode, dir_fd=folder)
+    try:
+        descriptor = os.open(temporary, flags, mode, dir_fd=folder)
+    except FileExistsError:  # of its temporary name: no word on the name itself
+        raise OSError("somebody is in the way") from None
     try:
         try:
             written = os.write(descriptor, data)
@@ -58,10 +85,10 @@ def replace(folder: int, name: str, data: bytes, mode: int = 0o600) -> None:
             os.close(descriptor)
         if written != len(data):
             raise OSError("the disk is full")
-        os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
     except BaseException:
         remove(folder, temporary)
         raise
+    return temporary
 
 
 def read(folder: int, name: str) -> bytes:

@@ -31,7 +31,9 @@ class Record:
         "armed_at",
         "backend",
         "exit_code",
+        "host",
         "image",
+        "job",
         "local_rank",
         "name",
         "outcome",
@@ -53,6 +55,8 @@ class Record:
         self.local_rank = whole(fields.get("local_rank"))
         self.world_size = whole(fields.get("world_size"))
         self.backend = text(fields.get("backend"))
+        self.job = text(fields.get("job"))
+        self.host = text(fields.get("host"))
         self.program = text(fields.get("program"))
         self.state = text(fields.get("state")) or "armed"
         self.outcome = text(fields.get("outcome"))

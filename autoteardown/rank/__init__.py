@@ -1,1 +1,1 @@
-"""What an armed rank has: hooks on torch, its guard, its listener, the gate of its threads."""
+"""What an armed rank has: hooks on torch, its guard, its loop thread, the gate of its threads."""

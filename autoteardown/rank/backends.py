@@ -1,4 +1,5 @@
-"""Drain, destroy and abort: every difference between torch versions and communication backends lives here.
+"""Drain, destroy and abort: every difference between torch versions and communication backends lives here, in
+`devices` and in `collectives`, and the rest of the agent asks here.
 
 Shapes that differ are tested for, not looked up by version (tests/unit/torch_shapes.json has them all):
 `ProcessGroup.abort` (2.7 and later), the abort of its NCCL backend (2.6), the `_shutdown` of that backend, which is an
@@ -8,16 +9,43 @@ abort (2.4 and 2.5).
 from __future__ import annotations
 
 import sys
-from typing import Any, Callable, NamedTuple, Optional
+from typing import Any, Callable, NamedTuple
+
+from autoteardown.rank.collectives import evidence, progress, sequence_numbers, stuck_collective, watchdog
+from autoteardown.rank.devices import (
+    Problem,
+    accelerators,
+    current_devices,
+    devices_of,
+    drain,
+    line,
+    unwaitable,
+)
+
+__all__ = [
+    "World",
+    "abort",
+    "accelerators",
+    "can_abort",
+    "current_devices",
+    "destroy",
+    "devices_of",
+    "drain",
+    "evidence",
+    "groups",
+    "progress",
+    "sequence_numbers",
+    "stuck_collective",
+    "unwaitable",
+    "watchdog",
+    "world",
+]
 
 from autoteardown import primitives
 from autoteardown.rank import afterwards
 
 # Their abort does nothing: a blocked operation stays blocked until the peer's socket closes.
 _WITHOUT_ABORT = frozenset({"gloo", "mpi", "ucc", "fake"})
-_DEVICE_MODULES = ("cuda", "xpu", "npu", "hpu", "mlu", "musa")
-
-Problem = Optional[str]
 
 _kept: list[Any] = []
 
@@ -45,47 +73,6 @@ def world() -> World | None:
     except Exception:  # MPI has none
         store = None
     return World(c10d.get_rank(), c10d.get_world_size(), str(c10d.get_backend()), store)
-
-
-def accelerators() -> list[str]:
-    """The device modules of torch that this process has initialised. Asking initialises nothing (F4)."""
-    torch = sys.modules.get("torch")
-    found = []
-    for name in _DEVICE_MODULES:
-        initialized = getattr(getattr(torch, name, None), "is_initialized", None)
-        try:
-            if initialized is not None and initialized():
-                found.append(name)
-        except Exception:
-            continue
-    return found
-
-
-def drain() -> Problem:
-    """Wait until every device that this process uses is idle. Has no time-out of its own: call it on a thread.
-
-    Returns:
-        What went wrong, or None.
-    """
-    torch = sys.modules["torch"]
-    problems = []
-    for name in accelerators():
-        module = getattr(torch, name)
-        for device in _devices_in_use(torch, name, module):
-            try:
-                module.synchronize(device)
-            except Exception as error:
-                problems.append(f"{name}: {_line(error)}")
-    return "; ".join(problems) or None
-
-
-def _devices_in_use(torch: Any, name: str, module: Any) -> list[Optional[int]]:
-    # To synchronise a device is to make a context on it, and that takes memory from whoever uses it.
-    has_context = getattr(torch._C, f"_{name}_hasPrimaryContext", None)
-    if has_context is None:
-        return [None]
-    in_use: list[Optional[int]] = [index for index in range(module.device_count()) if has_context(index)]
-    return in_use or [None]
 
 
 def groups() -> list[Any]:
@@ -143,7 +130,7 @@ def abort(done: Callable[[Problem], object]) -> None:
         try:
             function()
         except BaseException as error:
-            problems.append(_line(error))
+            problems.append(line(error))
         if pending.pop() == 0:  # the last one, and only that
             done("; ".join(problems) or None)
 
@@ -171,9 +158,5 @@ def destroy(real: Callable[[], object]) -> Problem:
     try:
         real()
     except Exception as error:
-        return _line(error)
+        return line(error)
     return None
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

@@ -1,30 +1,31 @@
-"""One armed rank: what it is, what watches over it, and when it is armed and disarmed.
+"""One armed rank: when it is armed and disarmed, and what makes it stop.
 
 Arming comes before torch's own `init_process_group` runs, so that a rank which is stuck in rendezvous can leave, too;
-the world becomes known, and the board is opened, when that has returned.
+the world becomes known, and the channel to its other ranks is opened, when that has returned.
 """
 
 from __future__ import annotations
 
 import _queue
-import _thread
 import os
 import signal
-import socket
 import sys
 from typing import Any, Callable, Optional
 
 from autoteardown import settings, signals
 from autoteardown.boundary import failed, guarded
-from autoteardown.channel import board as boards
-from autoteardown.frameworks import ray as ray_rank
-from autoteardown.node import registry
-from autoteardown.rank import backends, threads, training
-from autoteardown.stop import report
+from autoteardown.channel import channel as channels
+from autoteardown.frameworks import ray
+from autoteardown.primitives import allocate_lock, get_ident
+from autoteardown.rank import backends, callbacks, gate, stepping
+from autoteardown.rank.hands import RankHands
+from autoteardown.rank.identity import Identity
+from autoteardown.rank.lost import Watch
+from autoteardown.rank.main_thread import MainThread
+from autoteardown.stop.council import Council
 from autoteardown.stop.driver import Teardown, end
 
-SCHEMA = 1
-_PLAN_WAIT = 2.0  # seconds that the main thread waits, in the signal handler, to know if it is to run on
+_GOODBYE = 0.2  # seconds for the others to hear that this rank has left by itself
 
 
 class Guard:
@@ -33,41 +34,31 @@ class Guard:
     def __init__(self, real_destroy: Callable[[], object]) -> None:
         self.real_destroy = real_destroy
         self.settings, problems = settings.load(os.environ)
-        self.host = socket.gethostname()
-        self.program = sys.argv[0] if getattr(sys, "argv", None) else ""
-        self.log = report.Log(self.settings.log, self.host)
+        self.identity = Identity(self.settings)
         for problem in problems:
-            self.log.line(problem)
+            self.identity.log.line(problem)
         self.tap = signals.install(signal)
         self.joined = False
-        self.rank: Optional[int] = None
-        self.world_size: Optional[int] = None
-        self.backend: Optional[str] = None
         self.teardown: Optional[Teardown] = None
-        self.board: Optional[boards.Board] = None
+        self.channel: Optional[channels.Channel] = None
         self.events: _queue.SimpleQueue[tuple[str, Any]] = _queue.SimpleQueue()
-        self.gate = training.renew(self.events.put)
-        self.no_board = (
-            "AUTOTEARDOWN_PEERS is off" if not self.settings.peers else "this process group has no store"
-        )
-        self._begun = _thread.allocate_lock()
-        self._owner: dict[str, bool] = {}
-        self._main_waits = False
+        self.gate = gate.renew(self.events.put, backends.sequence_numbers, backends.current_devices)
+        self.main = MainThread(self)
+        self._begun = allocate_lock()
+        self._signum: Optional[int] = None
+        self._watch: Optional[Watch] = None
         self._finalized = False
-        self._entry: Optional[registry.Entry] = None
-        self._step_handle: Any = None
+        self._hooks: Optional[stepping.Hooks] = None
 
-    # -- the life of a rank ---------------------------------------------------------------------------------------
+    # -- the life of a rank -----------------------------------------------------------------------------------------
 
     def joining(self) -> None:
         """Before torch's init: from here on an eviction signal is ours."""
-        self.rank, self.world_size = _environment_int("RANK"), _environment_int("WORLD_SIZE")
-        self.log.rank, self.log.world_size = self.rank, self.world_size
-        self.gate.begin(_thread.get_ident())
+        self.gate.begin(get_ident())
         # Cleaners of /tmp remove what has not been written to for some days (10, systemd-tmpfiles).
-        self.tap.arm(self._on_signal, self._on_main, self.entry_update)
+        self.tap.arm(self._on_signal, self.main.on_signal, self.identity.mark)
         self._finalize_multiprocessing()
-        self._entry = registry.enter(self.settings.runtime_dir, self._entry_fields(), self.log.line)
+        self.identity.joining()
 
     def _finalize_multiprocessing(self) -> None:
         # A forked child of multiprocessing leaves by os._exit: its finalizers are all the atexit that it has.
@@ -83,182 +74,149 @@ class Guard:
         world = backends.world()
         if world is None:
             return
-        self.rank, self.world_size, self.backend = world.rank, world.size, world.backend
-        self.log.rank, self.log.world_size = world.rank, world.size
         self.joined = True
-        self.entry_update(**self._entry_fields())
-        if self._step_handle is None:
-            optimizer = sys.modules["torch.optim.optimizer"]
-            self._step_handle = optimizer.register_optimizer_step_post_hook(training.step_hook)
-        if self.settings.peers and world.size > 1 and world.store is not None:
-            board = boards.Board.open(world.store, world.rank, world.size, self._no_board)
-            if board is not None:
-                _thread.start_new_thread(guarded(board.watch), (self._hear,))
-            self.board = board
+        self.identity.joined(world)
+        if self._hooks is None:
+            self._hooks = stepping.Hooks()
+        callbacks.prepare(self.settings.on_teardown, self.identity.log.line)
+        loop = self.tap.loop
+        if self.settings.peers and world.size > 1 and loop is not None:
+            self.channel = channels.Channel.open(
+                world.store, world.rank, world.size, loop, guarded(self._hear), lambda: Council(world.size)
+            )
+            self._watch = Watch(loop, self.gate, self.settings.lost, self._lost)
 
     def leave(self) -> None:
         """After torch's destroy: nothing to guard any more, and the application gets its handler back."""
         if self.teardown is not None and self.teardown.committed:
             return
+        self._close_channel()
         self.tap.disarm()
-        if self._step_handle is not None:
-            self._step_handle.remove()
-            self._step_handle = None
-        board, self.board = self.board, None
-        if board is not None:
-            board.close()
-        self.entry_leave()
+        if self._hooks is not None:
+            self._hooks.remove()
+            self._hooks = None
+        self.identity.unlist()
         self.joined = False
 
-    def _no_board(self, reason: str) -> None:
-        self.no_board = reason
-        self.log.line(f"no notice board: {reason}", level="debug")
+    def _close_channel(self) -> None:
+        if self._watch is not None:
+            self._watch.close()
+        channel, self.channel = self.channel, None
+        if channel is None:
+            return
+        if (
+            self.teardown is not None
+        ):  # the application ends by itself, in its own time: the others need not wait
+            channel.post("left")
+            channel.flush(_GOODBYE)
+        channel.close()
+
+    @property
+    def alone(self) -> str:
+        """Why the peers cannot be told; empty if they can."""
+        if self.channel is not None:
+            return self.channel.why
+        return "AUTOTEARDOWN_PEERS is off" if not self.settings.peers else "the agent's thread has ended"
+
+    # -- what makes it stop -----------------------------------------------------------------------------------------
 
     def _hear(self, kind: str, value: Any) -> None:
-        """On the board's watcher thread."""
-        if kind == "notice" and self._begun.acquire(False):
+        """On the loop thread: from the council, or of the line to it."""
+        if kind == "note":
+            self.identity.log.line(value, level="debug")
+        elif kind in ("lost", "back") and self._watch is not None:
+            self._watch.hear(kind, value)
+        elif kind == "notice" and self._begun.acquire(False):
             try:
                 self._begin("peer", None, value)
             except Exception as error:
                 failed("to stop with a peer", error)
                 self.teardown = None
                 self._begun.release()  # its own signal may yet come
-        elif self.teardown is None:
-            self.board = None  # lost
-        else:
+        elif self.teardown is not None:
             if kind == "notice":
-                self.teardown.origin = {
-                    key: value[key] for key in value if key != "left"
-                }  # the first to be signalled
+                self.teardown.begun_by(_origin(value))  # the first to be signalled
+            if kind in ("up", "down"):
+                kind, value = "down", value if kind == "down" else None
             self.events.put((kind, value))
 
-    # -- signals ----------------------------------------------------------------------------------------------------
+    def _lost(self, rank: int) -> None:
+        """On the loop thread: this rank has waited long enough for one that is lost."""
+        if self._begun.acquire(False):
+            self._begin("lost", None, {"rank": rank, "host": None, "pid": None})
 
-    def _on_signal(self, signum: int) -> None:
-        """On the listener thread."""
+    def _on_signal(self, signum: int) -> bool:
+        """On the loop thread; whether the application's handler is to be called later, and not now."""
         try:
-            ray_rank.call_abort_off()
+            ray.call_abort_off()
             if self.teardown is not None:
                 self.teardown.also_signalled(signum)
             elif self._begun.acquire(False):
-                origin = {"rank": self.rank, "host": self.host, "pid": os.getpid()}
-                self._begin("signal", signum, origin)
+                self._signum = signum
+                own = {"rank": self.identity.rank, "host": self.identity.host, "pid": os.getpid()}
+                self._begin("signal", signum, own)
+                return self.main.defers(signum)
         except BaseException as error:
             # What is left of the contract: out in time, with the right code.
             try:
-                self.log.line(f"internal error: {type(error).__name__}: {error}")
+                self.identity.log.line(f"internal error: {type(error).__name__}: {error}")
             finally:
                 end(lambda: self.settings.exit_code_for(signum))
+        return False
 
     def _begin(self, cause: str, signum: Optional[int], origin: dict[str, Any]) -> None:
-        yields = signum is not None and self._application_owns(signum)
-        self.teardown = Teardown(self, cause, signum, origin, yields)
-        if yields:
-            self.entry_update(state="yielding")
+        owner = self.main.owner(signum or self.settings.signals[0])
+        if cause == "peer" and self.settings.handlers == "alone":
+            owner = False
+        hands = RankHands(self, self.events, owner)
+        self.teardown = Teardown(hands, cause, signum, _origin(origin) if cause == "peer" else origin)
+        if self.channel is not None and not self.channel.connected:
+            self.events.put(("down", self.channel.why))
         self.teardown.begin()
 
-    def _application_owns(self, signum: int) -> bool:
-        # Decided once, by whichever thread asks first: the application may restore a handler at any moment.
-        if "owner" not in self._owner:
-            owns = self.settings.yield_seconds > 0 and self.tap.application_owns(signum)
-            self._owner.setdefault("owner", owns)
-        return self._owner["owner"]
+    def delivery(self) -> Optional[Callable[[], object]]:
+        """What has the application's handler called, unless it has been."""
+        signum = self._signum or self.settings.signals[0]
+        return None if self.main.handed else lambda: self.main.deliver(signum)
 
-    def _on_main(self, signum: int) -> bool:
-        """On the main thread, from the trampoline."""
-        committed = self.teardown is not None and self.teardown.committed
-        if not committed and self._application_owns(signum):
-            if self.tap.application_owns(signum):
-                return False
-            # It has put the default back, and the signal has come again: uvicorn raises it when it has shut down.
-            self.events.put(("released", None))
-        if not self._main_waits:  # in a signal storm each handler runs on top of the last
-            self._main_waits = True
-            # Some C code (`re`, big integers) runs signal handlers but never lets go of the GIL: this may be the only
-            # chance of the other threads. The training thread is not needed until the last step is known.
-            self.gate.wait_for_plan(_PLAN_WAIT)
-            self._main_waits = False
-        self.stop_main()
-        return True
-
-    def stop_main(self) -> None:
-        """On the main thread: park it if it is time to, or have it leave if it is time for that."""
-        teardown = self.teardown
-        ident = _thread.get_ident()
-        if ident in self.gate.parked:  # on its way out, or still parked below this frame
-            return
-        # An exception in an exit callback would be printed, and cut it short. Ours is the last of them, and waits.
-        if ident != self.gate.thread and threads.in_exit_callback():
-            return
-        if teardown is not None and teardown.leaving:
-            self.gate.parked.add(ident)
-            raise SystemExit(teardown.exit_code)
-        if self.gate.closed and not self.gate.shielded(ident):
-            self.gate.hold()
-
-    # -- what others ask for ----------------------------------------------------------------------------------------
+    # -- the end ----------------------------------------------------------------------------------------------------
 
     def at_exit(self) -> None:
         """Last of all atexit callbacks."""
-        if self.teardown is not None and self.teardown.committed:
-            self.teardown.ended()
-        self.entry_leave()
-        boards.close_all()
-
-    def run_callbacks(self, say: Callable[[str], None]) -> None:
-        """`on_teardown` callbacks, last in, first out, each on its own."""
-        for callback in reversed(callbacks):
-            try:
-                callback()
-            except BaseException as error:
-                say(f"on_teardown callback failed: {type(error).__name__}: {error}")
-
-    def identity(self) -> dict[str, Any]:
-        """The first fields of the report."""
-        return {
-            "schema": SCHEMA,
-            "host": self.host,
-            "pid": os.getpid(),
-            "program": self.program,
-            "rank": self.rank,
-            "local_rank": _environment_int("LOCAL_RANK"),
-            "world_size": self.world_size,
-            "backend": self.backend,
-            "python": sys.version.split()[0],
-            "torch": str(getattr(sys.modules.get("torch"), "__version__", None)),
-        }
-
-    @property
-    def report_name(self) -> str:
-        """File name of the report."""
-        return f"{self.host}-{os.getpid()}.json".replace("/", "_")
-
-    def _entry_fields(self) -> dict[str, Any]:
-        keep = ("host", "program", "rank", "local_rank", "world_size", "backend")
-        fields = {key: value for key, value in self.identity().items() if key in keep}
-        return {**fields, "signal": self.settings.signals[0]}  # what `autoteardown drain` has to send
-
-    def entry_update(self, **fields: Any) -> None:
-        """Tell the node's registry."""
-        if self._entry is not None:
-            self._entry.update(**fields)
-
-    def entry_leave(self, outcome: Optional[str] = None, exit_code: Optional[int] = None) -> None:
-        """Leave the node's registry."""
-        if self._entry is not None:
-            self._entry.leave(outcome, exit_code)
+        teardown = self.teardown
+        if teardown is not None and teardown.committed:
+            if not teardown.leaving:
+                # A daemon thread that trains can still get to its iteration; if it has ended, too, `look` notices.
+                if self.gate.thread in (None, get_ident()):
+                    self.events.put(("ended", None))
+                self.gate.wait_for_exit()
+            teardown.ended()
+        self._close_channel()
+        self.identity.unlist()
+        channels.close_all()
 
 
-def _environment_int(name: str) -> Optional[int]:
-    value = os.environ.get(name, "")
-    return int(value) if value.isdecimal() else None
+def _origin(notice: Any) -> dict[str, Any]:
+    """Who is being evicted, and how many seconds it has `left`, as far as the notice makes sense.
+
+    A notice that nobody understands is still one: the other ranks have read it, too.
+    """
+    from autoteardown.node.record import printable, text, whole
+
+    found = notice if isinstance(notice, dict) else {}
+    origin: dict[str, Any] = {
+        "rank": whole(found.get("rank")),
+        "host": printable(text(found.get("host"))),
+        "pid": whole(found.get("pid")),
+    }
+    left = found.get("left")
+    if isinstance(left, (int, float)) and 0 <= left <= 86400:  # NaN is not
+        origin["left"] = left
+    return origin
 
 
 guard: Optional[Guard] = None
 """The process's guard, once an init has been seen."""
-
-callbacks: list[Callable[[], object]] = []
-"""What `autoteardown.on_teardown` has registered."""
 
 
 def of_process(real_destroy: Callable[[], object]) -> Guard:
@@ -278,8 +236,8 @@ def at_exit() -> None:
 def _after_fork_in_child() -> None:
     global guard
     parents, guard = guard, None
-    if parents is not None and parents.board is not None:
-        parents.board.forget()
+    if parents is not None and parents.channel is not None:
+        parents.channel.forget()
 
 
 os.register_at_fork(after_in_child=guarded(_after_fork_in_child))

@@ -91,17 +91,17 @@ def _wrap_destroy(real: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _patch_serialization(module: ModuleType) -> None:
-    _patch(module, "save", _wrap_save, "torch")
+    _patch(module, "save", functools.partial(_wrap_save, False), "torch")
 
 
 def _patch_checkpoint(module: ModuleType) -> None:
     for name in ("save", "save_state_dict", "async_save"):
-        _patch(module, name, _wrap_save, "torch.distributed.checkpoint")
+        _patch(module, name, functools.partial(_wrap_save, True), "torch.distributed.checkpoint")
 
 
-def _wrap_save(real: Callable[..., Any]) -> Callable[..., Any]:
+def _wrap_save(collective: bool, real: Callable[..., Any]) -> Callable[..., Any]:
     def save(*args: Any, **kwargs: Any) -> Any:
-        gate = _enter_save()
+        gate = _enter_save(collective)
         try:
             result = real(*args, **kwargs)
             _save_returned(gate, result)
@@ -113,12 +113,11 @@ def _wrap_save(real: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @guarded
-def _enter_save() -> Any:
-    from autoteardown.rank import training
+def _enter_save(collective: bool) -> Any:
+    from autoteardown.rank import gate
 
-    gate = training.gate
-    gate.enter_save()
-    return gate
+    gate.gate.enter_save(collective)
+    return gate.gate
 
 
 @guarded
@@ -126,7 +125,7 @@ def _save_returned(gate: Any, result: Any) -> None:
     # dcp.async_save: a future, or (2.9 and later, on request) an object with two of them.
     future = getattr(result, "upload_completion", result)
     if gate is not None and hasattr(future, "add_done_callback"):
-        gate.background_save(future)
+        gate.saves.in_background(future)
 
 
 @guarded

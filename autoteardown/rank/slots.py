@@ -17,7 +17,7 @@ from typing import Any, Callable
 from autoteardown import primitives
 from autoteardown.rank import dispositions
 from autoteardown.rank.doorbell import Doorbell
-from autoteardown.rank.listener import Listener
+from autoteardown.rank.loop import Loop
 
 Handler = Any
 
@@ -52,7 +52,7 @@ class Slots:
         self._before: dict[int, bytes] = {}  # dispositions as they were when the process was armed
         self._in_c: dict[int, bytes] = {}  # those with a handler that is not Python's
         self._chained: set[int] = set()
-        self._listener: Listener | None = None
+        self._listener: Loop | None = None
         self._fd = -1  # the wake-up fd that we have set
 
     # -- before: on the main thread ---------------------------------------------------------------------------------
@@ -85,7 +85,7 @@ class Slots:
 
     # -- armed --------------------------------------------------------------------------------------------------------
 
-    def take(self, listener: Listener) -> bool:
+    def take(self, listener: Loop) -> bool:
         """Any thread: from here on, what is heard goes to the listener.
 
         Returns:

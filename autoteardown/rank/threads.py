@@ -15,6 +15,11 @@ PACKAGE = os.path.join(os.path.dirname(os.path.dirname(__file__)), "")
 """Where the agent's own code lies."""
 
 
+def main_ident() -> Optional[int]:
+    """The main thread's number."""
+    return threading.main_thread().ident
+
+
 def alive(ident: Optional[int]) -> bool:
     """Whether a thread still runs Python code. The main thread's frames outlive it: it waits in its shutdown."""
     main = threading.main_thread()
@@ -39,6 +44,38 @@ def inside(path: str) -> list[int]:
                 found.append(ident)
                 break
             frame = frame.f_back
+    return found
+
+
+_PEERS = (
+    "torch/distributed/distributed_c10d.py",
+    "torch/autograd/graph.py",  # where backward waits for what DDP and FSDP have launched
+    "torch/distributed/_functional_collectives.py",
+    "torch/distributed/distributed_c10d_functional.py",
+    "torch/distributed/fsdp/",
+    "torch/nn/parallel/distributed.py",
+    "torch/distributed/pipelining/",
+)
+_SLOW = ("torch/utils/data/", "torch/_dynamo/", "torch/_inductor/", "torch/utils/cpp_extension.py", "triton/")
+
+
+def position(ident: Optional[int]) -> Optional[tuple[int, int]]:
+    """Where that thread stands: does not change as long as it executes no bytecode."""
+    frame = sys._current_frames().get(ident) if ident is not None else None
+    return None if frame is None else (id(frame), frame.f_lasti)
+
+
+def place(ident: Optional[int]) -> str:
+    """What that thread is likely to wait for: "peers"; "work", of which nobody knows how long it takes; else ""."""
+    frame: Any = sys._current_frames().get(ident) if ident is not None else None
+    found = ""
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if any(part in name for part in _SLOW):
+            return "work"
+        if not found and any(part in name for part in _PEERS):
+            found = "peers"
+        frame = frame.f_back
     return found
 
 

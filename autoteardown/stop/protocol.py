@@ -1,7 +1,8 @@
 """The stop of one rank as a pure state machine: events and a clock in, actions out.
 
-No I/O, no threads, no torch, no clock of its own: `teardown.py` does what the actions say and reports what came of
-it, and `tests/simulation/test_simulation.py` runs thousands of these machines against one another.
+No I/O, no threads, no torch, no clock of its own: `driver.py` does what the actions say and reports what came of it,
+`council.py` is what the ranks decide together, and `tests/simulation` runs thousands of these machines against one
+another.
 
 The machine is level-triggered. An event only adds to what has been *heard*; then the machine moves as far as
 everything heard so far allows. So a late, early or repeated message is never an error, and there is no order of
@@ -22,10 +23,11 @@ from autoteardown.stop.terms import Action, Facts, Limits, Phase
 COURTESY = 1.0
 # Ranks that are signalled together get their signals this far apart (1.1 s were seen on one node, ai2cm/ace#1398).
 SKEW = 3.0
-# A rank may need as long to connect to the board: c10d's server looks up the name of each client, one after the other,
-# and a resolver takes 5 s to ask again.
+# A rank of a group that is a few seconds old may need as long to connect to the hub.
 CONNECTING = 10.0
-_FROM_THE_BOARD = ("notice", "plan", "halt", "quiet", "gone")
+_FROM_THE_COUNCIL = ("notice", "plan", "even", "halt", "quiet", "gone")
+_LATEST = ("saving", "busy", "still", "progress", "stopped", "down")  # of these, what was heard last counts
+RECONNECTING = 2.0  # seconds that a line to the group which has just dropped is waited for
 # The part of the drain's time in which a rank whose thread is blocked finds out whether its device is idle.
 LOOK = 0.2
 
@@ -33,11 +35,13 @@ LOOK = 0.2
 class Stop:
     """One rank's way from the signal to its exit.
 
-    Events for `on` (`value` in brackets): `begin`; `steps` (`(completed or None, cannot)`); from the board `notice`
-    (origin, with what `tell` said as `left`; before `begin` if that is why this rank stops), `plan` (step or None),
-    `halt`, `quiet` (clean), `gone`, `lost`; from the application `released` (it has put its handler away); from the
-    training thread `stopped` (step), `parked`, `ended`; `saving` (bool); from the workers `drained`, `called`,
-    `destroyed`, `aborted` (None, or what went wrong); `tick`, when `wake` has come and no event is waiting.
+    Events for `on` (`value` in brackets): `begin`; `steps` (`(completed or None, cannot)`); from the council `notice`
+    (origin, with what `tell` said as `left`; before `begin` if that is why this rank stops), `plan` (see there),
+    `more`, `even`, `halt`, `busy` (whether somebody saves), `rest`, `abort`, `quiet` (clean), `departed`, `gone`; from
+    the channel `down` (why it is, or None); from the application `released` (it has put its handler away); from the
+    training thread `stopped` (iteration), `parked`, `ended`, `swallowed`; `saving`, `still` (bools), `progress` (when
+    the device last made some); from the workers `drained`, `called`, `destroyed`, `aborted` (None, or what went wrong);
+    `fault` (what went wrong elsewhere); `tick`, when `wake` has come and no event is waiting.
     """
 
     def __init__(self, limits: Limits, facts: Facts) -> None:
@@ -49,13 +53,18 @@ class Stop:
         self.wedged = False  # something does not end: to be aborted, or dropped with the process
         self.blocked = False  # the training thread cannot be asked to leave
         self.forced = False
+        self.why = ""  # what keeps this stop from being clean
         self.floor = limits.hard  # by then every rank that heard the notice has drained or aborted
         self.wake = limits.hard
         self._deadline = limits.hard
         self._clock = 0.0  # of the last tick
         self._agree_by = inf  # half-way between the notice and the end of the time for a step
-        self._settled = 0.0  # until then peers may be on their way to the agreed step
+        self._down_at = inf
+        self._settled = 0.0  # until then peers may be on their way to the agreed iteration
+        self._held = False  # the training thread may be waiting at the end of an iteration
+        self._round = 0  # of the council's `more`
         self._once: set[str] = set()
+        self._latest: dict[str, bool] = {}
         self._out: list[Action] = []
 
     # -- what the report says ---------------------------------------------------------------------------------
@@ -65,7 +74,14 @@ class Stop:
         """As it is in the report."""
         if self.forced:
             return "forced"
-        return "aborted" if self.wedged else "clean"
+        return "aborted" if self.wedged else "partial" if self.why else "clean"
+
+    @property
+    def reason(self) -> str:
+        """Why it is not clean, in words."""
+        if self.outcome == "clean":
+            return ""
+        return self.why or ("a phase timed out" if not self.forced else "the hard deadline")
 
     @property
     def steps(self) -> Optional[dict[str, Optional[int]]]:
@@ -73,11 +89,8 @@ class Stop:
         completed = self.heard.get("steps", (None, False))[0]
         if completed is None:
             return None
-        return {
-            "at_signal": completed,
-            "agreed": self.heard.get("plan"),
-            "stopped_at": self.heard.get("stopped"),
-        }
+        agreed = self.heard.get("plan", {}).get("stop")
+        return {"at_signal": completed, "agreed": agreed, "stopped_at": self.heard.get("stopped")}
 
     # -- the machine ------------------------------------------------------------------------------------------
 
@@ -86,13 +99,19 @@ class Stop:
         self._out = []
         if event == "tick":
             self._clock = now
-        if event == "saving":
-            self.heard["saving"] = value
-            if self.state == "park" and not value:
-                self._settled = max(self._settled, now)  # the thread has its time to park again
+        elif event == "more":
+            self._go_on(value)
+        elif event == "fault":
+            self._fault(value)
         else:
+            if not value and (event == "busy" or (event == "saving" and self.state == "park")):
+                self._settled = max(self._settled, now)  # the thread has its time to park again
             if event == "halt" and event not in self.heard:
                 self._settled = min(self._settled, now)
+            if event == "down":
+                self._down_at = min(self._down_at, now) if value else inf
+            if event in _LATEST:
+                self.heard[event] = value
             self.heard.setdefault(event, value)
         if now >= self.limits.hard and self.state != "done":
             self._force(now)
@@ -108,20 +127,34 @@ class Stop:
             self._once.add(do)
             self._do(do, value)
 
-    def _post(self, do: str, value: Any = None) -> None:
-        """To the board, if there is one."""
-        if self.facts.board and "lost" not in self.heard:
+    def _say(self, do: str, value: Any = None) -> None:
+        """To the council, if it can be reached."""
+        if self.facts.channel:
             self._do_once(do, value)
+
+    def _fault(self, why: str) -> None:
+        self.why = self.why or why
+
+    def _go_on(self, more: dict[str, Any]) -> None:
+        """This rank waits for others, or they for it: one iteration more brings them together."""
+        if self.state == "step" and "plan" in self.heard and more["round"] > self._round:
+            self._round = more["round"]
+            self.heard.pop("stopped", None)
+            self.heard.pop("still", None)
+            self._once.discard("at")
+            self._latest["still"] = False
+            self._do("go_on", more["until"])
+            self._do("ready", self._round)
 
     @property
     def _group(self) -> bool:
         """Peers exist and can be heard."""
-        return self.facts.board and "lost" not in self.heard
+        return self.facts.channel and not self.heard.get("down")
 
     @property
     def _told(self) -> bool:
         """The group knows of the stop. In one that is a few seconds old this rank may still be connecting."""
-        return "tell" not in self._once or any(event in self.heard for event in _FROM_THE_BOARD)
+        return "tell" not in self._once or any(event in self.heard for event in _FROM_THE_COUNCIL)
 
     @property
     def _due(self) -> bool:
@@ -169,24 +202,13 @@ class Stop:
     def _in_new(self, now: float) -> bool:
         if "begin" not in self.heard:
             return False
-        if self.limits.yield_ > now and self.facts.cause == "signal":
-            return self._enter("yield", now, self.limits.yield_ - now)
-        return self._enter_step(now)
-
-    def _in_yield(self, now: float) -> bool:
-        if "notice" in self.heard:
-            # If its own time is about to end they were signalled together, and stop together.
-            if self._deadline - now <= min(SKEW, self.limits.yield_ / 2) and "answer" not in self._once:
-                self._end("ok", now, "the group stops")
-                return self._enter_step(now)
-            # The application has its time; the group need not wait for it.
-            self._post("answer", (None, False))
-        if "released" in self.heard:
-            self._end("ok", now, "the application has put its handler away")
-            return self._enter_step(now)
-        if not self._due:
-            return False
-        self._end("timeout", now, "the application's handler did not end the process")
+        if self.facts.unwaitable:
+            self._fault(f"nobody can wait for this device: {self.facts.unwaitable}")
+        if self.facts.owner and self.facts.cause != "lost" and self.limits.yield_ > now:
+            if not self.facts.together and self.facts.cause == "signal":
+                return self._enter("yield", now, self.limits.yield_ - now)
+            if self.facts.together and not (self.facts.joined and self.facts.channel):
+                return self._enter_yield(now)  # nobody to do it together with: it acts at once, as without us
         return self._enter_step(now)
 
     def _enter_step(self, now: float) -> bool:
@@ -200,74 +222,156 @@ class Stop:
         if "notice" in self.heard:
             left = min(left, self.heard["notice"].get("left", left))
         elif self.facts.cause == "signal":
-            self._post("tell", left)
+            self._say("tell", left)
         limits = self.limits = self.limits.within(left)
-        self.floor = min(now + limits.step + limits.drain + limits.abort + SKEW, self._exit_by)
+        self._set_floor(now)
+        if self.facts.world > 1 and not self.facts.channel:
+            self._fault("its peers were not told")
+        if self.facts.cause == "lost":
+            self._fault("a peer is lost")
+            self.phases.append(Phase("step", now))
+            return self._step_over("skipped", now, "a peer is lost")
         if "answer" in self._once:
             self.phases.append(Phase("step", now))
             return self._step_over("skipped", now, "the group has not waited for this rank")
+        self._held = True
         self._do("hold")
         return self._enter("step", now, limits.step)
+
+    def _set_floor(self, now: float) -> None:
+        limits = self.limits
+        self.floor = min(now + limits.step + limits.drain + limits.abort + SKEW, self._exit_by)
 
     def _in_step(self, now: float) -> bool:
         if "steps" not in self.heard:
             return self._step_over("error", now, "no answer") if self._due else False
         completed, cannot = self.heard["steps"]
         cannot = cannot or not self.facts.step
-        self._post("answer", (completed, cannot))
-        if not self.facts.board:
-            self.heard.setdefault("plan", None if cannot or completed is None else completed + 1)
+        self._say("answer", (completed, cannot, self.facts.owner and self.facts.together))
+        if not self.facts.channel:
+            stop = None if cannot or completed is None else max(completed + 1, 2)
+            self.heard.setdefault("plan", {"stop": stop, "owned": self.facts.owner, "why": ""})
+        if "saving" in self.heard:
+            self._say_latest("saving", bool(self.heard["saving"]))
+        if self.heard.get("saving") or self.heard.get(
+            "busy"
+        ):  # a checkpoint counts more than the time for a step
+            self._until(max(self._deadline, self._save_until() - 2 * self._look))
         if "stopped" in self.heard:
-            return self._step_over("ok", now, f"stopped at step {self.heard['stopped']}")
+            self._say("at", (self.heard["stopped"], self._round))
+            if "even" in self.heard or not self._group:
+                return self._step_over("ok", now, f"stopped after iteration {self.heard['stopped']}")
         if "ended" in self.heard:
-            if completed is not None:
-                self._post("halt")
+            if completed is None:
+                return self._step_over("skipped", now, "the thread that called init has ended")
+            self._say("halt")
             return self._step_over("error", now, "the training thread has ended")
         if "halt" in self.heard:
-            return self._step_over("skipped", now, "the group does not wait for a step")
+            return self._step_over("skipped", now, self.heard["halt"] or "the group does not wait for a step")
         if "plan" in self.heard:
             return self._follow_plan(completed, now)
-        if "lost" in self.heard:
-            return self._step_over("error", now, "the board is gone")
+        if self._clock >= self._down_at + RECONNECTING:
+            return self._step_over("error", now, f"the group cannot be reached: {self.heard['down']}")
         # A peer's answer is missing: it is dead or frozen. Half the time is left for a plan without it.
         if self._told:
             self._agree_by = min(self._agree_by, (now + self._deadline) / 2)
         if self._clock >= self._agree_by:
-            self._post("plan_now")
-        self.wake = self._deadline if self._clock >= self._agree_by else min(self._agree_by, self._deadline)
+            self._say("plan_now")
+        waits = self._agree_by if self._clock < self._agree_by else inf
+        self.wake = min(self._deadline, waits, self._down_at + RECONNECTING)
         return self._step_over("timeout", now, "no agreement") if self._due else False
 
     def _follow_plan(self, completed: Optional[int], now: float) -> bool:
-        stop = self.heard["plan"]
-        if stop is None:
-            return self._step_over("skipped", now, "no step to wait for")
+        plan = self.heard["plan"]
+        if plan["stop"] is None:
+            return self._step_over("skipped", now, plan["why"] or "no iteration to wait for")
         self.wake = self._deadline
         # Also for a rank that has not stepped yet: it may be about to, and others need it to get there.
-        self._do_once("stop_at", stop)
+        self._do_once("stop_at", plan["stop"])
+        if "stopped" not in self.heard:
+            self._say_latest("still", bool(self.heard.get("still")), self._round)
         # One that never steps may still be needed by those that do: it goes on until they are there (`halt`).
         if not self._due:
             return False
-        self._post("halt")
-        return self._step_over("timeout", now, f"step {stop} not reached")
+        self._say("halt")
+        what = f"iteration {plan['stop']} not reached"
+        return self._step_over("timeout", now, "no word from the others" if "stopped" in self.heard else what)
+
+    def _say_latest(self, what: str, value: bool, *more: Any) -> None:
+        """Say it anew whenever it has changed."""
+        if value != self._latest.get(what, False):
+            self._latest[what] = value
+            if self.facts.channel:
+                self._do(what, (value, *more) if more else value)
 
     def _step_over(self, outcome: str, now: float, detail: str) -> bool:
-        # Peers have until the end of this phase, or `halt`, to get to the agreed step: a device that waits until then
-        # for their part of a collective is not stuck.
-        expects = outcome == "ok" and self.facts.board and self.facts.world > 1 and "halt" not in self.heard
+        # Peers have until the end of this phase, or `halt`, to get to the agreed iteration: a device that waits until
+        # then for their part of a collective is not stuck.
+        expects = outcome == "ok" and self._group and self.facts.world > 1 and "even" not in self.heard
         self._settled = self._deadline if expects else now
         self._end(outcome, now, detail)
+        if outcome != "ok" and self.steps is not None and not self.facts.step:
+            self._fault("AUTOTEARDOWN_STOP_AT is now")
+        elif (outcome != "ok" and self.steps is not None) or outcome in ("timeout", "error"):
+            self._fault(detail)
+        owned = self.facts.owner or self.heard.get("plan", {}).get("owned")
+        if owned and self.facts.together and self.facts.cause != "lost":
+            return self._enter_yield(now)
         self._do("park")
         return self._enter("park", now, 0.0)
 
+    def _enter_yield(self, now: float) -> bool:
+        """The application ends by itself, on this rank or on another: everybody runs on until it has."""
+        if self.limits.yield_ <= now or "rest" in self.heard:
+            self._do("park")
+            return self._enter("park", now, 0.0)
+        self._do("deliver")
+        return self._enter("yield", now, self.limits.yield_ - now)
+
+    def _in_yield(self, now: float) -> bool:
+        delivered = self.facts.together or self._held
+        if not delivered and "notice" in self.heard and "answer" not in self._once:
+            # If its own time is about to end they were signalled together, and stop together.
+            if self._deadline - now <= min(SKEW, self.limits.yield_ / 2):
+                self._end("ok", now, "the group stops")
+                return self._enter_step(now)
+            # The application has its time; the group need not wait for it.
+            self._say("answer", (None, False, False))
+        if "released" in self.heard:
+            self._end("ok", now, "the application has put its handler away")
+        elif delivered and "rest" in self.heard:
+            self._end("ok", now, "those that end by themselves have left")
+        elif self._due:
+            self._end("timeout", now, "the application's handler did not end the process")
+        else:
+            return False
+        if not delivered:
+            return self._enter_step(now)
+        self._fault(self.phases[-1].detail)
+        self._say("over")
+        self.limits = self.limits.within(self.limits.hard - now)
+        self._set_floor(now)
+        self._settled = now
+        self._do("park")
+        return self._enter("park", now, 0.0)
+
+    @property
+    def _look(self) -> float:
+        return self.limits.drain * LOOK if self.facts.accelerator and self.facts.joined else 0.0
+
+    def _save_until(self) -> float:
+        """No checkpoint is cut in half while time is left."""
+        return self.limits.hard - self.limits.abort - self.limits.exit
+
     def _drain_until(self, kept: float) -> None:
-        """Parking and draining have one budget, and no checkpoint is cut in half while time is left."""
-        latest = self.limits.hard - self.limits.abort - self.limits.exit
+        """Parking and draining have one budget."""
         budget = self.limits.drain if self.facts.joined else min(self.limits.drain, COURTESY / 2)
         saving = self.state == "park" and self.heard.get("saving")
+        latest = self._save_until()
         self._until((latest if saving else min(latest, self._settled + budget)) - kept)
 
     def _in_park(self, now: float) -> bool:
-        look = self.limits.drain * LOOK if self.facts.accelerator and self.facts.joined else 0.0
+        look = self._look
         self._drain_until(look)
         saving = self.heard.get("saving")
         if not saving and not self.heard.keys().isdisjoint(("parked", "stopped", "ended")):
@@ -276,17 +380,18 @@ class Stop:
                 return self._enter_exit(now)
             self._do("drain")
             return self._enter("drain", now, 0.0)
-        if not self._due:
+        if not (self._due or (self.heard.get("still") and not saving and now >= self._settled)):
             return False
         self.blocked = True
         if not self.facts.joined:
             self._end("timeout", now, "blocked in init_process_group")
+            self._fault("blocked in init_process_group")
             return self._enter_exit(now)
         self._end(
             "timeout", now, "a save is still going on" if saving else "the training thread is blocked in C"
         )
         if not self.facts.accelerator:
-            return self._enter_abort(now)
+            return self._enter_wedged(now)
         # Blocked is not busy: to abort an idle rank frees what a peer's kernel may still poll (ai2cm/ace#1438).
         self._do("drain")
         return self._enter("drain", now, look)
@@ -294,47 +399,67 @@ class Stop:
     def _in_drain(self, now: float) -> bool:
         if not self.blocked:
             self._drain_until(0.0)
+        if "progress" in self.heard:  # time without progress counts, not time
+            self._until(
+                min(max(self._deadline, self.heard["progress"] + self.limits.drain), self._save_until())
+            )
         if "drained" not in self.heard:
             if not self._due:
                 return False
             self._end("timeout", now, "the device is busy with work that does not end")
-            return self._enter_abort(now)
+            return self._enter_wedged(now)
         problem = self.heard["drained"]
         self._end("error" if problem else "ok", now, problem or "")
         if problem:
-            return self._enter_abort(now)
+            return self._enter_wedged(now)
         if self.blocked:
             self.wedged = True
             self._skip("abort", now, "the device is idle: left to the exit")
             return self._abort_over(now, stopped=True)
         if "stopped" in self.heard and self.steps is not None and "halt" not in self.heard:
             # Not before: ranks that never step may have to launch their part of what this device was waiting for.
-            self._post("arrived")
-        self._do("callbacks", max(0.0, self.floor - now) / 2)
+            self._say("arrived")
+        budget = max(0.0, self._save_until() - now)
+        if self.facts.callbacks:
+            self._say_latest("saving", True)
+        self._do("callbacks", budget)
         self.phases.append(Phase("quiet", now))
-        return self._enter("callbacks", now, max(0.0, self.floor - now) / 2, phase=False)
+        return self._enter("callbacks", now, budget, phase=False)
 
     def _in_callbacks(self, now: float) -> bool:
         if "called" not in self.heard and not self._due:
             return False
-        self._post("quiet", True)
+        problem = self.heard.get("called", "an on_teardown callback did not return in time")
+        if problem:
+            self._fault(problem)
+        self._say_latest("saving", False)
+        self._say("quiet", True)
+        self._settled = max(self._settled, now)
         return self._enter("quiet", now, 0.0, phase=False)
 
     def _in_quiet(self, now: float) -> bool:
-        alone = self.facts.world == 1 or (not self.facts.board and not self.facts.accelerator)
+        alone = self.facts.world == 1 or (not self.facts.channel and not self.facts.accelerator)
         if alone:
             # Nobody to wait for, or (gloo) nobody who minds: its destroy is not collective.
             self._end("skipped", now, "no peers" if self.facts.world == 1 else "peers are not asked")
             return self._release(now, everyone=True)
-        if "quiet" in self.heard:
+        if "quiet" in self.heard and not (self.facts.unwaitable or "unwaitable" in self.heard):
             clean = bool(self.heard["quiet"])
-            self._end("ok", now, "" if clean else "a peer was wedged")
+            self._end("ok", now, "" if clean else "a peer was wedged or lost")
+            if not clean:
+                self._fault("a peer was wedged or lost")
             return self._release(now, everyone=clean)
-        courtesy = max(self.phases[-1].start, self._settled) + COURTESY
-        self._until(self.floor if self.facts.accelerator else min(self.floor, courtesy))
+        if self.heard.get("busy"):  # peers that save on their way: they may need this one
+            self._settled = max(self._settled, now)
+            self._until(self._save_until())
+        else:
+            courtesy = max(self.phases[-1].start, self._settled) + (SKEW if self._group else COURTESY)
+            self._until(self.floor if self.facts.accelerator else min(self.floor, courtesy))
         if not self._due and (self._group or self.facts.accelerator):
             return False
-        self._end("timeout" if self._group else "skipped", now, "not every rank has said that it is quiet")
+        why = "not every rank has said that it is quiet"
+        self._end("timeout" if self._group else "skipped", now, why)
+        self._fault(why)
         return self._release(now, everyone=False)
 
     def _release(self, now: float, everyone: bool) -> bool:
@@ -352,22 +477,40 @@ class Stop:
         if "destroyed" in self.heard:
             problem = self.heard["destroyed"]
             self._end("error" if problem else "ok", now, problem or "")
+            if problem:
+                self._fault(problem)
         elif self._due:
             self._end("timeout", now, "destroy_process_group does not return")
+            self._fault("destroy_process_group does not return")
             self.wedged = True
         else:
             return False
         return self._enter_exit(now)
 
-    def _enter_abort(self, now: float) -> bool:
+    # -- wedged ranks abort together: the first of several aborts frees what the others' kernels still poll (F9) ------
+
+    def _enter_wedged(self, now: float) -> bool:
         self.wedged = True
+        self._fault(self.phases[-1].detail)
         if "halt" not in self.heard:
-            self._post("halt")
-        if self.facts.can_abort:
-            self._do("abort")
-            return self._enter("abort", now, self.limits.abort)
-        self._skip("abort", now, "this backend has no abort: the exit closes its connections")
-        return self._abort_over(now, stopped=not self.facts.accelerator)
+            self._say("halt")
+        if not self.facts.can_abort:
+            self._skip("abort", now, "this backend has no abort: the exit closes its connections")
+            return self._abort_over(now, stopped=not self.facts.accelerator)
+        self._say("wedged")
+        self.phases.append(Phase("abort", now))
+        wait = min(SKEW, self._exit_by - self.limits.abort - now) if self._group else 0.0
+        return self._enter("wedged", now, wait, phase=False)
+
+    def _in_wedged(self, now: float) -> bool:
+        if "drained" in self.heard and not self.heard["drained"]:
+            # What it was waiting for has come after all: it is not to be aborted any more (F9).
+            self._end("skipped", now, "the device became idle")
+            return self._abort_over(now, stopped=True)
+        if "abort" not in self.heard and self._group and not self._due:
+            return False
+        self._do("abort")
+        return self._enter("abort", now, self.limits.abort, phase=False)
 
     def _in_abort(self, now: float) -> bool:
         if "aborted" in self.heard:
@@ -381,12 +524,14 @@ class Stop:
 
     def _abort_over(self, now: float, stopped: bool) -> bool:
         if stopped:
-            self._post("quiet", False)
+            self._say("quiet", False)
         # Without an accelerator there is no memory that a peer's kernel could touch: the exit frees the peers.
         return self._enter("quiet", now, 0.0) if self.facts.accelerator else self._enter_exit(now)
 
+    # -- the way out ----------------------------------------------------------------------------------------------
+
     def _enter_exit(self, now: float) -> bool:
-        self._post("left")
+        self._say("left")
         left = self._exit_by - now
         if not self._told:
             return self._enter("exit", now, left)
@@ -394,8 +539,8 @@ class Stop:
         return self._enter("exit", now, min(wait, left))
 
     def _in_exit(self, now: float) -> bool:
-        # Peers that lose the store's server go alone: its host leaves last. And nobody leaves who was not heard yet.
-        waits = self._group and ("gone" not in self.heard if self.facts.hosts_store else not self._told)
+        # Peers that lose the hub go alone: its host leaves last. And nobody leaves who was not heard yet.
+        waits = self._group and ("gone" not in self.heard if self.facts.hub else not self._told)
         if self.heard.get("saving"):
             waits = True
             self._until(self._exit_by)
@@ -406,7 +551,9 @@ class Stop:
         return self._enter("leaving", now, self.limits.exit, phase=False)
 
     def _in_leaving(self, now: float) -> bool:
-        if self._soft:
+        if "swallowed" in self.heard:
+            self._fault("the program has caught the exit, and was stopped again")
+        elif self._soft:
             if self.heard.get(
                 "saving"
             ):  # Lightning saves on any exception, the one that it leaves with included

@@ -11,33 +11,97 @@ import json
 import os
 import select
 import sys
+import time
 from typing import Any, Optional
 
 from autoteardown.node import folder
 from autoteardown.node.record import printable
 
 TERMINATION_LOG_BYTES = 4096  # what Kubernetes keeps of it
+_MOST_OF_A_NAME = 20
 
 
 class Log:
-    """Lines on fd 2: `autoteardown rank=3/16 pid=4711 host=node-a +0.412s drain ok (0.02s)`."""
+    """Lines on fd 2: `autoteardown rank=3/16 pid=4711 host=node-a +0.412s drain ok (0.02s)`, or JSON objects.
 
-    def __init__(self, level: str, host: str) -> None:
+    Args:
+        level: `quiet`, `info` or `debug`.
+        host: the node's name.
+        job: the job's name, if it has one.
+        form: `text` or `json`.
+    """
+
+    def __init__(self, level: str, host: str, job: Optional[str] = None, form: str = "text") -> None:
         self.level = level
         self.host = printable(host).replace(" ", "?")  # one field
+        self.job = job
+        self.form = form
         self.rank: Optional[int] = None
         self.world_size: Optional[int] = None
         self._pid = os.getpid()
         self._stderr = _identity(2)
 
-    def line(self, text: str, seconds: float = 0.0, level: str = "info") -> None:
-        """Say one thing. `seconds` since the signal."""
+    def first(self, text: str, seconds: float = 0.0) -> None:
+        """Say the first thing of a stop: in text, too, with the wall clock and the job, to find it by in other logs."""
+        if self.form == "text":
+            text += f" ({_wall_clock()}{f', job {self.job}' if self.job else ''})"
+        self.line(text, seconds, event="signal")
+
+    def line(
+        self,
+        text: str,
+        seconds: float = 0.0,
+        level: str = "info",
+        event: str = "message",
+        outcome: Optional[str] = None,
+    ) -> None:
+        """Say one thing.
+
+        Args:
+            text: in plain words.
+            seconds: since the signal.
+            level: from which level on it is said.
+            event: for those who filter JSON lines: a phase's name, `signal`, `done`, or `message`.
+            outcome: of the phase, or, with `done`, of the stop.
+        """
         if self.level == "quiet" or (level == "debug" and self.level != "debug"):
+            return
+        if self.form == "json":
+            say(self._as_json(text, seconds, level, event, outcome), self._stderr)
             return
         rank = "?" if self.rank is None else self.rank
         size = "?" if self.world_size is None else self.world_size
         prefix = f"autoteardown rank={rank}/{size} pid={self._pid} host={self.host} +{seconds:.3f}s"
         say(f"{prefix} {printable(text)}", self._stderr)
+
+    def _as_json(self, text: str, seconds: float, level: str, event: str, outcome: Optional[str]) -> str:
+        fields: dict[str, Any] = {
+            "time": _wall_clock(),
+            "logger": "autoteardown",
+            "level": level,
+            "job": self.job,
+            "host": self.host,
+            "pid": self._pid,
+            "rank": self.rank,
+            "world_size": self.world_size,
+            "seconds": round(seconds, 3),
+            "event": event,
+            "outcome": outcome,
+            "message": text,
+        }
+        line = json.dumps(fields)
+        # No longer than a pipe takes in one piece, and still JSON: it is the words that give way. A letter takes up to
+        # 12 bytes (a surrogate pair).
+        while len(line) >= select.PIPE_BUF and fields["message"]:
+            fields["message"] = fields["message"][: -(len(line) - select.PIPE_BUF) // 12 - 1]
+            line = json.dumps(fields)
+        return line
+
+
+def _wall_clock() -> str:
+    """UTC in ISO 8601, to the millisecond."""
+    now = time.time()
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(now))}.{int(now % 1 * 1000):03}Z"
 
 
 def say(line: str, stderr: Optional[tuple[int, int]] = None) -> None:
@@ -84,23 +148,59 @@ def stacks() -> list[dict[str, Any]]:
 
 
 def write_report(directory: str, name: str, report: dict[str, Any]) -> Optional[str]:
-    """Write the JSON report, whole or not at all.
+    """Write the JSON report, whole or not at all, and never over another process's.
+
+    Args:
+        directory: where; made if it is missing.
+        name: `<host>-<pid>.json`. The time of the signal is put into it, for a restarted pod often has the host
+            name and the process ids of the one before; and a number, if there is a file of that name all the same.
+        report: what this process knows by now. The next one replaces it.
 
     Returns:
         What went wrong, or None.
     """
+    name = printable(stamped(name, report))
     try:
         os.makedirs(directory, 0o755, exist_ok=True)
         # O_PATH: a folder that all may write to and nobody may list will do.
         descriptor = os.open(directory, getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             data = json.dumps(report, indent=1, default=str).encode("ascii")
-            folder.replace(descriptor, printable(name), data, 0o644)
+            _write_own(descriptor, (directory, name), data)
         finally:
             os.close(descriptor)
     except (OSError, ValueError) as error:
         return f"report {os.path.join(directory, name)!r} not written: {error}"
     return None
+
+
+def stamped(name: str, report: dict[str, Any]) -> str:
+    """The file name with the time of the signal in it: `node-a-4711-20261124T065900Z.json`."""
+    stem, dot, suffix = name.rpartition(".json")
+    moment = str(report.get("received_at") or "").partition("+")[0].partition(".")[0].rstrip("Z")
+    compact = moment.replace("-", "").replace(":", "")
+    return f"{stem}-{compact}Z{dot}{suffix}" if compact else name
+
+
+_own: dict[
+    tuple[str, str], str
+] = {}  # the reports that this process has written: folder and name wanted, name taken
+
+
+def _write_own(descriptor: int, wanted: tuple[str, str], data: bytes) -> None:
+    if wanted in _own:
+        folder.replace(descriptor, _own[wanted], data, 0o644)
+        return
+    stem, dot, suffix = wanted[1].rpartition(".json")
+    for number in range(1, _MOST_OF_A_NAME + 1):
+        name = wanted[1] if number == 1 else f"{stem}-{number}{dot}{suffix}"
+        try:
+            folder.create(descriptor, name, data, 0o644)
+        except FileExistsError:
+            continue
+        _own[wanted] = name
+        return
+    raise FileExistsError(f"and {_MOST_OF_A_NAME - 1} more of that name are there already")
 
 
 def write_termination_log(path: str, text: str) -> None:

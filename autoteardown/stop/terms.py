@@ -26,23 +26,30 @@ class Limits(NamedTuple):
 class Facts(NamedTuple):
     """What is true of this rank when its stop begins."""
 
-    cause: str = "signal"  # or "peer"
+    cause: str = "signal"  # or "peer", "lost"
     joined: bool = True  # init has returned: there is a process group
     world: int = 1
-    board: bool = False  # there is a notice board and this rank uses it
+    channel: bool = False  # this rank can speak to its peers
     accelerator: bool = False  # this process has initialised one
     can_abort: bool = False  # its communicators can be aborted
-    hosts_store: bool = False
+    hub: bool = False  # its peers speak to one another through this process
     step: bool = True  # AUTOTEARDOWN_STOP_AT is `step`
+    owner: bool = (
+        False  # the application ends by itself: it has a handler of its own, or polls `stop_requested()`
+    )
+    together: bool = True  # AUTOTEARDOWN_HANDLERS is `together`
+    callbacks: bool = False  # `on_teardown` has been given some
+    unwaitable: str = ""  # the devices in use that nobody can wait for
 
 
 class Action(NamedTuple):
     """Something for the shell to do. `do` is one of:
 
-    tell (seconds until this rank is gone), answer, plan_now, arrived, halt, quiet, left: posts on the board;
-    hold: raise the hold flag, then report `steps`; stop_at: let the training thread run to that step;
-    park, drain, callbacks, destroy, abort: start it, report when it is over;
-    stacks: record the stacks of the threads in the way; leave: end the process, gently; die: end it now.
+    tell (seconds until this rank is gone), answer, plan_now, at, still, ready, saving, arrived, halt, over, wedged,
+    quiet, left: to the council; hold: raise the hold flag, then report `steps`; stop_at: let the training thread run
+    to that iteration; go_on: let it run to the end of its next one; deliver: let it run on, with the application's
+    handler called first; park, drain, callbacks, destroy, abort: start it, report when it is over; stacks: record the
+    stacks of the threads in the way; leave: end the process, gently; die: end it now.
     """
 
     do: str

@@ -45,7 +45,7 @@ def test_a_child_reports_nothing(job, kind):
     rank.wait_for("child up")
     child = int(rank.wait_for(r"^child (\d+)$")[1])
     assert rank.evict() == 0, rank.story()
-    assert [path.name.rpartition("-")[2] for path in job.reports.iterdir()] == [f"{rank.pid}.json"]
+    assert [path.name.split("-")[-2] for path in job.reports.iterdir()] == [str(rank.pid)]
     assert len([line for line in rank.stderr.splitlines() if " done: " in line]) == 1
     assert alive(child)
 
@@ -161,7 +161,7 @@ def test_a_forked_child_that_inits_is_a_rank(job):
     child = int(parent.wait_for(r"^child (\d+)$")[1])
     os.kill(child, SIGTERM)
     assert parent.wait_for(r"^it ended with (-?\d+)$")[1] == "77", parent.story()
-    assert list(job.reports.glob(f"*-{child}.json"))
+    assert list(job.reports.glob(f"*-{child}-*.json"))
     assert parent.evict() == 77, parent.story()
 
 

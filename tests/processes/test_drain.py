@@ -285,6 +285,57 @@ def test_it_does_not_signal_itself(ranks, runtime):
     assert len(os.listdir("/proc/self/fd")) == descriptors
 
 
+# -- which ranks ---------------------------------------------------------------------------------------------------
+
+
+def name_jobs(runtime, ranks, *jobs):
+    """Have each stand-in's entry say whose it is."""
+    for rank, job in zip(ranks, jobs):
+        (path,) = (path for path in runtime.iterdir() if path.name.startswith(f"{rank.pid}-"))
+        path.write_text(json.dumps({**json.loads(path.read_text()), "job": job}))
+
+
+def test_a_job_is_drained_and_its_neighbour_is_not(ranks, runtime):
+    started = ranks("clean", "clean")
+    name_jobs(runtime, started, "4711", "4712")
+    command = run(runtime, "--job", "4711")
+    assert (command.code, command.stderr) == (0, "")
+    first, last = command.stdout.splitlines()
+    assert first.startswith(f"rank=0/2 pid={started[0].pid} job=4711 train.py: clean, exit 143 (")
+    assert last == "1 of 1 left cleanly"
+    assert (started[0].wait(), started[1].running) == (143, True)
+
+
+def test_pids_are_drained_and_nobody_else(ranks, runtime):
+    started = ranks("clean", "clean", "clean")
+    command = run(runtime, "--json", "--pid", started[0].pid, "--pid", started[2].pid)
+    assert [rank["pid"] for rank in json.loads(command.stdout)["ranks"]] == [started[0].pid, started[2].pid]
+    assert started[1].running
+
+
+@pytest.mark.parametrize("options", [("--job", "4713"), ("--pid", "1")])
+def test_none_of_them_is_meant(ranks, runtime, options):
+    (rank,) = ranks("clean")
+    command = run(runtime, *options)
+    assert (command.code, command.stderr, rank.running) == (0, "", True)
+    assert "none of the 1 armed ranks on this node is meant" in command.stdout
+
+
+def test_a_dry_run_signals_nobody_and_waits_for_nothing(ranks, runtime):
+    started = ranks("ignore", "clean")
+    name_jobs(runtime, started, "4711", "4711")
+    command = run(runtime, "--dry-run", "--job", "4711", "--pid", started[1].pid)
+    assert (command.code, command.stderr) == (0, "")
+    assert command.stdout.splitlines() == [
+        f"rank=1/2 pid={started[1].pid} job=4711 train.py: would be sent SIGTERM",
+        "1 would be signalled; nobody was (--dry-run)",
+    ]
+    found = json.loads(run(runtime, "--dry-run", "--json").stdout)
+    assert found["dry_run"] is True
+    assert [(rank["pid"], rank["signal"]) for rank in found["ranks"]] == [(r.pid, "SIGTERM") for r in started]
+    assert all(rank.running for rank in started)
+
+
 # -- the command ---------------------------------------------------------------------------------------------------
 
 

@@ -81,7 +81,11 @@ def test_report(job, program):
             assert set(report["steps"]) == {"at_signal", "agreed", "stopped_at"}
         else:
             assert report["steps"] is None
-    assert not [path.name for path in job.reports.iterdir() if not re.fullmatch(r".+-\d+\.json", path.name)]
+    assert not [
+        path.name
+        for path in job.reports.iterdir()
+        if not re.fullmatch(r".+-\d+-\d{8}T\d{6}Z\.json", path.name)
+    ]
 
 
 def test_program_in_the_report(job):
@@ -225,8 +229,8 @@ def test_a_cleaner_of_tmp(job):
         """
         import time
         import torch.distributed as dist
-        import autoteardown.rank.listener as listener
-        listener.DAY = 0.2
+        import autoteardown.rank.loop as loop
+        loop.DAY = 0.2
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         print("ready", flush=True)
         while True:

@@ -18,7 +18,9 @@ from autoteardown.stop.terms import Facts
 if TYPE_CHECKING:
     from simulation import World
 
-POSTS = frozenset({"tell", "answer", "plan_now", "arrived", "halt", "quiet", "left"})
+ONCE = frozenset({"tell", "answer", "plan_now", "arrived", "halt", "over", "wedged", "quiet", "left"})
+POSTS = ONCE | {"at", "still", "ready", "saving"}
+STILL = 0.5  # seconds without progress after which a thread that is blocked in C is said to wait
 # Of the process: it crashes; freezes as by SIGSTOP; goes deaf: its line to the board is lost; a kernel that never ends
 # (wedge); another thread saves (backup). Of the training thread, when it next begins a step: it waits in Python and
 # joins nothing (loop), blocks in C, saves, ends.
@@ -39,6 +41,10 @@ class Member:
     lasts: float = inf
     broken: frozenset[str] = frozenset()
     cannot: bool = False  # its steps are known to be too long to wait for
+    offset: int = (
+        0  # by how much its count of iterations is off: a step skipped long ago, an agent armed late
+    )
+    ignores: bool = False  # its handler only logs
 
 
 class Rank:
@@ -51,6 +57,8 @@ class Rank:
         self.left_at = 0.0  # seconds after `start`
         self.cut_at = inf  # when it gave up a save
         self.alive = True
+        self.left_by_itself = False
+        self.delivered_at: int | None = None
         self.signalled = self.crashed = self.woken = False
         self.did: list[str] = []
         self.inbox, self.outbox = [0.0], [0.0]  # until when these lines are in use
@@ -61,6 +69,9 @@ class Rank:
         # The training thread.
         self.completed = 0
         self._where = "python"  # or C, hook, parked, ended
+        self._still = False
+        self._until = 0
+        self._joined = 0  # collectives
         self._nap = 0  # who comes to wake it must know which of its sleeps is meant
         self._awaits: int | None = None
         self._holding = self._closed = self._shielded = False
@@ -103,6 +114,7 @@ class Rank:
                     world.busy += not self._kernels
                     self._kernels.add(step)
                 self._awaits = step - (world.schedule.ahead if self._accelerator else 0)
+                self._joined += 1
                 world.join(self, step)
                 if self._awaits in self._kernels or not self._accelerator:
                     yield "C", inf
@@ -110,7 +122,8 @@ class Rank:
             yield "python", work * world.random.uniform(0.2, 0.4)
             if member.role == "train":
                 self.completed += 1
-                if self._holding and (self._closed or self._last is None or self.completed >= self._last):
+                there = self._last is None or (self.count >= self._last and self._joined >= self._until)
+                if self._holding and (self._closed or there):
                     yield "hook", inf
 
     def _go(self, nap: int) -> None:
@@ -128,7 +141,27 @@ class Rank:
         self._where = where
         self.world.after(seconds, self._go, self._nap)
         if where == "hook" and (self._closed or self._last is not None):
-            self.event("stopped", self.completed)
+            self.event("stopped", self.count)
+        self._look()
+
+    @property
+    def count(self) -> int:
+        """Iterations completed, as far as this rank knows."""
+        return max(0, self.completed + self.member.offset) if self.completed else 0
+
+    def _look(self) -> None:
+        """What the driver notices: whether this thread makes progress."""
+        if self._still:
+            self._still = False
+            self.event("still", False)
+        if self._where == "C" and self._holding:
+            self.world.after(STILL, self._maybe_still, self._nap)
+
+    def _maybe_still(self, nap: int) -> None:
+        slow = self._awaits is None and self.member.lasts < inf  # in C, and seen to compute
+        if nap == self._nap and self._where == "C" and not slow and not self._still and self.alive:
+            self._still = True
+            self.event("still", True)
 
     def raises(self) -> None:
         """The training thread ends."""
@@ -171,7 +204,8 @@ class Rank:
 
     def _go_deaf(self) -> None:
         self._lost = True
-        self.event("lost", "broken pipe")
+        self.event("down", "broken pipe")
+        self.world.after(2.0, self.world.decide, self, "lost", False)
 
     def _signal(self, first: bool = True) -> None:
         self.world.pending -= first
@@ -185,7 +219,7 @@ class Rank:
         self.world.pending -= first
         if self._lost or not self.alive or self._sleeps(self.hear, kind, value, False):
             return
-        self._lost = kind == "lost"
+        self._lost = kind == "down"
         if self.stop is not None:
             self.event(kind, value)
         elif kind == "notice":
@@ -198,15 +232,17 @@ class Rank:
         facts = Facts(
             cause=cause,
             world=len(schedule.members),
-            board=schedule.board != "none",
+            channel=schedule.board != "none",
             accelerator=self._accelerator,
             can_abort=self._accelerator,
-            hosts_store=self.index == schedule.host,
+            hub=self.index == schedule.host,
             step=schedule.stop_at_step,
+            owner=self.member.handler,
+            together=schedule.together,
         )
-        self.stop = Stop(schedule.limits._replace(yield_=schedule.limits.yield_ * self.member.handler), facts)
+        self.stop = Stop(schedule.limits, facts)
         known = {
-            "lost": self._lost,
+            "down": self._lost and "broken pipe",
             "saving": self._saving,
             "ended": self._where == "ended",
             "notice": notice,
@@ -224,6 +260,8 @@ class Rank:
         now = max(self.world.now - self.start, self.stop.wake if kind == "tick" else 0.0)
         for do, argument in self.stop.on(kind, value, now):
             self.did.append(do)
+            if do in ("at", "still"):
+                argument = (*argument, {"world": self._joined} if self._accelerator else {})
             if do in POSTS:
                 self.world.send(self.outbox, self.world.receive, self, do, argument)
             else:
@@ -234,7 +272,7 @@ class Rank:
             self.world.spins.append(self)
         elif self.stop.wake != self._alarm:
             self._alarm = self.stop.wake
-            self.world.after(self.start + self._alarm - self.world.now, self._tick, self._alarm)
+            self.world.after(max(0.0, self.start + self._alarm - self.world.now), self._tick, self._alarm)
 
     def _tick(self, alarm: float) -> None:
         if alarm == self._alarm and not self._sleeps(self._tick, alarm):
@@ -247,14 +285,39 @@ class Rank:
 
     def _do_hold(self, _: Any) -> None:
         self._holding = True
-        self._soon(self.event, "steps", (self.completed or None, self.member.cannot))
+        self._soon(
+            self.event, "steps", (self.count if self.member.role == "train" else None, self.member.cannot)
+        )
+        if self._where == "C":
+            self.world.after(STILL, self._maybe_still, self._nap)
 
     def _do_stop_at(self, step: int) -> None:
         self._last = step
-        if self._where == "hook" and self.completed < step:
+        if self._where == "hook" and self.count < step:
             self._soon(self._go, self._nap)
         elif self._where == "hook":
-            self._soon(self.event, "stopped", self.completed)
+            self._soon(self.event, "stopped", self.count)
+
+    def _do_go_on(self, until: dict[str, int]) -> None:
+        self._last, self._until = self.count + 1, until.get("world", 0)
+        if self._where == "hook":
+            self._soon(self._go, self._nap)
+        elif self._where == "C":
+            self.world.after(STILL, self._maybe_still, self._nap)
+
+    def _do_deliver(self, _: Any) -> None:
+        self.delivered_at = self.completed
+        self._holding = False
+        if self.member.handler and not self.member.ignores:
+            self.world.after(self.world.random.uniform(0.01, 0.1), self._leave_by_itself)
+        elif self._where == "hook":
+            self._soon(self._go, self._nap)
+
+    def _leave_by_itself(self) -> None:
+        if self.alive and self.stop.state == "yield":
+            self.world.send(self.outbox, self.world.receive, self, "left", None)
+            self.left_by_itself = True
+            self._exit()
 
     def _do_park(self, _: Any) -> None:
         self._closed = True
@@ -272,7 +335,7 @@ class Rank:
             self._draining = False
             failed = "drain" in self.member.broken
             self.did += [] if failed else ["drained"]
-            self._soon(self.event, "drained", "CUDA error" if failed else None)
+            self.world.after(0, self.event, "drained", "CUDA error" if failed else None)
 
     def _do_callbacks(self, _: Any) -> None:
         if "callbacks" not in self.member.broken:
@@ -325,6 +388,9 @@ class Rank:
         self.world.pending -= self.stop is not None
         self.world.busy -= bool(self._kernels)
         self.world.leave(self)
+        self.world.after(self.world.random.uniform(0, 0.01), self.world.decide, self, "closed", None)
+        if self.crashed:
+            self.world.after(self.world.random.uniform(0.5, 2.5), self.world.decide, self, "lost", True)
 
     def _release(self, how: str) -> None:
         """From here on, a peer's kernel that touches this rank's memory is an error on the fabric."""

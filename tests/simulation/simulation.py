@@ -7,7 +7,6 @@ happens to the job; the same schedule always runs the same way.
 from __future__ import annotations
 
 import heapq
-from collections import Counter
 from dataclasses import dataclass
 from itertools import count
 from math import inf
@@ -16,6 +15,7 @@ from typing import Any, Callable
 
 from simulated_rank import Member, Rank
 
+from autoteardown.stop.council import Council
 from autoteardown.stop.terms import Limits
 
 DEFAULT = Limits()
@@ -34,8 +34,9 @@ class Schedule:
     delay: float = 0.002  # longest of a message, in seconds
     board: str = "ok"  # none; or from `board_at` on: lost, silent
     board_at: float = 0.0
-    host: int | None = 0  # the rank that hosts the store
+    host: int = 0  # the rank whose process is the hub
     stop_at_step: bool = True
+    together: bool = True  # the applications' handlers act at the same iteration
 
 
 class World:
@@ -53,16 +54,13 @@ class World:
         self.participants = sum(member.role != "idle" for member in schedule.members)
         self.gone: list[Rank] = []
         self._destroying: set[Rank] = set()
-        self._said: set[str] = set()
-        self._posts: Counter[str] = Counter()
-        self._answers: list[int | None] = []
-        self._steppers = 0
-        self._clean = True
+        self._down = False
+        self.council = Council(len(schedule.members), schedule.host)
         self._heap: list[Any] = []
         self._order = count()
         self.ranks = [Rank(self, index, member) for index, member in enumerate(schedule.members)]
         if schedule.board == "lost":
-            self.after(schedule.board_at, self.publish, "lost", "connection reset by peer")
+            self.after(schedule.board_at, self._drop)
 
     def run(self) -> World:
         while self._heap and self.pending:
@@ -82,42 +80,29 @@ class World:
         self.pending += 1
         self.after(line[0] - self.now, call, *args)
 
-    def publish(self, kind: str, value: Any) -> None:
-        """First writer wins."""
-        if kind not in self._said and self.schedule.board != "none":
-            self._said.add(kind)
+    def _drop(self) -> None:
+        """The hub is gone, or nobody can reach it."""
+        if not self._down and self.schedule.board != "none":
+            self._down = True
             for rank in self.ranks:
-                self.send(rank.inbox, rank.hear, kind, value)
+                self.send(rank.inbox, rank.hear, "down", "connection reset by peer")
 
     def receive(self, rank: Rank, do: str, value: Any) -> None:
         self.pending -= 1
-        schedule, size = self.schedule, len(self.ranks)
-        if "lost" in self._said or (schedule.board == "silent" and self.now >= schedule.board_at):
+        if not rank.crashed and not (
+            rank.stop.forced and not rank.left_by_itself
+        ):  # it got as far as sending it
+            self.decide(rank, do, value)
+
+    def decide(self, rank: Rank, kind: str, value: Any) -> None:
+        """What comes of it at the hub."""
+        schedule = self.schedule
+        silent = schedule.board == "silent" and self.now >= schedule.board_at
+        if self._down or silent or schedule.board == "none":
             return
-        if rank.crashed or rank.stop.forced:  # it did not get as far as sending it
-            return
-        self._posts[do] += not (do == "left" and rank.index == schedule.host)
-        if do == "tell":
-            self.publish("notice", {"left": value})
-        elif do == "answer":
-            completed, cannot = value
-            self._answers.append(-1 if cannot else completed)
-            if len(self._answers) == size:
-                known = [step for step in self._answers if step is not None]
-                self._steppers = len(known)
-                self.publish("plan", None if not known or -1 in known else max(known) + 1)
-        elif do in ("plan_now", "halt"):
-            self.publish("plan", None)
-            if do == "halt":
-                self.publish("halt", None)
-        elif do == "arrived" and self._posts[do] == self._steppers < size:
-            self.publish("halt", None)
-        elif do == "quiet":
-            self._clean = self._clean and value
-            if self._posts[do] == size:
-                self.publish("quiet", self._clean)
-        elif do == "left" and self._posts[do] == size - (schedule.host is not None):
-            self.publish("gone", None)
+        for to, what, about in self.council.on(rank.index, kind, value):
+            for each in self.ranks if to is None else [self.ranks[to]]:
+                self.send(each.inbox, each.hear, what, about)
 
     # -- the network --------------------------------------------------------------------------------------------
 
@@ -136,7 +121,7 @@ class World:
     def leave(self, rank: Rank) -> None:
         """A process is gone, and its sockets with it."""
         if rank.index == self.schedule.host:
-            self.publish("lost", "connection reset by peer")
+            self._drop()
         if rank.member.role != "idle":
             self.gone.append(rank)
             if not self.schedule.accelerator:

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-PAGES = [*sorted(DOCS.glob("*.md")), ROOT / "README.md"]
+PAGES = sorted([*DOCS.glob("*.md"), *ROOT.glob("*.md")])
 COMPATIBILITY = (DOCS / "compatibility.md").read_text()
 
 

@@ -554,16 +554,29 @@ def ps(runtime, *options):
 
 
 def test_ps_lists_the_ranks(runtime):
-    enter(runtime, rank=3, world_size=16, backend="gloo", program="train.py", armed_at=time.time() - 7500)
+    enter(
+        runtime,
+        job="llama 7b",
+        rank=3,
+        world_size=16,
+        backend="gloo",
+        program="train.py",
+        armed_at=time.time() - 7500,
+    )
     run = ps(runtime)
     assert (run.returncode, run.stderr) == (0, "")
     head, row = run.stdout.splitlines()
-    assert head.split() == ["PID", "RANK", "BACKEND", "PROGRAM", "STATE", "AGE"]
-    assert row.split() == [str(os.getpid()), "3/16", "gloo", "train.py", "armed", "2h5m"]
-    for title, cell in zip(head.split(), row.split()):
+    assert head.split() == ["PID", "JOB", "RANK", "BACKEND", "PROGRAM", "STATE", "AGE"]
+    assert row.split() == [str(os.getpid()), "llama", "7b", "3/16", "gloo", "train.py", "armed", "2h5m"]
+    for title, cell in zip(
+        head.split(), [str(os.getpid()), "llama 7b", "3/16", "gloo", "train.py", "armed", "2h5m"]
+    ):
         assert head.index(title) == row.index(cell)
     (rank,) = json.loads(ps(runtime, "--json").stdout)
-    assert rank.items() >= {"pid": os.getpid(), "rank": 3, "world_size": 16, "backend": "gloo"}.items()
+    assert (
+        rank.items()
+        >= {"pid": os.getpid(), "job": "llama 7b", "rank": 3, "world_size": 16, "backend": "gloo"}.items()
+    )
     assert rank.items() >= {"program": "train.py", "state": "armed"}.items()
     assert 7500 <= rank["age"] < 8000
 
@@ -601,7 +614,7 @@ def test_ps_leaves_out_what_is_no_rank(runtime):
     (runtime / renamed(pid=parent, started=procfs.start_time(parent))).write_text('{"rank": 6')
     run = ps(runtime)
     assert (run.returncode, run.stderr) == (0, "")
-    assert [line.split()[1] for line in run.stdout.splitlines()] == ["RANK", "3/2"]
+    assert [line.split()[2] for line in run.stdout.splitlines()] == ["RANK", "3/2"]
     assert [rank["rank"] for rank in json.loads(ps(runtime, "--json").stdout)] == [3]
 
 

@@ -51,10 +51,34 @@ def test_an_empty_environment_gives_the_defaults_of_the_contract():
 
 def test_every_variable_is_documented_and_recorded():
     names = [name for name, _, _ in settings.VARIABLES]
-    assert len(set(names)) == len(names) == 16
+    assert len(set(names)) == len(names) == 18
     assert set(fine().sources) == set(names)
     assert all(settings.known(name) for name in [*names, "AUTOTEARDOWN", "AUTOTEARDOWN_SKIP"])
     assert not settings.known("AUTOTEARDOWN_GRACE_PERIOD")
+
+
+@pytest.mark.parametrize(
+    ("environ", "job"),
+    [
+        ({}, None),
+        ({"AUTOTEARDOWN_JOB": "llama-7b", "SLURM_JOB_ID": "4711"}, "llama-7b"),
+        ({"AUTOTEARDOWN_JOB": " ", "SLURM_JOB_ID": "4711"}, "4711"),  # a downward API label that is not there
+        ({"TORCHELASTIC_RUN_ID": "run-1", "SLURM_JOB_ID": "4711", "RAY_JOB_ID": "01000000"}, "run-1"),
+        ({"TORCHELASTIC_RUN_ID": "none", "SLURM_JOB_ID": "4711"}, "4711"),  # torchrun's default is no name
+        ({"RAY_JOB_ID": "01000000"}, "01000000"),
+        ({"AUTOTEARDOWN_JOB": "x" * 300}, "x" * 200),
+    ],
+)
+def test_the_job_is_named_by_its_owner_or_its_launcher(environ, job):
+    found, problems = settings.load(environ)
+    assert (found.job, problems) == (job, [])
+    assert found.sources["AUTOTEARDOWN_JOB"] == (environ.get("AUTOTEARDOWN_JOB"), job)
+
+
+def test_the_format_of_log_lines():
+    assert fine().log_format == "text"
+    assert fine(LOG_FORMAT="JSON").log_format == "json"
+    assert refused("LOG_FORMAT", "logfmt").log_format == "text"
 
 
 @pytest.mark.parametrize(
@@ -263,4 +287,5 @@ def test_reading_the_settings_imports_next_to_nothing():
         "autoteardown",
         "autoteardown.settings",
         "autoteardown.switch",
+        "autoteardown.variables",
     ]

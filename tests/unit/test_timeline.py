@@ -22,8 +22,9 @@ from browser import look, needs_chromium
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from autoteardown.cli import lanes, page, perfetto, picture, reports, timeline
-from autoteardown.cli.stops import Phase, Rank, Stop, verdict
+from autoteardown.cli import timeline
+from autoteardown.timeline import lanes, page, perfetto, picture, reports
+from autoteardown.timeline.stops import Phase, Rank, Stop, verdict
 
 HOSTILE = """</title></script></pre><script>alert(1)</script>"'><img src=x onerror=alert(2)>&lt;\x1b[31m\u202e\x00"""
 
@@ -244,12 +245,14 @@ def test_the_words_of_the_marks_keep_clear_of_each_other(lasted: float, grace: f
 
 
 def test_the_grace_period_comes_from_the_option_then_the_reports(tmp_path: Path) -> None:
-    folder = sample.write(tmp_path / "reports", [sample.report(0, 2, grace=110), sample.report(1, 2)])
+    folder = sample.write(
+        tmp_path / "reports", [sample.report(0, 2, grace=110), sample.report(1, 2, grace=120)]
+    )
     _, out = draw(folder)
     assert "of 110 s grace" in out.read_text("utf-8") and "is assumed" not in out.read_text("utf-8")
     _, out = draw(folder, "--grace", "30")
     assert "of 30 s grace" in out.read_text("utf-8")
-    _, out = draw(sample.write(tmp_path / "silent", sample.job(2)))
+    _, out = draw(sample.write(tmp_path / "silent", [sample.report(rank, 2, grace=None) for rank in (0, 1)]))
     assert "of 25 s grace" in out.read_text("utf-8") and "is assumed" in out.read_text("utf-8")
 
 
@@ -258,7 +261,7 @@ def broken_reports(folder: Path) -> dict[str, str]:
     files = {
         "cut.json": ('{"schema": 1, "host": "a', "not JSON"),
         "empty.json": ("", "not JSON"),
-        "future.json": ('{"schema": 2}', "schema 2"),
+        "future.json": ('{"schema": 3}', "schema 3"),
         "list.json": ("[]", "not a report"),
         "other.json": ('{"loss": 0.1}', "not a report"),
         "true.json": ('{"schema": true}', "schema True"),
@@ -298,7 +301,14 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_drawn(tmp_path: Path, caps
     assert len(told) == len(words)
 
 
-def test_a_partial_report_is_drawn_with_what_it_has(tmp_path: Path, capsys: Any) -> None:
+def test_reports_of_the_first_version_are_read(tmp_path: Path, capsys: Any) -> None:
+    first = sample.report(0, 2, schema=1)
+    del first["job"]
+    code, _ = draw(sample.write(tmp_path / "reports", [first, sample.report(1, 2)]))
+    assert (code, capsys.readouterr().err) == (0, "")
+
+
+def test_a_report_with_parts_missing_is_drawn_with_what_it_has(tmp_path: Path, capsys: Any) -> None:
     whole, partial = sample.report(0, 2), sample.report(1, 2)
     for name in ("received_at", "exit_code", "steps", "stuck"):
         del partial[name]

@@ -229,7 +229,7 @@ def suite_passes(executable, *tests):
 @pytest.mark.parametrize("wrapt", [OLDEST, NEWEST])
 def test_both_ends_of_the_range_of_wrapt(tmp_path, wrapt):
     """With this torch: everything that goes through a hook on an import."""
-    executable = environment_with(tmp_path / "venv", wrapt, sys.executable, "hatchling")
+    executable = environment_with(tmp_path / "venv", wrapt, sys.executable, "hatchling", "hatch-fancy-pypi-readme")
     # torch, pytest and the rest come from here; what is installed there comes first.
     (next((tmp_path / "venv").glob("lib/*/site-packages")) / "rest.pth").write_text(
         sysconfig.get_path("purelib")
@@ -247,7 +247,7 @@ def test_every_python_at_hand(tmp_path, minor, wrapt):
     # A version manager's shim may be there without the Python that it stands for.
     if python is None or subprocess.run([python, "-c", ""], capture_output=True).returncode:
         pytest.skip(f"there is no python3.{minor} on the PATH")
-    needs = ("hatchling", "pytest", "pytest-timeout", "hypothesis")
+    needs = ("hatchling", "hatch-fancy-pypi-readme", "pytest", "pytest-timeout", "hypothesis")
     executable = environment_with(tmp_path / "venv", wrapt, python, *needs)
     suite_passes(
         executable, "test_startup.py", "test_settings.py", "test_registry.py", "test_torch_versions.py"

@@ -1,0 +1,108 @@
+"""The group's clock: which of a program's optimizer steps ends an iteration.
+
+`Optimizer.step` calls are no common clock (F19): a pipeline's first stage steps two optimizers where the others step
+one, a GAN steps D and G, some step one optimizer a parameter inside backward. An iteration is over when everything that
+steps in it has stepped, and at that moment nothing tells whether another step follows. So the clock learns the cycle
+that the last iterations went through, and says of a step whether it is the last of its cycle.
+
+* The *anchor* is the optimizer that steps most rarely, hence once a cycle; the first one, where several do.
+* A cycle begins with the *origin*, the optimizer that stepped first of all: where D steps five times before each G, an
+  iteration ends with G; where the first step is G's, it ends with the fifth D.
+* No cycle ends between two steps with no forward pass between them. That finds the phase of an optimizer that joins in
+  late, and keeps a ZeroRedundancyOptimizer together with the local one that it steps.
+
+Pure: steps in, boundaries out. `stepping.py` says what a step is; docs/how-it-works.md what was rejected.
+"""
+
+from __future__ import annotations
+
+_LONGEST = 32  # steps in a cycle; an optimizer that is rarer (every hundredth iteration) is no anchor
+
+
+class Clock:
+    """Counts the iterations of one rank. Used by the program's own threads, one at a time."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        """Iterations that are over."""
+        self.learned = False
+        """Whether a whole cycle has been seen."""
+        self.frozen = False
+        """Set while a stop is being agreed on: counts must not change their meaning then."""
+        self._index = 0  # of the next step
+        self._anchor: object = None
+        self._origin: object = None
+        self._period = 1  # steps in the last cycle
+        self._after = 0  # how many of them came after the anchor's, up to the last one
+        self._ended = True  # whether this cycle's boundary has been passed
+        self._since: list[
+            tuple[object, bool]
+        ] = []  # steps since the anchor's: whose, and whether a forward came first
+        self._last: dict[object, int] = {}  # when each optimizer stepped last
+        self._base: dict[object, int] = {}  # `count` when it stepped for the first time
+
+    @property
+    def begun(self) -> bool:
+        """Whether anything has stepped yet."""
+        return self._index > 0
+
+    def step(self, who: object, fresh: bool = True) -> bool:
+        """One step is over.
+
+        Args:
+            who: tells the optimizers apart.
+            fresh: whether a forward pass lies between the last step and this one.
+
+        Returns:
+            Whether it ends an iteration.
+        """
+        index, self._index = self._index, self._index + 1
+        before = self._last.get(who)
+        self._last[who] = index
+        if before is None:
+            self._base[who] = 0 if index < _LONGEST else self.count
+        if index == 0:
+            self._anchor = self._origin = who
+            return False
+        if who == self._anchor:
+            self._next_cycle(index, fresh)
+        elif len(self._since) < 4 * _LONGEST:
+            self._since.append((who, fresh))
+            if not self.frozen and before is not None:
+                self._elect(who, index - before)
+        if self.learned and not self._ended and len(self._since) >= self._after:
+            self._ended = True
+            self.count += 1
+            return True
+        return False
+
+    def _next_cycle(self, index: int, fresh: bool) -> None:
+        """The anchor has stepped again."""
+        if not self._ended or not self.learned:
+            self.count += 1  # the first cycle, or one that was shorter than the one before it
+        self._period = len(self._since) + 1
+        self._after = self._last_of_cycle([*self._since, (self._anchor, fresh)])
+        self._since, self._ended, self.learned = [], False, True
+
+    def _last_of_cycle(self, following: list[tuple[object, bool]]) -> int:
+        """How many steps after the anchor's the cycle ended, judged by the steps that followed it up to its next."""
+        period = len(following)
+        after = next((place for place, step in enumerate(following) if step[0] == self._origin), period - 1)
+        for place in range(after, after + period):
+            if following[place % period][1]:
+                return place % period
+        return after  # no forward pass at all: nothing to learn from
+
+    def _elect(self, who: object, gap: int) -> None:
+        """Make this optimizer the anchor if it is rarer, or if the anchor steps no more (it has been frozen)."""
+        if self.learned and self._period < gap <= _LONGEST:
+            self.count = self._base[who] + 1
+            following = self._since[-gap:]
+        elif len(self._since) > 3 * self._period + 2:
+            self.count += len(self._since) // gap - self._ended
+            self._origin, following = who, self._since[-gap:]
+        else:
+            return
+        self._anchor, self._period = who, gap
+        self._after = self._last_of_cycle(following) if len(following) == gap else 0
+        self._since, self._ended, self.learned = [], False, True

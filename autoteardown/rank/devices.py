@@ -1,0 +1,196 @@
+"""The accelerators of this process: which it uses, and waiting for them.
+
+Every vendor's module is asked the same questions, whatever is missing is done without: `torch.<name>` for those known
+by name, for the PrivateUse1 backend that a vendor has renamed, and for what `torch.accelerator` (2.6 and later) gives.
+Asking initialises nothing (F4).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Callable, Optional
+
+Problem = Optional[str]
+
+_KNOWN = ("cuda", "xpu", "npu", "hpu", "mlu", "musa", "mtia")
+# Its work is recorded lazily, and handed to the device when torch_xla likes.
+_UNSUPPORTED = "xla"
+
+# Devices that could not be waited for although they can be asked to: name, and why. Filled by `drain`.
+_refused: dict[str, str] = {}
+
+
+def accelerators() -> list[str]:
+    """The devices that this process uses, by torch's names for them; also those that cannot be waited for."""
+    torch = sys.modules.get("torch")
+    bound = None
+    found = []
+    for name in _names(torch):
+        initialized = getattr(getattr(torch, name, None), "is_initialized", None)
+        try:
+            if initialized is not None:
+                used = bool(initialized())
+            else:
+                bound = bound_devices() if bound is None else bound
+                used = name in bound
+        except Exception:
+            continue
+        if used:
+            found.append(name)
+    return found
+
+
+def unwaitable() -> list[str]:
+    """The devices in use that nobody can say are idle, each with the reason, in words. Asked after `drain`."""
+    torch = sys.modules.get("torch")
+    found = [
+        f"{name}: torch has nothing to wait for it with"
+        for name in accelerators()
+        if _synchronize(torch, name) is None and name not in _refused
+    ]
+    return found + [f"{name}: {why}" for name, why in list(_refused.items())]
+
+
+def drain() -> Problem:
+    """Wait until every device that this process uses is idle. Has no time-out of its own: call it on a thread.
+
+    Returns:
+        What went wrong, or None; a device that could not be waited for is no problem of the rank's: see `unwaitable`.
+    """
+    torch = sys.modules["torch"]
+    problems = []
+    for name in accelerators():
+        synchronize = _synchronize(torch, name)
+        if synchronize is None:
+            continue
+        for device in _in_use(torch, name):
+            try:
+                synchronize(device)
+            except Exception as error:
+                text = line(error)
+                if (
+                    "captur" in text
+                ):  # it raises in each thread while any captures a graph; the device may be healthy
+                    _refused[name] = "a graph is being captured"
+                else:
+                    problems.append(f"{name}: {text}")
+    return "; ".join(problems) or None
+
+
+def current_devices() -> dict[str, int]:
+    """The current device of this thread, of each kind that is in use."""
+    torch = sys.modules.get("torch")
+    found = {}
+    for name in accelerators():
+        try:
+            found[name] = int(getattr(torch, name).current_device())
+        except Exception:  # not every kind has one
+            continue
+    return found
+
+
+@contextmanager
+def devices_of(current: dict[str, int]) -> Iterator[None]:
+    """Make these the current devices of this thread, which is one of ours: else each is the first of its kind."""
+    torch = sys.modules.get("torch")
+    for name, index in current.items():
+        try:
+            getattr(torch, name).set_device(index)
+        except Exception:
+            continue
+    yield
+
+
+def bound_devices() -> dict[str, set[Optional[int]]]:
+    """What the process groups say about devices: those they are bound to, those their backends have worked on."""
+    c10d = sys.modules.get("torch.distributed.distributed_c10d")
+    found: dict[str, set[Optional[int]]] = {}
+    if c10d is None:
+        return found
+    for group, config in list(dict(c10d._world.pg_backend_config).items()):
+        bound = getattr(group, "bound_device_id", None)
+        if bound is not None:
+            found.setdefault(str(bound.type), set()).add(bound.index)
+        for part in str(config).split(","):
+            device, _, backend = part.partition(":")
+            # Backends may be configured for every device there is: one that has launched something is in use.
+            if (
+                backend
+                and device not in ("cpu", *found)
+                and (device == _UNSUPPORTED or launches(group, device))
+            ):
+                found.setdefault(device, set())
+    return found
+
+
+def launches(group: Any, device: str) -> int:
+    """How many collectives a group has launched on one kind of device; 0 where that cannot be told."""
+    try:
+        backend = group._get_backend(sys.modules["torch"].device(device))
+        return int(backend._get_sequence_number_for_group())
+    except Exception:  # no such backend, or it does not count
+        return 0
+
+
+def line(error: BaseException) -> str:
+    """An exception in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def _names(torch: Any) -> list[str]:
+    names = [*_KNOWN, _UNSUPPORTED]
+    for ask in (lambda: torch._C._get_privateuse1_backend_name(), lambda: _current(torch)):
+        try:
+            name = ask()
+        except Exception:
+            continue
+        if name and name not in names and name not in ("cpu", "privateuseone"):
+            names.append(name)
+    return names
+
+
+def _current(torch: Any) -> Optional[str]:
+    """The kind of device that `torch.accelerator` speaks for."""
+    device = torch.accelerator.current_accelerator()
+    return None if device is None else str(device.type)
+
+
+def _synchronize(torch: Any, name: str) -> Optional[Callable[[Optional[int]], object]]:
+    own: Optional[Callable[[Optional[int]], object]] = getattr(
+        getattr(torch, name, None), "synchronize", None
+    )
+    if own is not None:
+        return own
+    try:
+        if _current(torch) != name:
+            return None
+        general = torch.accelerator.synchronize
+    except Exception:
+        return None
+    return lambda device: general() if device is None else general(device)
+
+
+def _in_use(torch: Any, name: str) -> list[Optional[int]]:
+    # To synchronise a device is to make a context on it, and that takes memory from whoever uses it. And the current
+    # device is a thread's own: on ours it is the first one, whichever the program uses.
+    module = getattr(torch, name)
+    has_context = getattr(torch._C, f"_{name}_hasPrimaryContext", None)
+    allocated = getattr(module, "memory_allocated", None)
+    found: set[Optional[int]] = set()
+    try:
+        indices = range(module.device_count())
+        if has_context is not None:
+            found = {index for index in indices if has_context(index)}
+        elif len(indices) > 1:
+            found = {index for index in bound_devices().get(name, ()) if index is not None}
+            local_rank = os.environ.get("LOCAL_RANK", "")
+            if local_rank.isdigit() and int(local_rank) in indices:
+                found.add(int(local_rank))
+            if allocated is not None:
+                found |= {index for index in indices if allocated(index)}
+    except Exception:
+        pass
+    return sorted(found, key=lambda index: -1 if index is None else index) or [None]

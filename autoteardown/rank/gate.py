@@ -1,0 +1,420 @@
+"""Where the program's own threads stop: at the end of an iteration, in our signal handler, or when a save is over.
+
+Everything here runs on threads of the program, on its hot path or at any of its bytecodes. So: no lock that another
+thread may hold while it is frozen, and nothing raised but the SystemExit that ends a parked thread.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from collections import deque
+from typing import Any, Callable, Optional
+
+from autoteardown.boundary import guarded
+from autoteardown.primitives import allocate_lock, get_ident, monotonic
+from autoteardown.rank import savers, threads
+from autoteardown.rank.clock import Clock
+
+_LOOK = 0.1  # seconds between two looks of a waiting thread at what it waits for, in case nobody wakes it
+_DELIVERY = 5.0  # seconds that a training thread waits for the application's handler on the main thread
+
+_PARKED, _LEAVING = "parked", "leaving"
+
+
+class Gate:
+    """The training side of one armed process.
+
+    The hold flag and the count make the agreement on an iteration safe without a lock: the hook counts first and looks
+    at the flag afterwards; the guard raises the flag first and reads the count afterwards. An iteration that the guard
+    did not count therefore finds the flag up and waits until it is known which is the last.
+
+    Args:
+        tell: called with an event and its value; must be safe at any bytecode (`SimpleQueue.put` is).
+        numbers: the sequence numbers of the groups' collectives.
+        devices: which device of each kind is the current one of the calling thread.
+    """
+
+    def __init__(
+        self,
+        tell: Callable[[tuple[str, Any]], None],
+        numbers: Callable[[], dict[str, int]] = dict,
+        devices: Callable[[], dict[str, int]] = dict,
+    ) -> None:
+        self.clock = Clock()
+        self.polls = 0  # of `stop_requested()`: the clock of a program that polls
+        self.times: deque[float] = deque(maxlen=9)  # of the last ends of iterations
+        self.devices: dict[str, int] = {}  # the current ones of the training thread when it stopped
+        self.thread: Optional[int] = None  # the thread that steps; else the one that called init
+        self.holding = False
+        self.closed = False
+        self.requested = False  # what `stop_requested()` returns
+        self.held: set[int] = set()  # threads that wait at the end of an iteration
+        self.waiting: set[int] = (
+            set()
+        )  # threads in a wait of ours: below a handler that comes now, and looks then
+        self.exit_code = 0
+        self.loop: Any = None  # the event loop of that thread
+        self.saves = savers.Saves()
+        self._tell = tell
+        self._numbers, self._devices = numbers, devices
+        self._last: Optional[int] = None
+        self._until: dict[str, int] = {}
+        self._resumed = False
+        self._delivery: list[Callable[[], object]] = []
+        self._threads: dict[int, str] = {}  # who is parked here, and who has left from here with SystemExit
+        self._exits: list[SystemExit] = []
+        self._exit_open = False
+        self._waiters: dict[int, Any] = {}
+
+    def begin(self, thread: int) -> None:
+        """A new world: every rank of it counts from nought."""
+        self.thread = thread
+        self.loop = _running_loop()
+        self.clock = Clock()
+        self.polls = 0
+        self.times.clear()
+
+    # -- asked by the guard ---------------------------------------------------------------------------------------
+
+    @property
+    def count(self) -> int:
+        """Iterations that are over."""
+        return self.polls or self.clock.count
+
+    @property
+    def begun(self) -> bool:
+        """Whether this rank has stepped, or polled."""
+        return self.polls > 0 or self.clock.begun
+
+    @property
+    def parked(self) -> set[int]:
+        """The threads that are stopped here, or were and are on their way out."""
+        return set(self._threads)
+
+    @property
+    def saving(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self.saves.going_on(self._may_save())
+
+    def _may_save(self) -> set[int]:
+        # A thread that is stopped at the end of an iteration has none in hand.
+        watched = {ident for ident in (self.thread, threads.main_ident()) if ident is not None}
+        return watched - self._threads.keys() - self.held
+
+    def step_time(self) -> Optional[float]:
+        """Median seconds of the last few iterations; None before there were two."""
+        times = list(self.times)
+        gaps = sorted(later - earlier for earlier, later in zip(times, times[1:]))
+        return gaps[len(gaps) // 2] if gaps else None
+
+    def longest(self) -> float:
+        """Seconds of the longest of them."""
+        times = list(self.times)
+        return max((later - earlier for earlier, later in zip(times, times[1:])), default=0.0)
+
+    def idle(self) -> float:
+        """Seconds since the last end of an iteration; 0 before the first."""
+        return monotonic() - self.times[-1] if self.times else 0.0
+
+    def hold(self) -> None:
+        """From now on, whoever comes to the end of an iteration waits there."""
+        self.clock.frozen = True
+        self.holding = True
+
+    def let_run_to(self, count: int) -> None:
+        """The last iteration is known: threads that wait go on, up to its end."""
+        self._last = count
+        self._wake()
+
+    def go_on(self, until: dict[str, int]) -> None:
+        """To the end of the next iteration that has joined so many of each group's collectives."""
+        self._until = until
+        self.let_run_to(self.count + 1)
+
+    def resume(self, delivery: Optional[Callable[[], object]], requested: bool) -> None:
+        """The application ends by itself: everybody runs on, after `delivery` has been called on the main thread."""
+        if delivery is not None:
+            self._delivery.append(delivery)
+        self.requested = requested
+        self.holding, self._resumed = False, True
+        self._wake()
+
+    def deliver(self) -> None:
+        """On the main thread: what `resume` was given, if nobody has called it yet."""
+        try:
+            delivery = self._delivery.pop()
+        except IndexError:
+            return
+        try:
+            delivery()
+        finally:
+            self._wake()
+
+    def close(self) -> None:
+        """Whoever comes to a stopping place from now on is parked there."""
+        self.closed = True
+        self._wake()
+
+    def open_exit(self, code: int) -> None:
+        """Parked threads leave with SystemExit."""
+        self.exit_code = code
+        _swallowed_exits_end_here(self)
+        self._exit_open = True
+        self._wake()
+
+    def wake_loop(self) -> None:
+        """An event loop with nothing to do waits in C (Ray's async actors do): have it come to a bytecode."""
+        try:
+            self.loop.call_soon_threadsafe(_nothing)
+        except (AttributeError, RuntimeError):  # none, or closed
+            pass
+
+    def to_park(self) -> list[int]:
+        """The threads that train, or may: those that nobody has stopped yet."""
+        self.find_thread()
+        # Nobody waits for the threads of a pool that come after the training thread's end, but they keep a Ray actor
+        # from its exit.
+        candidates = [self.thread] if threads.alive(self.thread) else threads.foreign()
+        stopped = self._threads.keys() | self.held
+        return [i for i in candidates if i is not None and i not in stopped and not self.shielded(i)]
+
+    def shielded(self, ident: int) -> bool:
+        """Whether that thread writes a checkpoint, of which a file may be only a part."""
+        return ident not in self._threads and self.saves.shields(ident)
+
+    def find_thread(self) -> None:
+        """Without an iteration to tell, the thread that waits in a collective is the one that trains.
+
+        The threads of a pool take turns (Ray's threaded actors), and init may be called on one, the training function
+        on another (Ray Train).
+        """
+        if not self.begun or not threads.alive(self.thread):
+            waiting = threads.in_collective()
+            if waiting and self.thread not in waiting:
+                self.thread = waiting[0]
+
+    # -- on the program's threads ---------------------------------------------------------------------------------
+
+    def end_of_iteration(self) -> None:
+        """In the hook, after the iteration was counted. A program that polls stops in its polls."""
+        self.times.append(monotonic())
+        self.thread = get_ident()
+        if (self.holding or self.closed) and not self.polls:
+            self._stop_here(self.thread)
+
+    def before_step(self) -> None:
+        """Before an optimizer's step, once the gate is closed: no step begins after the stop."""
+        if get_ident() not in self.saves.open:
+            self.park()
+
+    def end_of_poll(self) -> None:
+        """In a poll, once the hold flag is up."""
+        self.thread = get_ident()
+        self._stop_here(self.thread)
+
+    def _stop_here(self, ident: int) -> None:
+        if (ident in self.saves.open and not self.closed) or ident in self.held:
+            return
+        if self._until and not self.closed and not _reached(self._numbers(), self._until):
+            return
+        told: Optional[int] = None
+        self.devices = self._devices()
+        self.held.add(ident)
+        while not (self.closed or self._resumed):
+            last, count = self._last, self.count
+            if last is not None and count < last:
+                break
+            if last is not None and told != last:
+                told = last
+                self._tell(("stopped", count))
+            self._wait(ident)
+        if self._resumed and not self.closed:
+            self._wait_for_delivery(ident)
+        self.held.discard(ident)
+        if self.closed:
+            if told is None:
+                self._tell(("stopped", self.count))
+            self.park()
+
+    def _wait_for_delivery(self, ident: int) -> None:
+        if ident == threads.main_ident():
+            self.held.discard(ident)
+            self.deliver()
+            return
+        until = monotonic() + _DELIVERY
+        while self._delivery and monotonic() < until and not self.closed:
+            self._wait(ident)
+
+    def park(self) -> None:
+        """Stop this thread until the exit, which it leaves towards with SystemExit."""
+        ident = get_ident()
+        state = self._threads.get(ident)
+        if state == _PARKED:  # a signal handler on top of a parked frame
+            return
+        if state == _LEAVING:
+            self.swallowed()
+        self._threads[ident] = _PARKED
+        self._tell(("parked", ident))
+        while not self._exit_open:
+            self._wait(ident)
+        self.leave()
+
+    def leave(self) -> None:
+        """Have this thread leave with SystemExit, once the exit is open."""
+        self._threads[get_ident()] = _LEAVING
+        way_out = SystemExit(self.exit_code)
+        self._exits.append(way_out)
+        raise way_out
+
+    def left(self, ident: int) -> bool:
+        """Whether that thread has been sent out."""
+        return self._threads.get(ident) == _LEAVING
+
+    def swallowed(self) -> None:
+        """This thread was sent out, and has come to a stopping place again: it does not get any further."""
+        ident = get_ident()
+        self._tell(("swallowed", ident))
+        while True:
+            self._wait(ident)
+
+    def is_exit(self, error: object) -> bool:
+        """Whether this is the exception with which a thread was sent out."""
+        return any(error is each for each in self._exits)
+
+    def on_way_out(self) -> bool:
+        """Whether this thread runs what a program runs on its way out: `finally`, `except`, exit callbacks."""
+        error: Any = sys.exc_info()[1]
+        for _ in range(20):
+            if error is None:
+                break
+            if self.is_exit(error):
+                return True
+            error = error.__context__
+        return get_ident() == threads.main_ident() and threads.in_exit_callback()
+
+    def wait_for_exit(self) -> None:
+        """Keep this thread, which has nothing left to run, until the exit."""
+        ident = get_ident()
+        self._threads[ident] = _PARKED
+        while not self._exit_open:
+            self._wait(ident)
+        self._threads[ident] = _LEAVING
+
+    def wait_for_plan(self, limit: float) -> None:
+        """Wait until it is known whether this thread is to run on, at most `limit` seconds."""
+        ident, until = get_ident(), monotonic() + limit
+        while self._last is None and not (self.closed or self._resumed) and monotonic() < until:
+            self._wait(ident)
+
+    def enter_save(self, collective: bool = False) -> None:
+        """A save begins on this thread; `collective`: it needs the other ranks."""
+        ident = get_ident()
+        # Once it has left, its group may be gone: a rank that saves alone then overwrites a good checkpoint with its
+        # own part. What a program saves for itself on its way out is left alone.
+        legitimate = self.left(ident) and not collective and self.on_way_out()
+        if self.closed and not legitimate and not self.shielded(ident):
+            self.park()
+        self.saves.enter(ident)
+
+    def leave_save(self) -> None:
+        """A save ends on this thread."""
+        self.saves.leave(get_ident())
+
+    def _wait(self, ident: int) -> None:
+        """Until somebody wakes this thread, or for a moment. Raises nothing."""
+        self.waiting.add(ident)
+        try:
+            lock = self._waiters.get(ident)
+            if lock is None:
+                lock = allocate_lock()
+                lock.acquire()
+                self._waiters[ident] = lock
+            lock.acquire(timeout=_LOOK)
+        except BaseException:
+            # Out of another signal's handler, on top of this frame: DataLoader's for SIGCHLD raises when a worker is
+            # killed. The program must not go on because of it.
+            pass
+        finally:
+            self.waiting.discard(ident)
+
+    def _wake(self) -> None:
+        for lock in list(self._waiters.values()):
+            try:
+                lock.release()
+            except RuntimeError:  # nobody has waited since the last time
+                pass
+
+
+def _reached(numbers: dict[str, int], until: dict[str, int]) -> bool:
+    return all(numbers.get(group, number) >= number for group, number in until.items())
+
+
+def _swallowed_exits_end_here(gate: Gate) -> None:
+    """CPython swallows what is raised in `__del__`, weakref callbacks and fork hooks, and tells this hook."""
+    others = sys.unraisablehook
+
+    def unraisable(args: Any) -> None:
+        if gate.is_exit(args.exc_value):
+            gate.swallowed()
+        others(args)
+
+    sys.unraisablehook = unraisable
+
+
+gate = Gate(lambda event: None)
+"""The process's gate; replaced when the process is armed, and in a forked child."""
+
+
+def renew(
+    tell: Callable[[tuple[str, Any]], None] = lambda event: None,
+    numbers: Callable[[], dict[str, int]] = dict,
+    devices: Callable[[], dict[str, int]] = dict,
+) -> Gate:
+    """Start again with a gate that has seen nothing."""
+    global gate
+    gate = Gate(tell, numbers, devices)
+    return gate
+
+
+def poll() -> bool:
+    """What `autoteardown.stop_requested()` does."""
+    g = gate
+    g.polls += 1
+    if g.holding or g.closed:
+        g.end_of_poll()
+    return g.requested
+
+
+def _running_loop() -> Any:
+    asyncio = sys.modules.get("asyncio")
+    try:
+        return asyncio.get_running_loop() if asyncio is not None else None
+    except (AttributeError, RuntimeError):  # still being imported, or no loop on this thread
+        return None
+
+
+def _nothing() -> None:
+    pass
+
+
+def park_thread(ident: int) -> None:
+    """Have a thread that is not the main one park at its next bytecode."""
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), ctypes.py_object(Parking))
+
+
+class Parking(BaseException):
+    """Raised into a thread that is not the main one (PyThreadState_SetAsyncExc): parks it where it is.
+
+    A signal handler can only run on the main thread. An asynchronous exception reaches any thread, and Python makes
+    the instance on that thread before any handler of the program's sees it: so the constructor is where it parks.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        if get_ident() not in gate.held:
+            gate.park()
+
+
+os.register_at_fork(after_in_child=guarded(renew))

@@ -1,0 +1,145 @@
+"""What the driver of a stop can do to this rank, and see of it (`stop/hands.py` says what each means)."""
+
+from __future__ import annotations
+
+import _queue
+from typing import TYPE_CHECKING, Any, Callable, Optional
+
+from autoteardown.frameworks import ray
+from autoteardown.rank import backends, callbacks, stepping, threads
+from autoteardown.rank.gate import Gate, park_thread
+from autoteardown.rank.life import Life
+from autoteardown.stop.hands import Look, Problem
+from autoteardown.stop.terms import Facts
+
+if TYPE_CHECKING:
+    from autoteardown.rank.guard import Guard
+
+
+class RankHands:
+    """Of one armed rank, for one stop of it."""
+
+    def __init__(self, guard: Guard, events: _queue.SimpleQueue[tuple[str, Any]], owner: bool) -> None:
+        """`owner`: the application has a handler of its own, which is to be called."""
+        self.settings = guard.settings
+        self.log = guard.identity.log
+        self.events = events
+        self._guard = guard
+        self._gate: Gate = guard.gate
+        self._owner = owner
+        self._life: Optional[Life] = None
+        self.identity, self.mark = guard.identity.report, guard.identity.mark
+        self.go_on, self.stop_at = self._gate.go_on, self._gate.let_run_to
+
+    @property
+    def alone(self) -> str:
+        """See `stop.hands.Hands`."""
+        world = self._guard.identity.world_size
+        return self._guard.alone if self._guard.joined and world != 1 else ""
+
+    def facts(self, cause: str) -> Facts:
+        """See `stop.hands.Hands`."""
+        guard, settings = self._guard, self.settings
+        accelerator = bool(backends.accelerators())
+        self._life = Life(self._gate, backends.progress, accelerator)
+        polls = self._gate.polls > 0 and settings.yield_seconds > 0
+        return Facts(
+            cause=cause,
+            world=guard.identity.world_size or 1,
+            joined=guard.joined,
+            channel=guard.channel is not None,
+            accelerator=accelerator,
+            can_abort=guard.joined and backends.can_abort(),
+            hub=guard.channel is not None and guard.channel.is_hub,
+            step=settings.stop_at == "step",
+            owner=self._owner or polls,
+            together=settings.handlers == "together",
+            callbacks=bool(callbacks.registered or settings.on_teardown),
+            unwaitable=", ".join(backends.unwaitable()),
+        )
+
+    def look(self, stopping: bool) -> Look:
+        """See `stop.hands.Hands`."""
+        gate = self._gate
+        gate.find_thread()
+        ended = not threads.alive(gate.thread)
+        still = self._life is not None and not ended and self._life.still()
+        return Look(gate.saving, still, ended, backends.progress())
+
+    def unlist(self, outcome: str, exit_code: int) -> None:
+        """See `stop.hands.Hands`."""
+        self._guard.identity.unlist(outcome, exit_code)
+
+    def post(self, kind: str, value: Any) -> None:
+        """See `stop.hands.Hands`."""
+        channel = self._guard.channel
+        if channel is not None:
+            if kind in ("at", "still"):
+                value = (*value, backends.sequence_numbers() if backends.accelerators() else {})
+            channel.post(kind, value)
+
+    def flush(self, seconds: float) -> None:
+        """See `stop.hands.Hands`."""
+        if self._guard.channel is not None:
+            self._guard.channel.flush(seconds)
+
+    def steps(self) -> tuple[Optional[int], bool]:
+        """See `stop.hands.Hands`."""
+        gate, patience = self._gate, self.settings.step_timeout
+        gate.find_thread()
+        if not gate.begun and not stepping.any_optimizer():
+            return None, False
+        step, idle = gate.step_time() or 0.0, gate.idle()
+        blocked = idle > max(patience, 5 * step) and not gate.saving
+        return gate.count, step > patience or blocked or not threads.alive(gate.thread)
+
+    def hold(self) -> None:
+        """See `stop.hands.Hands`."""
+        self._gate.hold()
+
+    def deliver(self) -> None:
+        """See `stop.hands.Hands`."""
+        self._gate.resume(self._guard.delivery() if self._owner else None, requested=True)
+        if threads.main_ident() not in self._gate.held:
+            self._guard.tap.on_main(self._gate.deliver)
+
+    def park(self) -> None:
+        """See `stop.hands.Hands`."""
+        gate = self._gate
+        gate.close()
+        self._guard.tap.on_main(self._guard.main.stop)
+        for thread in gate.to_park():
+            if thread != threads.main_ident():
+                park_thread(thread)
+                gate.wake_loop()
+
+    def drain(self) -> Problem:
+        """See `stop.hands.Hands`."""
+        return backends.drain()
+
+    def call_back(self, say: Callable[[str], None]) -> Problem:
+        """See `stop.hands.Hands`."""
+        with self._gate.saves.on_this_thread(), backends.devices_of(self._gate.devices):
+            return callbacks.run(self.settings.on_teardown, say)
+
+    def destroy(self) -> Problem:
+        """See `stop.hands.Hands`."""
+        return backends.destroy(self._guard.real_destroy)
+
+    def abort(self, done: Callable[[Problem], object]) -> None:
+        """See `stop.hands.Hands`."""
+        backends.abort(done)
+
+    def is_stuck_outside(self) -> bool:
+        """See `stop.hands.Hands`."""
+        return ray.waits_for_method(self._gate.loop, self._gate.parked)
+
+    def leave(self, exit_code: int) -> None:
+        """See `stop.hands.Hands`."""
+        self._gate.open_exit(exit_code)
+        if threads.main_ident() not in self._gate.parked:
+            self._guard.tap.on_main(self._guard.main.stop)
+
+    def swallowed(self) -> None:
+        """See `stop.hands.Hands`."""
+        self._guard.tap.on_main(self._guard.main.stop)

@@ -1,0 +1,79 @@
+"""Which rank this process is, and its entry in the node's registry."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from typing import Any, Optional
+
+from autoteardown.node import registry
+from autoteardown.rank.backends import World
+from autoteardown.settings import Settings
+from autoteardown.stop.report import Log
+
+SCHEMA = 2
+
+
+class Identity:
+    """Of one process; its rank may come and go with each init and destroy."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.host = socket.gethostname()
+        self.program = sys.argv[0] if getattr(sys, "argv", None) else ""
+        self.rank: Optional[int] = None
+        self.world_size: Optional[int] = None
+        self.backend: Optional[str] = None
+        self.log = Log(settings.log, self.host, settings.job, settings.log_format)
+        self._entry: Optional[registry.Entry] = None
+
+    def joining(self) -> None:
+        """Before torch's init: what the launcher says."""
+        self._is(_environment_int("RANK"), _environment_int("WORLD_SIZE"))
+        self._entry = registry.enter(self.settings.runtime_dir, self._fields(), self.log.line)
+
+    def joined(self, world: World) -> None:
+        """After torch's init: what is true."""
+        self.backend = world.backend
+        self._is(world.rank, world.size)
+        self.mark(**self._fields())
+
+    def _is(self, rank: Optional[int], world_size: Optional[int]) -> None:
+        self.rank, self.world_size = self.log.rank, self.log.world_size = rank, world_size
+
+    def report(self) -> dict[str, Any]:
+        """The first fields of the report."""
+        return {
+            "schema": SCHEMA,
+            "job": self.settings.job,
+            "host": self.host,
+            "pid": os.getpid(),
+            "program": self.program,
+            "rank": self.rank,
+            "local_rank": _environment_int("LOCAL_RANK"),
+            "world_size": self.world_size,
+            "backend": self.backend,
+            "python": sys.version.split()[0],
+            "torch": str(getattr(sys.modules.get("torch"), "__version__", None)),
+        }
+
+    def _fields(self) -> dict[str, Any]:
+        keep = ("job", "host", "program", "rank", "local_rank", "world_size", "backend")
+        fields = {key: value for key, value in self.report().items() if key in keep}
+        return {**fields, "signal": self.settings.signals[0]}  # what `autoteardown drain` has to send
+
+    def mark(self, **fields: Any) -> None:
+        """Tell the node's registry."""
+        if self._entry is not None:
+            self._entry.update(**fields)
+
+    def unlist(self, outcome: Optional[str] = None, exit_code: Optional[int] = None) -> None:
+        """Leave the node's registry."""
+        if self._entry is not None:
+            self._entry.leave(outcome, exit_code)
+
+
+def _environment_int(name: str) -> Optional[int]:
+    value = os.environ.get(name, "")
+    return int(value) if value.isdecimal() and len(value) < 20 else None

@@ -1,0 +1,98 @@
+"""What the main thread of an armed rank does at a signal: whose handler runs, and when, and where the thread stops."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from autoteardown.primitives import get_ident
+from autoteardown.rank import threads
+
+if TYPE_CHECKING:
+    from autoteardown.rank.guard import Guard
+
+_PLAN_WAIT = 2.0  # seconds that the main thread waits, in the signal handler, to know if it is to run on
+
+
+class MainThread:
+    """Of one armed rank."""
+
+    def __init__(self, guard: Guard) -> None:
+        self._guard = guard
+        self._owner: dict[str, bool] = {}
+        self._seen = 0  # signals that Python's handler was called for
+        self._waits = False
+        self.handed = False  # the application's handler has been called for this eviction
+
+    def owner(self, signum: int) -> bool:
+        """Whether the application's own handler does more than to leave.
+
+        Decided once, by whichever thread asks first: the application may restore a handler at any moment.
+        """
+        if "owner" not in self._owner:
+            guard = self._guard
+            owns = guard.settings.yield_seconds > 0 and guard.tap.application_owns(signum)
+            self._owner.setdefault("owner", owns)
+        return self._owner["owner"]
+
+    def defers(self, signum: int) -> bool:
+        """Whether that handler is called at the agreed iteration, on every rank, and not at once."""
+        guard = self._guard
+        return (
+            guard.settings.handlers == "together"
+            and guard.joined
+            and guard.channel is not None
+            and self.owner(signum)
+            and not self.handed
+        )
+
+    def deliver(self, signum: int) -> None:
+        """Call it, as if the signal had come now."""
+        if not self.handed:
+            self.handed = True
+            self._guard.tap.deliver(signum)
+
+    def on_signal(self, signum: int) -> bool:
+        """Python's handler for an eviction signal, on the main thread; True: the agent deals with it."""
+        guard = self._guard
+        teardown = guard.teardown
+        self._seen += 1
+        if not (teardown is not None and teardown.committed and self.handed) and self.owner(signum):
+            if self.defers(signum) and self._seen == 1:
+                return True
+            if self._not_over():
+                # A second one, or nobody to wait for: the application's at once.
+                if guard.tap.application_owns(signum):
+                    self.handed = True
+                    return False
+                # It has put the default back, and the signal has come again: uvicorn raises it when it has shut down.
+                guard.events.put(("released", None))
+        if not self._waits:  # in a signal storm each handler runs on top of the last
+            self._waits = True
+            # Some C code (`re`, big integers) runs signal handlers but never lets go of the GIL: this may be the only
+            # chance of the other threads. The training thread is not needed until the last iteration is known.
+            guard.gate.wait_for_plan(_PLAN_WAIT)
+            self._waits = False
+        self.stop()
+        return True
+
+    def _not_over(self) -> bool:
+        teardown = self._guard.teardown
+        return teardown is None or not teardown.committed or (not self.handed and not self._guard.gate.closed)
+
+    def stop(self) -> None:
+        """Park this thread if it is time to, or have it leave if it is time for that."""
+        guard, gate, ident = self._guard, self._guard.gate, get_ident()
+        # It waits below this frame, and looks for itself. What is raised here would not come out of that wait.
+        if ident in gate.waiting or ident in gate.held:
+            return
+        if ident in gate.parked:
+            if gate.left(ident) and not gate.on_way_out():
+                gate.swallowed()
+            return
+        # An exception in an exit callback would be printed, and cut it short. Ours is the last of them, and waits.
+        if ident != gate.thread and threads.in_exit_callback():
+            return
+        if guard.teardown is not None and guard.teardown.leaving:
+            gate.leave()
+        if gate.closed and not gate.shielded(ident):
+            gate.park()

@@ -1,0 +1,119 @@
+"""What a program is writing, and whether it is one checkpoint: more than a call of `torch.save` (F20).
+
+A thread writes a checkpoint as long as
+
+- it is in a save that we see (`torch.save`, `torch.distributed.checkpoint`) or in `autoteardown.protect()`;
+- such a save has ended a moment ago: the next file may follow, or the rename of a temporary one;
+- it is inside a function that says in its name that it saves (`save_state`, `_save_checkpoint`, `save_file`): that
+  covers files which nobody sees being written, and everything between two of them.
+
+It ends at the latest at the end of the iteration: there, the thread is stopped anyway.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Optional
+
+from autoteardown.primitives import get_ident, monotonic
+from autoteardown.rank import threads
+
+_MOMENT = 0.5  # seconds after a save in which another may follow it, at least
+_LONGEST_MOMENT = 5.0
+_SAVER = re.compile(
+    r"(^|_)save(_|[A-Z]|$)|Save($|_|[A-Z])|(write|dump|store|export|make|create|take)_?(checkpoint|ckpt|snapshot)"
+)
+_NO_SAVER = re.compile(r"save_for_backward|should|to_save|register|hook")
+# A worker of `multiprocessing` that is no daemon is joined at the exit: Megatron-core's asynchronous writer is one.
+_CHILDREN = "multiprocessing.process"
+
+
+class Saves:
+    """What the threads of one process are saving."""
+
+    def __init__(self) -> None:
+        self.open: dict[int, int] = {}
+        """How deep each thread is in saves that we see."""
+        self._began: dict[int, float] = {}
+        self._moment: dict[int, float] = {}  # until when another save may follow
+        self._background = 0
+
+    def enter(self, ident: int) -> None:
+        """A save begins on that thread."""
+        if ident not in self.open:
+            self._began[ident] = monotonic()
+        self.open[ident] = self.open.get(ident, 0) + 1
+
+    def leave(self, ident: int) -> None:
+        """And ends."""
+        depth = self.open.get(ident, 0) - 1
+        if depth > 0:
+            self.open[ident] = depth
+            return
+        self.open.pop(ident, None)
+        now = monotonic()
+        took = now - self._began.get(ident, now)
+        self._moment[ident] = now + min(_LONGEST_MOMENT, max(_MOMENT, took))
+
+    @contextmanager
+    def on_this_thread(self) -> Iterator[None]:
+        """Whatever this thread does, it is saving."""
+        ident = get_ident()
+        self.enter(ident)
+        try:
+            yield
+        finally:
+            self.leave(ident)
+
+    def in_background(self, future: Any) -> None:
+        """A save goes on until `future` is done."""
+        self._background += 1
+        future.add_done_callback(self._background_over)
+
+    def _background_over(self, future: Any) -> None:
+        self._background -= 1
+
+    def shields(self, ident: int) -> bool:
+        """Whether that thread writes a checkpoint."""
+        return ident in self.open or monotonic() < self._moment.get(ident, 0.0) or saver(ident) is not None
+
+    def going_on(self, idents: Iterable[int]) -> bool:
+        """Whether anything is being saved, on one of those threads or out of sight of them."""
+        if self.open or self._background > 0:
+            return True
+        return any(self.shields(ident) for ident in idents) or _writers()
+
+
+def saver(ident: int) -> Optional[str]:
+    """The outermost function of that thread that says in its name that it saves."""
+    found = None
+    frame: Any = sys._current_frames().get(ident)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_filename.startswith(threads.PACKAGE):
+            pass
+        elif _SAVER.search(code.co_name) and not _NO_SAVER.search(code.co_name):
+            found = code.co_name
+        frame = frame.f_back
+    return found
+
+
+def _writers() -> bool:
+    process = sys.modules.get(_CHILDREN)
+    for child in list(getattr(process, "_children", ())):
+        popen = getattr(child, "_popen", None)
+        if popen is not None and not child.daemon and popen.returncode is None and _runs(popen.pid):
+            return True
+    return False
+
+
+def _runs(pid: int) -> bool:
+    # Not by waiting for it: its exit code is the program's to read.
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()[0] not in (b"Z", b"X")
+    except (OSError, IndexError):
+        return False
