@@ -11,20 +11,21 @@ import threading
 from types import CodeType, FrameType
 from typing import Any, Optional
 
+from autoteardown import primitives
+
 PACKAGE = os.path.join(os.path.dirname(os.path.dirname(__file__)), "")
 """Where the agent's own code lies."""
 
 
 def main_ident() -> Optional[int]:
     """The main thread's number."""
-    return threading.main_thread().ident
+    return primitives.main_ident()
 
 
 def alive(ident: Optional[int]) -> bool:
     """Whether a thread still runs Python code. The main thread's frames outlive it: it waits in its shutdown."""
-    main = threading.main_thread()
-    if ident is None or ident == main.ident:
-        return main.is_alive()
+    if ident is None or ident == main_ident():
+        return threading.main_thread().is_alive()
     frame = sys._current_frames().get(ident)
     return frame is not None and not ours(frame)
 
@@ -86,7 +87,7 @@ def in_exit_callback() -> bool:
 
 def foreign() -> list[int]:
     """The threads that run Python code but were not started by it: the pool of a C++ runtime, as in Ray's actors."""
-    main = threading.main_thread().ident
+    main = main_ident()
     return [
         ident
         for ident, frame in sys._current_frames().items()

@@ -14,6 +14,7 @@ import sys
 import time
 from typing import Any, Optional
 
+from autoteardown import primitives
 from autoteardown.node import folder
 from autoteardown.node.record import printable
 
@@ -115,7 +116,7 @@ def say(line: str, stderr: Optional[tuple[int, int]] = None) -> None:
     try:
         if stderr is not None and _identity(2) != stderr:
             return
-        poll = select.poll()
+        poll = primitives.poll()
         poll.register(2, select.POLLOUT)
         ready = poll.poll(0)
         if ready and ready[0][1] & select.POLLOUT:
