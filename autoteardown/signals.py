@@ -31,10 +31,9 @@ if TYPE_CHECKING:
     from types import FrameType, ModuleType
     from typing import Any, Callable
 
-    from autoteardown.rank.loop import Loop
-    from autoteardown.rank.slots import Slots
-
     Handler = Any
+    Loop = Any  # rank.loop.Loop
+    Slots = Any  # rank.slots.Slots: what an armed process has is no business of those that are not
 
 # Handlers that do nothing but raise SystemExit: there is no work of the application's to wait for.
 # Ray's, in workers (`Worker.main_loop`) and drivers (`ray.init`); in a driver, abseil's in C beneath it belongs to it.

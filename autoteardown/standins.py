@@ -12,7 +12,7 @@ TYPE_CHECKING = False  # imported by every process that imports `signal`: see si
 if TYPE_CHECKING:
     from typing import Any, Callable
 
-    from autoteardown.signals import Tap
+    Tap = Any  # signals.Tap, which imports this
 
 
 class Builtin:

@@ -10,7 +10,6 @@ Threads are started with `_thread`: `threading.Thread.start` takes a lock that t
 from __future__ import annotations
 
 import _queue
-import gc
 import os
 from datetime import datetime, timezone
 from typing import Any, Callable, NoReturn, Optional
@@ -18,7 +17,7 @@ from typing import Any, Callable, NoReturn, Optional
 from autoteardown import exits
 from autoteardown.boundary import guarded
 from autoteardown.primitives import allocate_lock, monotonic, sleep, start_new_thread
-from autoteardown.stop import lastwords, protocol, report, terms
+from autoteardown.stop import collector, lastwords, protocol, report, terms
 from autoteardown.stop.fuse import Fuse
 from autoteardown.stop.hands import Hands
 from autoteardown.stop.story import Story, signal_name
@@ -160,10 +159,10 @@ class Teardown:
         self.committed = committed
         if committed:
             # A collection would run finalizers of the program on our threads, and those take locks.
-            gc.disable()
+            collector.pause()
             self.hands.mark(state="stopping")
         else:
-            gc.enable()
+            collector.resume()
             self.hands.mark(state="yielding")
 
     def _limits(self) -> terms.Limits:

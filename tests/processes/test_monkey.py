@@ -1,18 +1,21 @@
 """Programs whose threads, locks and sockets are not the interpreter's any more (FACTS F21)."""
 
 import pytest
-from harness import GRACE
+from harness import GRACE, NONE
 
 PROGRAM = """
 import sys
 how = sys.argv[1]
-if how == "gevent":
+if how in ("gevent", "gevent, armed late"):
     from gevent import monkey
     monkey.patch_all()
 elif how == "eventlet":
     import eventlet
     eventlet.monkey_patch()
 import time
+if "armed" in how:
+    import autoteardown
+    assert autoteardown.arm()
 import torch
 import torch.distributed as dist
 if how == "gevent after torch":
@@ -33,11 +36,12 @@ while True:
 """
 
 
-@pytest.mark.parametrize("how", ["gevent", "gevent after torch", "eventlet"])
+@pytest.mark.parametrize("how", ["gevent", "gevent after torch", "gevent, armed late", "eventlet"])
 def test_patched_ranks_train_and_leave(job, how):
     """They do not freeze, and an eviction stops both after the same step."""
-    pytest.importorskip(how.split()[0])
-    ranks = job.world(PROGRAM, 2, how, fresh=True)
+    pytest.importorskip(how.split()[0].strip(","))
+    late = {"mode": NONE, "AUTOTEARDOWN": ""} if "armed" in how else {}
+    ranks = job.world(PROGRAM, 2, how, fresh=True, **late)
     for rank in ranks:
         rank.wait_for("^step 20$")
     ranks[0].signal()

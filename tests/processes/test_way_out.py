@@ -51,3 +51,27 @@ def test_torch_s_own_idiom(job):
         assert re.search(rf"^I was {number} 2 gloo$", rank.stdout, re.MULTILINE)
         assert re.search("^no group: .*not been initialized", rank.stdout, re.MULTILINE), rank.story()
         assert rank.report()["outcome"] == "clean"
+
+
+def test_a_child_of_the_way_out_collects_its_garbage(job):
+    """What a rank forks on its way out is a process like any other: its collector is on, as it was."""
+    rank = job.start(
+        """
+        import gc, os, time
+        import torch.distributed as dist
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        print("ready", flush=True)
+        try:
+            while True:
+                time.sleep(0.01)
+        finally:
+            pid = os.fork()
+            if pid == 0:
+                print("child", gc.isenabled(), dist.is_initialized(), flush=True)
+                os._exit(0)
+            os.waitpid(pid, 0)
+        """
+    )
+    rank.wait_for("ready")
+    assert rank.evict() == 0, rank.story()
+    assert "child True False" in rank.stdout, rank.story()
