@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from importlib.abc import Loader
     from importlib.machinery import ModuleSpec
     from types import ModuleType
+    from typing import Any
 
 _waiting: "dict[str, Callable[[ModuleType], None]]" = {}
 
@@ -109,6 +110,8 @@ class _Finder:
 class _Loader:
     """The real loader, with our hook before or after the module's own code."""
 
+    __slots__ = ("_after", "_real", "_wanted")  # no __dict__: the real one's is found
+
     def __init__(self, real: "Loader", wanted: str, after: bool) -> None:
         self._real = real
         self._wanted = wanted
@@ -116,6 +119,23 @@ class _Loader:
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._real, name)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> "Any":
+        return type(self._real)
+
+    # Whoever asked for the module and does not import it may copy, pickle and compare what he got: the real one.
+    def __reduce_ex__(self, protocol: "Any") -> "Any":
+        return self._real.__reduce_ex__(protocol)
+
+    def __copy__(self) -> "Loader":
+        return self._real
+
+    def __eq__(self, other: object) -> bool:
+        return bool(self._real == (other._real if isinstance(other, _Loader) else other))
+
+    def __hash__(self) -> int:
+        return hash(self._real)
 
     def create_module(self, spec: "ModuleSpec") -> "ModuleType | None":
         """As the real loader does."""

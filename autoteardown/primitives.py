@@ -9,16 +9,38 @@ import _socket
 import _thread
 import os
 import select
+import sys
 import time
 
-builtin_function = type(_thread.allocate_lock)
-start_new_thread = _thread.start_new_thread
-allocate_lock = _thread.allocate_lock
-get_ident = _thread.get_ident
-monotonic = time.monotonic
-sleep = time.sleep
-poll = select.poll
-epoll = getattr(select, "epoll", None)  # Linux; gevent removes it from the module
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import ModuleType
+
+
+def _original(module: "ModuleType") -> "ModuleType":
+    """The module, or where the program was faster (`autoteardown.arm()` after a patch) what it was: a fresh copy."""
+    if "gevent.monkey" not in sys.modules and "eventlet.patcher" not in sys.modules:
+        return module
+    from importlib import util
+
+    spec = module.__spec__
+    if spec is None or spec.loader is None:
+        return module
+    copy = util.module_from_spec(spec)
+    spec.loader.exec_module(copy)
+    return copy
+
+
+_clock, _threads, _polling = _original(time), _original(_thread), _original(select)
+
+builtin_function = type(len)
+start_new_thread = _threads.start_new_thread
+allocate_lock = _threads.allocate_lock
+get_ident = _threads.get_ident
+monotonic = _clock.monotonic
+sleep = _clock.sleep
+poll = _polling.poll
+epoll = getattr(_polling, "epoll", None)  # Linux
 socket = _socket.socket
 socketpair = _socket.socketpair
 
@@ -26,3 +48,23 @@ socketpair = _socket.socketpair
 def on_main_thread() -> bool:
     """Whether this is the thread that the process began with, or was forked on: the one that Python's signals need."""
     return _thread.get_native_id() == os.getpid()
+
+
+_main = get_ident() if on_main_thread() else 0
+
+
+def main_ident() -> int:
+    """The main thread's identity. gevent has `threading.main_thread().ident` name a greenlet."""
+    if not _main:
+        import threading
+
+        return threading.main_thread().ident or 0
+    return _main
+
+
+def _after_fork_in_child() -> None:
+    global _main
+    _main = get_ident()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -24,7 +24,7 @@ import errno
 import os
 import sys
 
-from autoteardown import standins
+from autoteardown import primitives, standins
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -324,10 +324,10 @@ class Tap:
         # A signal that reaches the child before `_after_fork_in_child` would be lost: CPython drops what is pending.
         if self.armed:
             pthread_sigmask, block = self._module.pthread_sigmask, self._module.SIG_BLOCK
-            self._masks[_thread.get_ident()] = pthread_sigmask(block, self.signals)
+            self._masks[primitives.get_ident()] = pthread_sigmask(block, self.signals)
 
     def _unmask(self) -> None:
-        mask = self._masks.pop(_thread.get_ident(), None)
+        mask = self._masks.pop(primitives.get_ident(), None)
         if mask is not None:
             self._module.pthread_sigmask(self._module.SIG_SETMASK, mask)
 

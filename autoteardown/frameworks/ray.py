@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 
+from autoteardown import primitives
 from autoteardown.rank import threads
 
 TYPE_CHECKING = False
@@ -45,7 +46,7 @@ def waits_for_method(loop: Any, parked: Iterable[int] = ()) -> bool:
     if not _is_ray():
         return False
     # Those of threaded actors and concurrency groups are on threads of a pool.
-    if set(threads.inside(_METHODS_ARE_CALLED_IN)).difference(parked, [threading.main_thread().ident]):
+    if set(threads.inside(_METHODS_ARE_CALLED_IN)).difference(parked, [primitives.main_ident()]):
         return True
     if loop is None or asyncio is None:
         return False

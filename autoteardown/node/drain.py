@@ -114,7 +114,8 @@ class Drained:
         if last is None:
             self.outcome = "ended"
         else:
-            self.outcome, self.exit_code = last.outcome or "died", last.exit_code
+            executed = procfs.lives(last.pid, last.start_time)  # another program
+            self.outcome, self.exit_code = last.outcome or ("ended" if executed else "died"), last.exit_code
 
 
 def named(record: Record) -> str:

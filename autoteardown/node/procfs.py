@@ -48,6 +48,19 @@ def start_time(pid: int) -> int | None:
     return None if state in "ZXx" else started
 
 
+def image(pid: int) -> str:
+    """Names what a process executes: where the kernel put its code and its stack, anew and at random with each exec.
+
+    Empty where that cannot be seen.
+    """
+    try:
+        stat = _read(f"/proc/{pid}/stat")
+        code, _, stack = stat[stat.rindex(b")") + 1 :].split()[23:26]  # fields 26 and 28
+    except (OSError, ValueError, IndexError):
+        return ""
+    return f"{int(code):x}-{int(stack):x}" if int(stack) else ""
+
+
 def user(pid: int) -> int | None:
     """The effective uid of a process.
 

@@ -33,6 +33,7 @@ class Record:
         "exit_code",
         "host",
         "job",
+        "image",
         "local_rank",
         "name",
         "outcome",
@@ -61,6 +62,7 @@ class Record:
         self.outcome = text(fields.get("outcome"))
         self.exit_code = whole(fields.get("exit_code"))
         self.signal = whole(fields.get("signal"))
+        self.image = text(fields.get("image")) or ""
         armed_at = plain(fields.get("armed_at"))
         self.armed_at = float(armed_at) if isinstance(armed_at, (int, float)) else 0.0
         self.age = max(0.0, time.time() - self.armed_at) if self.armed_at else 0.0

@@ -106,7 +106,8 @@ class DrainMarker:
 def enter(runtime_dir: str, fields: Mapping[str, object], problem: Problem | None = None) -> Entry | None:
     """List this process. On any failure: None, and one line to `problem`; never raises."""
     try:
-        fields = {"state": "armed", "armed_at": time.time(), **fields}
+        image = procfs.image(os.getpid())
+        fields = {"state": "armed", "armed_at": time.time(), "image": image, **fields}
         entry = Entry(folder.absolute(runtime_dir), own_name(), fields)
         descriptor = folder.open_own(entry._path, create=True)
         try:
@@ -134,7 +135,7 @@ def read(runtime_dir: str, problem: Problem | None = None) -> list[Record]:
     except OSError as error:
         _say(problem, _reason(runtime_dir, error))
         return []
-    ours = [record for record in records if record is not None and procfs.belongs_to_us(record.pid)]
+    ours = [record for record in records if record is not None and _is_still(record)]
     return sorted(ours, key=lambda record: (record.rank is None, record.rank or 0, record.pid))
 
 
@@ -166,8 +167,14 @@ def elsewhere(runtime_dir: str) -> int:
 
 
 def alive(record: Record) -> bool:
-    """Whether the very process that wrote the entry runs, as this user."""
-    return procfs.lives(record.pid, record.start_time) and procfs.belongs_to_us(record.pid)
+    """Whether the very process that wrote the entry runs, as this user, and runs the same program."""
+    return procfs.lives(record.pid, record.start_time) and _is_still(record)
+
+
+def _is_still(record: Record) -> bool:
+    """Whether that process is this user's, and has not executed another program since."""
+    image = procfs.image(record.pid) if record.image else ""
+    return image in ("", record.image) and procfs.belongs_to_us(record.pid)
 
 
 def state_of(runtime_dir: str, pid: int) -> str | None:

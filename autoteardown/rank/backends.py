@@ -8,7 +8,6 @@ abort (2.4 and 2.5).
 
 from __future__ import annotations
 
-import _thread
 import sys
 from typing import Any, Callable, NamedTuple
 
@@ -41,6 +40,9 @@ __all__ = [
     "watchdog",
     "world",
 ]
+
+from autoteardown import primitives
+from autoteardown.rank import afterwards
 
 # Their abort does nothing: a blocked operation stays blocked until the peer's socket closes.
 _WITHOUT_ABORT = frozenset({"gloo", "mpi", "ucc", "fake"})
@@ -119,6 +121,7 @@ def abort(done: Callable[[Problem], object]) -> None:
     Args:
         done: called once, with what went wrong or None, when the last abort has returned. It may never be.
     """
+    afterwards.released = True
     aborts = [function for function in map(_abort_of, groups()) if function is not None]
     problems: list[str] = []
     pending = list(range(len(aborts)))
@@ -134,7 +137,7 @@ def abort(done: Callable[[Problem], object]) -> None:
     if not aborts:
         done(None)
     for function in aborts:
-        _thread.start_new_thread(run, (function,))
+        primitives.start_new_thread(run, (function,))
 
 
 def destroy(real: Callable[[], object]) -> Problem:
@@ -148,6 +151,10 @@ def destroy(real: Callable[[], object]) -> Problem:
     # The last reference to a gloo group must not go in what the program unwinds on its way out: the destructor can
     # deadlock, with the GIL held.
     _kept.extend(groups())
+    try:
+        afterwards.release(_c10d())
+    except Exception:  # torch has changed: its own errors, then
+        pass
     try:
         real()
     except Exception as error:

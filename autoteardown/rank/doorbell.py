@@ -34,13 +34,11 @@ class Doorbell:
         self._signal, self._getsignal = signal, getsignal
         self._handler = self._answer  # one object, to be compared by identity
         self.python = 0  # the address of the interpreter's own handler
-        self._main = 0
         self._connected = False
         self._errands: list[Callable[[], object]] = []
 
     def hang(self) -> None:
         """On the main thread: take a signal that has no handler, without the kernel knowing."""
-        self._main = primitives.get_ident()  # not of `threading`: gevent puts the number of a greenlet there
         while self._candidates and not self.number:
             signum = self._candidates.pop(0)
             default = dispositions.handler_of(signum) == dispositions.DEFAULT
@@ -84,13 +82,12 @@ class Doorbell:
         if not self.number or not self._connected:
             return dispositions.call_on_main(errand)
         self._errands.append(errand)
-        self._pthread_kill(self._main, self.number)
+        self._pthread_kill(primitives.main_ident(), self.number)
         return True
 
     def forget(self) -> None:
-        """In a forked child: nobody waits for the parent's errands, and this thread is the main one."""
+        """In a forked child: nobody waits for the parent's errands."""
         self._errands.clear()
-        self._main = primitives.get_ident()
 
     def _answer(self, signum: int, frame: FrameType | None) -> None:
         while self._errands:

@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any, Callable
 
 from autoteardown.boundary import guarded
+from autoteardown.rank import afterwards
 from autoteardown.switch import say
 
 _MARK = "_autoteardown_wrapped"
@@ -79,6 +80,8 @@ def _wrap_init(real: Callable[..., Any]) -> Callable[..., Any]:
 
 def _wrap_destroy(real: Callable[..., Any]) -> Callable[..., Any]:
     def destroy_process_group(*args: Any, **kwargs: Any) -> Any:
+        if afterwards.released:
+            return None
         try:
             return real(*args, **kwargs)
         finally:

@@ -302,6 +302,22 @@ def test_asking_whether_a_module_exists_is_not_importing_it(fake_torch):
     assert run_on(code, fake_torch).split("\n") == ["[True, True] False", "True True"]
 
 
+def test_what_find_spec_returns_can_be_copied_pickled_and_compared(fake_torch):
+    code = (
+        "import copy, pickle, importlib.util as util\n"
+        "for name in ('signal', 'torch'):\n"
+        "    spec = util.find_spec(name)\n"
+        "    copies = [copy.copy(spec), copy.deepcopy(spec), pickle.loads(pickle.dumps(spec)), util.find_spec(name)]\n"
+        "    assert all(each == spec and each.loader == spec.loader for each in copies), name\n"
+        "    assert len({each.loader for each in copies}) == 1\n"
+        "    assert type(pickle.loads(pickle.dumps(spec.loader))).__module__ == '_frozen_importlib_external'\n"
+        "import signal, torch\n"
+        "from autoteardown import signals\n"
+        "print(torch.saw_wrapt, signals.tap is not None)"
+    )
+    assert run_on(code, fake_torch) == "True True"
+
+
 def test_a_finder_ahead_of_ours_cannot_hide_torch(fake_torch):
     code = (
         "import sys, importlib.machinery as machinery\n"

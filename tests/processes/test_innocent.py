@@ -1,11 +1,15 @@
 """Promise 11: a healthy program cannot tell that we are there. Each runs with us and without, and sees the same."""
 
+import json
 import os
 import re
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
-from harness import AGENT, NONE, SIGTERM
+from harness import AGENT, NONE, SIGTERM, wait_until
 
 IMPATIENT = {"AUTOTEARDOWN_GRACE": 8}
 
@@ -107,3 +111,27 @@ def test_armed_from_another_thread_while_the_main_one_waits(job, main):
     os.kill(rank.pid, SIGTERM)
     assert rank.outlast() == 0, rank.story()
     assert rank.report()["outcome"] == "clean", rank.story()
+
+
+def test_what_a_rank_executes_is_no_rank(job):
+    """`os.execv` ends a rank and keeps its pid: `ps` does not list the new program, `drain` does not signal it."""
+    rank = job.start(
+        """
+        import os, sys
+        import torch.distributed as dist
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        print("rank", flush=True)
+        os.execv("/bin/sleep", ["sleep", "3600"])
+        """,
+        fresh=True,
+    )
+    rank.wait_for("rank")
+    wait_until(lambda: b"sleep" in Path(f"/proc/{rank.pid}/cmdline").read_bytes(), "the other program")
+    assert [path for path in job.runtime.iterdir() if path.name.startswith(f"{rank.pid}-")]
+    env = {**os.environ, "AUTOTEARDOWN_RUNTIME_DIR": str(job.runtime)}
+    for command in ("ps", "drain"):
+        words = [sys.executable, "-m", "autoteardown", command, "--json"]
+        done = subprocess.run(words, env=env, capture_output=True, text=True, check=False)
+        found = json.loads(done.stdout)
+        assert (found["ranks"] if isinstance(found, dict) else found) == [], done.stdout
+    assert rank.running

@@ -1,0 +1,58 @@
+"""What the program may still ask on its way out, when the agent has destroyed the process group under it.
+
+`finally: dist.destroy_process_group()` is torch's own tutorial idiom, and code that logs or saves asks for its rank.
+Both would raise, as nothing does without us: the tracebacks hide why the rank ended, and a launcher's error file blames
+them. A collective still raises what it raises without a group: nobody is there to answer it.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+released = False
+"""The agent has begun to release the groups: the program has nothing left to destroy."""
+
+
+class _Gone:
+    """In place of the default group: knows who it was."""
+
+    def __init__(self, group: Any, unknown: Any) -> None:
+        rank, size, name = group.rank(), group.size(), getattr(group, "group_name", "")
+        self.rank = lambda: rank
+        self.size = lambda: size
+        self.group_name = name
+        self._unknown = unknown
+
+    def __getattr__(self, name: str) -> Any:
+        self._unknown()  # raises, as it does where there is no group
+        raise AttributeError(name)
+
+
+def release(c10d: Any) -> None:
+    """Before the agent destroys or aborts: from here on the program's own destroy returns at once."""
+    global released
+    released = True
+    if not c10d.is_initialized() or hasattr(c10d._get_default_group, "_autoteardown_real"):
+        return
+    real = c10d._get_default_group
+    group = real()
+    gone, backend = _Gone(group, real), c10d._world.pg_map.get(group)
+
+    def _get_default_group() -> Any:
+        if c10d.is_initialized():
+            return real()
+        if backend is not None and gone not in c10d._world.pg_map:
+            c10d._world.pg_map[gone] = backend  # for `get_backend`
+        return gone
+
+    _get_default_group._autoteardown_real = real  # type: ignore[attr-defined]
+    c10d._get_default_group = _get_default_group
+
+
+def _after_fork_in_child() -> None:
+    global released
+    released = False  # a child may begin a group of its own
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

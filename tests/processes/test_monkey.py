@@ -1,0 +1,47 @@
+"""Programs whose threads, locks and sockets are not the interpreter's any more (FACTS F21)."""
+
+import pytest
+from harness import GRACE
+
+PROGRAM = """
+import sys
+how = sys.argv[1]
+if how == "gevent":
+    from gevent import monkey
+    monkey.patch_all()
+elif how == "eventlet":
+    import eventlet
+    eventlet.monkey_patch()
+import time
+import torch
+import torch.distributed as dist
+if how == "gevent after torch":
+    from gevent import monkey
+    monkey.patch_all()
+
+dist.init_process_group("gloo")
+weight = torch.nn.Parameter(torch.zeros(1))
+optimizer = torch.optim.SGD([weight], lr=0.1)
+step = 0
+while True:
+    weight.grad = torch.ones(1)
+    dist.all_reduce(weight.grad)
+    optimizer.step()
+    step += 1
+    print("step", step, flush=True)
+    time.sleep(0.005)
+"""
+
+
+@pytest.mark.parametrize("how", ["gevent", "gevent after torch", "eventlet"])
+def test_patched_ranks_train_and_leave(job, how):
+    """They do not freeze, and an eviction stops both after the same step."""
+    pytest.importorskip(how.split()[0])
+    ranks = job.world(PROGRAM, 2, how, fresh=True)
+    for rank in ranks:
+        rank.wait_for("^step 20$")
+    ranks[0].signal()
+    for rank in ranks:
+        assert rank.outlast(GRACE) == (0 if rank is ranks[0] else 143), rank.story()
+        assert rank.report()["outcome"] == "clean", rank.story()
+    assert len({rank.report()["steps"]["stopped_at"] for rank in ranks}) == 1
