@@ -11,6 +11,7 @@ replay    replay a captured step for ever
 """
 
 import argparse
+import datetime
 import os
 import sys
 import time
@@ -37,6 +38,13 @@ parser.add_argument(
 )
 parser.add_argument(
     "--groups", action="store_true", help="a second group, and one split off, that work in each step"
+)
+parser.add_argument("--timeout", type=float, default=1800, help="the group's, in seconds")
+parser.add_argument(
+    "--late", type=int, default=0, help="optimizer steps that this rank leaves out before it trains on"
+)
+parser.add_argument(
+    "--loop", action="store_true", help="a rank of `stuck` does not wait for what it has launched"
 )
 parser.add_argument("--unwaitable", action="store_true")
 options = parser.parse_args()
@@ -94,7 +102,8 @@ def train(groups):
         loss.backward()
         for group in groups:
             dist.all_reduce(torch.ones(16, device="simulated"), group=group)
-        optimizer.step()
+        if step >= options.late:
+            optimizer.step()
         optimizer.zero_grad()
         step += 1
         marks.append(torch.Event(device="simulated"))
@@ -102,7 +111,7 @@ def train(groups):
         say("step", step)
         if options.wait and step % options.wait == 0:
             say("waiting", step)
-            device.synchronize()
+            extension.synchronize()
         while len(marks) > options.ahead:
             if marks[0].query():
                 marks.pop(0)
@@ -125,13 +134,14 @@ def graph(ones):
         captured.replay()
         replays += 1
         if replays % 10 == 0:
-            device.synchronize()
+            extension.synchronize()
             say("replayed", replays)
 
 
 def main():
     """Play the role."""
-    dist.init_process_group("simulated", device_id=torch.device("simulated:0"))
+    timeout = datetime.timedelta(seconds=options.timeout)
+    dist.init_process_group("simulated", device_id=torch.device("simulated:0"), timeout=timeout)
     ones = torch.ones(16, device="simulated")
     dist.all_reduce(ones)
     everybody = list(range(dist.get_world_size()))
@@ -140,7 +150,7 @@ def main():
         groups = [dist.new_group(everybody), simulated_accelerator.split_group(everybody)]
     for group in groups:
         dist.all_reduce(ones, group=group)
-    device.synchronize()
+    extension.synchronize()
     say("ready")
     if options.role == "train":
         train(groups)
@@ -154,9 +164,11 @@ def main():
         for group in groups or [None]:
             dist.all_reduce(ones, group=group)
         say("waiting")
+        if options.loop:
+            loop()
         if options.role == "flight":
             dist.destroy_process_group()
-        device.synchronize()
+        extension.synchronize()
         say("garbage")
     loop()
 
