@@ -96,8 +96,8 @@ def _abort_of(group: Any) -> Callable[[], object] | None:
         backend = _backend_of(group, kind)
         abort = getattr(backend, "abort", None) or getattr(backend, "_shutdown", None)
         if abort is not None:
-            return abort
-    return None
+            break
+    return abort
 
 
 def _backend_of(group: Any, kind: str) -> Any:
