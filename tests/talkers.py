@@ -22,7 +22,7 @@ class Talker:
                 stdin=subprocess.PIPE,
                 stdout=out,
                 stderr=err,
-                env=environment("none", "talker", GLOO_SOCKET_IFNAME="", **env),
+                env=environment("none", "talker", **{"GLOO_SOCKET_IFNAME": "", **env}),
             )
         self.pid = self._process.pid
 
