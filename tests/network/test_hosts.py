@@ -8,7 +8,7 @@ import pytest
 from hosts import Net, needs, slow_line
 from talkers import Talk
 
-from autoteardown.channel import connection, hub, sockets
+from autoteardown.channel import connection, hub, rendezvous, sockets
 
 pytestmark = needs()
 
@@ -77,18 +77,21 @@ def test_what_is_bound(net, talk):
     assert {re.sub(r":\d+$", "", each) for each in listening} == {"10.77.0.1", "127.0.0.1"}
 
 
+@needs("nft")
 def test_an_interface_that_the_others_do_not_reach(net, talk):
-    """Two interfaces, and the first leads nowhere: the next address is tried while the first is."""
+    """Two interfaces, and the first swallows what comes: the next address is tried before the first has failed."""
     hosts = [net.host(1), net.host(2)]
     net.add_switch(f"{net.name}-other")
-    hosts[0].plug("aaa0", f"{net.name}-other", ["10.66.0.1/24"])
-    hosts[1].plug("aaa0", f"{net.name}-other", ["10.66.0.2/24"])
-    hosts[1].ip("link", "del", "aaa0")
-    hosts[1].ip("route", "add", "10.66.0.1/32", "via", hosts[0].ip4)
-    hosts[0].run(
-        "sh", "-c", "echo 1 > /proc/sys/net/ipv4/conf/all/rp_filter; echo 0 > /proc/sys/net/ipv4/ip_forward"
-    )
+    for host in hosts:
+        host.ip("link", "del", "eth0")
+        host.plug("first0", f"{net.name}-other", [f"10.66.0.{host.number}/24"])
+        host.plug("eth0", net.switch, [f"{host.ip4}/24"])
+    hosts[0].nft("chain i { type filter hook input priority 0; iifname first0 drop; }")
+    start = time.monotonic()
     ranks = spread(talk, hosts)
+    card = rendezvous.Card.decode((talk.folder / "store" / "autoteardown-hub").read_bytes())
+    assert [host for host, _ in card.hosts] == ["10.66.0.1", "10.77.0.1", "127.0.0.1"]
+    assert time.monotonic() - start < 7
     all_hear(ranks, ranks[1], "hello")
 
 
