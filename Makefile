@@ -77,7 +77,8 @@ GROUPS_docs := docs
 # pip copies the start-up files, so an editable install has to follow them too.
 $(VENV)/.has-%: pyproject.toml $(wildcard startup_files/*) | $(BIN)/python
 	@# Groups came with pip 25.1; a venv of an older Python begins with an older one.
-	$(BIN)/python -m pip install -q --disable-pip-version-check 'pip>=25.1'
+	@# 26 can no longer fill environments of Python 3.9, which the tests do.
+	$(BIN)/python -m pip install -q --disable-pip-version-check 'pip>=25.1,<26'
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.$(if $(filter torch,$(GROUPS_$*)),[drill])' $(addprefix --group ,$(GROUPS_$*))
 	@touch $@
 
