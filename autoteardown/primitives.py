@@ -14,6 +14,7 @@ import time
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import ModuleType
 
 
@@ -36,9 +37,9 @@ _clock, _threads, _polling = _original(time), _original(_thread), _original(sele
 builtin_function = type(len)
 start_new_thread = _threads.start_new_thread
 allocate_lock = _threads.allocate_lock
-get_ident = _threads.get_ident
-monotonic = _clock.monotonic
-sleep = _clock.sleep
+get_ident: "Callable[[], int]" = _threads.get_ident
+monotonic: "Callable[[], float]" = _clock.monotonic
+sleep: "Callable[[float], None]" = _clock.sleep
 poll = _polling.poll
 epoll = getattr(_polling, "epoll", None)  # Linux
 socket = _socket.socket
