@@ -50,8 +50,11 @@ unchanged: $(VENV)/.has-test
 frameworks: $(VENV)/.has-frameworks
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m frameworks $(TEST)
 
-gpu: $(VENV)/.has-test
-	$(BIN)/python -m pytest -m gpu $(TEST)
+# A machine with a GPU has a torch of its own, and often no network: nothing is installed there, and the agent is injected.
+gpu:
+	@if $(PYTHON) -c 'import pytest, torch, wrapt; assert torch.version.cuda or torch.version.hip' 2>/dev/null; \
+	then python=$(PYTHON); else $(MAKE) $(VENV)/.has-test && python=$(BIN)/python; fi && \
+	$$python -m pytest -o addopts=-ra -m gpu tests/gpu $(TEST)
 
 wheel: $(VENV)/.has-build
 	$(BIN)/python -m build --wheel --outdir dist .
@@ -74,7 +77,8 @@ GROUPS_docs := docs
 # pip copies the start-up files, so an editable install has to follow them too.
 $(VENV)/.has-%: pyproject.toml $(wildcard startup_files/*) | $(BIN)/python
 	@# Groups came with pip 25.1; a venv of an older Python begins with an older one.
-	$(BIN)/python -m pip install -q --disable-pip-version-check 'pip>=25.1'
+	@# 26 can no longer fill environments of Python 3.9, which the tests do.
+	$(BIN)/python -m pip install -q --disable-pip-version-check 'pip>=25.1,<26'
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.$(if $(filter torch,$(GROUPS_$*)),[drill])' $(addprefix --group ,$(GROUPS_$*))
 	@touch $@
 

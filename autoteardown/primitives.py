@@ -14,6 +14,7 @@ import time
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import ModuleType
 
 
@@ -31,17 +32,16 @@ def _original(module: "ModuleType") -> "ModuleType":
     return copy
 
 
-if not TYPE_CHECKING:
-    time, _thread, select = _original(time), _original(_thread), _original(select)
+_clock, _threads, _polling = _original(time), _original(_thread), _original(select)
 
 builtin_function = type(len)
-start_new_thread = _thread.start_new_thread
-allocate_lock = _thread.allocate_lock
-get_ident = _thread.get_ident
-monotonic = time.monotonic
-sleep = time.sleep
-poll = select.poll
-epoll = getattr(select, "epoll", None)  # Linux; gevent removes it from the module
+start_new_thread = _threads.start_new_thread
+allocate_lock = _threads.allocate_lock
+get_ident: "Callable[[], int]" = _threads.get_ident
+monotonic: "Callable[[], float]" = _clock.monotonic
+sleep: "Callable[[float], None]" = _clock.sleep
+poll = _polling.poll
+epoll = getattr(_polling, "epoll", None)  # Linux
 socket = _socket.socket
 socketpair = _socket.socketpair
 

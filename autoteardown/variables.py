@@ -133,7 +133,7 @@ TABLE: dict[str, tuple[str, Callable[[str], object], str, str]] = {
         "SIGTERM",
         _read_signals,
         f"a comma list of signal names or numbers, none of {' '.join(_UNUSABLE)}",
-        "comma list of signals that mean eviction (`SIGUSR1` for SLURM's early notice)",
+        "comma list of signals that mean eviction. Launchers get them too: torchrun dies of a `SIGUSR1`",
     ),
     "GRACE": (
         "25",

@@ -10,6 +10,19 @@ import sys
 _HERE = os.path.dirname(os.path.abspath(__file__))
 
 
+def _hide():
+    """Take this folder from the path; what `_show` needs to put it back."""
+    hidden = [(at, entry) for at, entry in enumerate(sys.path) if entry and os.path.abspath(entry) == _HERE]
+    for _, entry in hidden:
+        sys.path.remove(entry)
+    return hidden
+
+
+def _show(hidden):
+    for at, entry in hidden:
+        sys.path.insert(at, entry)
+
+
 def _start():
     if not os.environ.get("AUTOTEARDOWN"):
         return
@@ -23,7 +36,11 @@ def _start():
     # Last, so that whatever the image has itself wins over what came with us (wrapt).
     if root not in sys.path:
         sys.path.append(root)
-    from autoteardown.startup import start
+    hidden = _hide()  # `autoteardown.py` beside this file is for when this one does not run
+    try:
+        from autoteardown.startup import start
+    finally:
+        _show(hidden)
 
     start("sitecustomize")
 
@@ -40,17 +57,14 @@ def _start_quietly():
 
 def _import_the_next():
     this = sys.modules.pop("sitecustomize", None)
-    hidden = [(at, entry) for at, entry in enumerate(sys.path) if entry and os.path.abspath(entry) == _HERE]
-    for _, entry in hidden:
-        sys.path.remove(entry)
+    hidden = _hide()
     try:
         import sitecustomize  # noqa: F401
     except ImportError as error:
         if getattr(error, "name", "sitecustomize") != "sitecustomize":
             raise  # its own failure: `site` reports it, as it would without us
     finally:
-        for at, entry in hidden:
-            sys.path.insert(at, entry)
+        _show(hidden)
         # importlib wants to find something under this name when it is done with us.
         if this is not None:
             sys.modules.setdefault("sitecustomize", this)

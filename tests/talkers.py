@@ -15,14 +15,14 @@ class Talker:
     def __init__(self, folder, where, rank, world, prefix=(), **env):
         self.rank = rank
         self._file = Path(folder) / f"talker{rank}-{os.urandom(3).hex()}"
-        self._at = 0
+        self._at = {}  # by what is waited for: messages come while a command is answered
         with self._file.open("wb") as out, self._file.with_suffix(".err").open("wb") as err:
             self._process = subprocess.Popen(
                 [*prefix, sys.executable, str(PROGRAMS / "talk.py"), where, str(rank), str(world)],
                 stdin=subprocess.PIPE,
                 stdout=out,
                 stderr=err,
-                env=environment("none", "talker", GLOO_SOCKET_IFNAME="", **env),
+                env=environment("none", "talker", **{"GLOO_SOCKET_IFNAME": "", **env}),
             )
         self.pid = self._process.pid
 
@@ -50,13 +50,13 @@ class Talker:
         self._process.stdin.flush()
 
     def expect(self, *what, patience=PATIENCE):
-        """Wait for the next event that begins so; return it. What came before it is not looked at again."""
+        """Wait for the next event that begins so; return it. What it said before, of that sort, is left behind."""
 
         def look():
             found = self.events
-            for at in range(self._at, len(found)):
+            for at in range(self._at.get(what[0], 0), len(found)):
                 if found[at][1 : 1 + len(what)] == list(what):
-                    self._at = at + 1
+                    self._at[what[0]] = at + 1
                     return found[at]
             assert self._process.poll() is None or what[0] == "end", f"it has ended: {self.story()}"
             return None

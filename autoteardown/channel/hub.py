@@ -177,17 +177,18 @@ class Hub:
 
     def _welcome(self, sock: Any) -> None:
         peer = Peer(sock)
-        try:
-            if self._here + len(self._guests) >= self._room:
-                why = "the hub has no file descriptor left for one more rank (RLIMIT_NOFILE)"
-                self._note_once(why)
+        room = min(self._room, self._card.world - 1 + GUESTS) - self._here
+        if room <= 0:
+            why = "the hub has no file descriptor left for one more rank (RLIMIT_NOFILE)"
+            self._note_once(why)
+            try:
                 peer.send(encode("no", why))
-                raise Ended(why)
-            while len(self._guests) >= self._card.world - 1 - self._here + GUESTS:
-                self._drop(next(iter(self._guests.values())), "too many who do not say who they are")
-        except Ended:
+            except Ended:
+                pass
             peer.close()
             return
+        while len(self._guests) >= room:
+            self._drop(next(iter(self._guests.values())), "too many who do not say who they are")
         self._guests[peer.fd] = peer
         self._watch(peer)
         if self._sweep is None:

@@ -17,8 +17,8 @@ READ = select.POLLIN | select.POLLHUP | select.POLLERR | select.POLLNVAL
 WRITE = select.POLLOUT
 
 # An address translator forgets a connection that is idle for some minutes, and a host that loses power says nothing.
-_IDLE, _INTERVAL, _PROBES = 15, 5, 3  # seconds, seconds, how many
-UNANSWERED = 20.0
+_IDLE, _INTERVAL, _PROBES = 5, 3, 4  # seconds, seconds, how many
+UNANSWERED = 10.0
 """Seconds after which the kernel gives a connection up whose other end acknowledges nothing."""
 _CHUNK = 1 << 16
 

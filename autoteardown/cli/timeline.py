@@ -8,7 +8,7 @@ import sys
 from datetime import datetime, timezone
 from pathlib import Path
 
-from autoteardown.timeline import lanes, page, perfetto, picture, reports
+from autoteardown.timeline import lanes, page, perfetto, picture, reports, story
 from autoteardown.timeline.stops import DEFAULT_GRACE, Rank, Stop, seconds, verdict
 
 DEFAULT_FILE = {"html": "timeline.html", "perfetto": "timeline.perfetto.json", "svg": "timeline.svg"}
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     except OSError as error:
         return _fail(f"{target}: {error.strerror}")
     for heading, stop in _named(stops):
-        sys.stdout.write(f"{heading}: {stop.summary(_grace(stop, args.grace))}\n")
+        sys.stdout.write(f"{heading}: {story.sentence(stop)}\n{stop.summary(_grace(stop, args.grace))}\n")
     sys.stdout.write(f"wrote {reports.plain(target)}\n")
     return 0
 
@@ -77,14 +77,15 @@ def html(stops: list[Stop], problems: list[str], grace: float | None, source: st
         "<h1>Teardown timeline</h1>",
         f'<p class="soft">{page.esc(source)}: {_count(sum(len(s.ranks) for s in stops), "report")}, '
         f"{_count(len(stops), 'stop')}</p>",
-        page.notice("Not everything could be drawn", problems),
+        page.notice("What is missing", problems),
     ]
     for heading, stop in _named(stops):
         limit = _grace(stop, grace)
         told = grace is not None or stop.grace is not None
         parts += [
             f"<section><h2>{page.esc(heading)}</h2>",
-            f'<p class="summary">{page.esc(stop.summary(limit))}.'
+            f'<p class="story">{page.esc(story.sentence(stop))}</p>',
+            f'<p class="summary soft">{page.esc(stop.summary(limit))}.'
             + ("" if told else ' <span class="soft">The grace period is assumed; --grace sets it.</span>')
             + "</p>",
             picture.key(stop),
@@ -106,6 +107,7 @@ def _heading(stop: Stop, number: int, count: int) -> str:
             None,
             [
                 f"Stop {number} of {count}" if count > 1 else "Stop",
+                f"job {stop.ranks[0].job}" if stop.ranks[0].job else "",
                 stop.ranks[0].program,
                 f"world of {stop.world_size}" if stop.world_size is not None else "",
                 f"{began:%Y-%m-%d %H:%M:%S} UTC" if began else "",
@@ -126,7 +128,7 @@ def _table(stop: Stop) -> str:
     state = " open" if len(stop.ranks) <= 16 else ""
     return (
         f"<details{state}><summary>The reports as text</summary>"
-        + page.table(head, (_cells(rank)[: len(head)] for rank in stop.ranks))
+        + page.table(head, (_cells(rank)[: len(head)] for lane in story.lanes(stop) for rank in lane.ranks))
         + "</details>"
     )
 

@@ -95,21 +95,26 @@ def _abort_of(group: Any) -> Callable[[], object] | None:
     except Exception:
         configured = ""
     # "cpu:gloo,cuda:nccl", or "gloo"
-    backends = {part.rpartition(":")[2].lower() for part in configured.split(",") if part}
-    if backends and backends <= _WITHOUT_ABORT:
+    parts = [part.rpartition(":") for part in configured.split(",") if part]
+    kinds = [kind for kind, _, backend in parts if backend.lower() not in _WITHOUT_ABORT]
+    if parts and not kinds:
         return None
     abort: Callable[[], object] | None = getattr(group, "abort", None)
     if abort is not None:
         return abort
     # Not through `_abort_process_group` or `destroy_process_group`: for the default group, those take every group in
     # turn, and they edit the tables that the other groups' aborts look into at the same moment.
-    backend = _backend_of(group)
-    return getattr(backend, "abort", None) or getattr(backend, "_shutdown", None)
+    for kind in (*filter(None, kinds), "cuda"):
+        backend = _backend_of(group, kind)
+        abort = getattr(backend, "abort", None) or getattr(backend, "_shutdown", None)
+        if abort is not None:
+            break
+    return abort
 
 
-def _backend_of(group: Any) -> Any:
+def _backend_of(group: Any, kind: str) -> Any:
     try:
-        return group._get_backend(sys.modules["torch"].device("cuda"))
+        return group._get_backend(sys.modules["torch"].device(kind))
     except Exception:  # none for that device
         return None
 

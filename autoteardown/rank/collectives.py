@@ -83,21 +83,22 @@ def stuck_collective() -> Optional[dict[str, Any]]:
     return None
 
 
-def evidence(path: str, stuck: Optional[dict[str, Any]] = None) -> Optional[str]:
-    """Write the flight recorders' entries to a file, for `torchfrtrace` or a reader; JSON if torch can.
+def evidence(path: str, stuck: Optional[dict[str, Any]] = None) -> list[str]:
+    """Write the flight recorders' entries to files, for `torchfrtrace` or a reader; JSON if torch can.
 
     May hang with the GIL held: call it last of all, with the process's end already sure.
 
     Args:
-        path: of the file, without a suffix.
+        path: of the files, without "-<backend>" and a suffix.
         stuck: what `stuck_collective` has found; its `op` is filled in.
 
     Returns:
-        The path that was written, or None: there was nothing to write.
+        The paths that were written.
 
     Raises:
         OSError: it could not be written.
     """
+    written = []
     for backend, dump in _recorders():
         data = _call(dump, True)
         entries = _parsed(data).get("entries")
@@ -111,8 +112,8 @@ def evidence(path: str, stuck: Optional[dict[str, Any]] = None) -> Optional[str]
         with open(unfinished, "wb") as file:
             file.write(data)
         os.replace(unfinished, target)
-        return target
-    return None
+        written.append(target)
+    return written
 
 
 def watchdog() -> Optional[float]:
@@ -136,7 +137,7 @@ _found: dict[str, Dump] = {}
 
 
 def _recorders() -> list[tuple[str, Dump]]:
-    """The flight recorders that torch or a vendor offers, JSON where there is a choice; looked for once."""
+    """The flight recorders that torch or a vendor offers, those of devices first; looked for once."""
     if not _found:
         module = sys.modules.get("torch._C._distributed_c10d")
         for name in dir(module):
@@ -147,7 +148,7 @@ def _recorders() -> list[tuple[str, Dump]]:
                 )  # the recorder of whoever has none of his own
                 if kind == "_json" or (not kind and backend not in _found):
                     _found[backend] = getattr(module, name)
-    return list(_found.items())
+    return sorted(_found.items(), key=lambda item: item[0] == "gloo")
 
 
 def _call(dump: Dump, entries: bool) -> Optional[bytes]:

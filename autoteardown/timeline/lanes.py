@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import groupby
-from typing import Union
 
 from autoteardown.timeline.page import PHASES, esc
-from autoteardown.timeline.stops import GLYPH, Phase, Rank, Stop, seconds, verdict, words
+from autoteardown.timeline.stops import Phase, Stop, seconds, verdict, words
+from autoteardown.timeline.story import Lane, lanes
 
 WIDTH, LEFT, RIGHT, TOP = 1180, 196, 190, 40
 X0, X1 = LEFT, WIDTH - RIGHT
-TALL = 11  # a lane this high has room for its own words
+HEIGHT = 26.0  # of a lane
 WIDEST = 6.6  # of a letter
-
-Row = Union[Rank, int]  # a report, or the number of a rank that left none
 
 
 @dataclass(frozen=True)
@@ -40,69 +37,58 @@ def axis(lasted: float, grace: float) -> Axis:
     return Axis(lasted * 1.04, X1 - 60, X1 - 12, broken=True)
 
 
-def size(stop: Stop) -> tuple[float, float]:
-    """How high a lane of this stop is, and how high the drawing."""
-    count = len(rows(stop))
-    lane = min(26.0, max(4.0, 1100 / count))
-    return lane, TOP + lane * count + 14
+def size(stop: Stop) -> float:
+    """How high the drawing is."""
+    return TOP + HEIGHT * len(lanes(stop)) + 14
 
 
 def draw(stop: Stop, grace: float, top: float = 0) -> str:
     """The SVG of a stop; `top` is where it begins inside another one."""
-    lanes = rows(stop)
-    height, whole = size(stop)
+    rows = lanes(stop)
+    whole = size(stop)
     bottom = whole - 14
     scale = axis(stop.lasted, grace)
     box = f'width="{WIDTH}" height="{_n(whole)}" viewBox="0 0 {WIDTH} {_n(whole)}"'
     return "".join(
         [
             f'<svg y="{_n(top)}" {box} role="img" aria-label="{esc(stop.summary(grace))}">',
-            _bands(lanes, height),
+            _bands(len(rows)),
             _grid(scale, bottom),
-            *(_lane(stop, row, TOP + i * height, height, scale) for i, row in enumerate(lanes)),
-            "" if height >= TALL else _sparse_labels(lanes, height),
+            *(_lane(stop, row, TOP + i * HEIGHT, scale) for i, row in enumerate(rows)),
             _marks(stop, scale, grace, bottom),
             "</svg>",
         ]
     )
 
 
-def rows(stop: Stop) -> list[Row]:
-    """Ranks without a report get an empty lane, unless this folder holds only a small part of the job."""
-    if not 0 < len(stop.missing) <= len(stop.ranks):
-        return list(stop.ranks)
-    unnumbered: list[Row] = [r for r in stop.ranks if r.rank is None]
-    known: dict[int, Row] = {r.rank: r for r in stop.ranks if r.rank is not None}
-    known.update({n: n for n in stop.missing})
-    return [known[n] for n in sorted(known)] + unnumbered
-
-
-def _lane(stop: Stop, row: Row, y: float, height: float, scale: Axis) -> str:
-    middle, tall = y + height / 2, height >= TALL
-    hit = f'<rect class="hit" x="0" y="{_n(y)}" width="{WIDTH}" height="{_n(height)}"/>'
-    if isinstance(row, int):
-        box = f'x="{X0}" y="{_n(y + height * 0.3)}" width="{X1 - X0}" height="{_n(height * 0.4)}"'
-        parts = [f'<rect class="gone" {box}/>']
-        if tall:
-            parts += [say(8, middle, f"rank {row}", "soft"), say(X1 + 10, middle, "no report", "soft")]
-        return f'<g class="lane">{hit}<title>{esc(f"rank {row}: no report")}</title>{"".join(parts)}</g>'
-    parts = [hit, f"<title>{esc(words(stop, row))}</title>"]
-    begin = stop.offset(row)
+def _lane(stop: Stop, row: Lane, y: float, scale: Axis) -> str:
+    middle = y + HEIGHT / 2
+    hit = f'<rect class="hit" x="0" y="{_n(y)}" width="{WIDTH}" height="{_n(HEIGHT)}"/>'
+    rank = row.shown
+    if rank is None:
+        box = f'x="{X0}" y="{_n(y + HEIGHT * 0.3)}" width="{X1 - X0}" height="{_n(HEIGHT * 0.4)}"'
+        said = say(8, middle, row.name, "soft") + say(X1 + 10, middle, "no report", "bad")
+        title = f"<title>{esc(f'{row.numbers}: no report')}</title>"
+        return f'<g class="lane" tabindex="0">{hit}{title}<rect class="gone" {box}/>{said}</g>'
+    title = words(stop, rank)
+    if len(row.ranks) > 1:
+        title = f"{row.numbers} ({row.where}), all alike. The slowest of them is shown:\n{title}"
+    parts = [hit, f"<title>{esc(title)}</title>"]
+    begin = stop.offset(rank)
     # The shortest last: should phases overlap, none hides another.
-    for phase in sorted(row.phases, key=lambda p: p.start - (p.end if p.end is not None else 1e9)):
-        parts.append(_bar(phase, begin, y, height, scale))
-    parts.append(mark(row.cause, scale.x(begin), middle, min(9.0, height - 0.5)))
-    if tall:
-        parts.append(say(8, middle, row.name, "origin" if row.is_origin else ""))
-        parts.append(say(72, middle, _short(row.host, 17), "soft"))
-        parts.append(say(X1 + 10, middle, verdict(row), "" if row.clean else "bad"))
-    # The keyboard reaches what somebody looks for; five hundred stops for clean ranks would be in its way.
-    focus = "" if row.clean else ' tabindex="0"'
-    return f'<g class="lane" data-outcome="{esc(row.outcome)}"{focus}>{"".join(parts)}</g>'
+    for phase in sorted(rank.phases, key=lambda p: p.start - (p.end if p.end is not None else 1e9)):
+        parts.append(_bar(phase, begin, y, HEIGHT, scale))
+    parts.append(mark(rank.cause, scale.x(begin), middle, 9.0))
+    parts.append(say(8, middle, row.name, "origin" if any(each.is_origin for each in row.ranks) else ""))
+    parts.append(say(80, middle, _short(row.where, 16), "soft"))
+    parts.append(say(X1 + 10, middle, verdict(rank), "" if rank.clean else "bad"))
+    # The keyboard reaches what somebody looks for.
+    focus = "" if rank.clean else ' tabindex="0"'
+    return f'<g class="lane" data-outcome="{esc(rank.outcome)}"{focus}>{"".join(parts)}</g>'
 
 
 def _bar(phase: Phase, begin: float, y: float, height: float, scale: Axis) -> str:
-    pad = 4 if height >= 20 else 2 if height >= TALL else 0.5
+    pad = 4
     left = scale.x(begin + phase.start)
     right = scale.x(begin + phase.end) if phase.end is not None else scale.right
     width, tall = max(right - left, 1.5), height - 2 * pad
@@ -129,8 +115,14 @@ def colour(name: str) -> str:
 
 
 def mark(cause: str, x: float, y: float, size: float) -> str:
-    """A filled arrow head for a signal, a hollow circle for the word of a peer; its tip is the moment."""
+    """A filled arrow head for a signal, a hollow circle for a peer's word, a cross for a peer that vanished.
+
+    Its tip is the moment.
+    """
     half = size / 2
+    if cause == "lost":
+        cross = f"M{_n(x - size)} {_n(y - half)}l{_n(size)} {_n(size)}m0 {_n(-size)}l{_n(-size)} {_n(size)}"
+        return f'<path class="lost" stroke-width="2" d="{cross}"/>'
     if cause == "signal":
         return f'<path class="signal" d="M{_n(x)} {_n(y)}l{_n(-size)} {_n(-half)}v{_n(size)}z"/>'
     width = 1.5 if size > 5 else 0.8
@@ -138,15 +130,12 @@ def mark(cause: str, x: float, y: float, size: float) -> str:
     return f'<circle class="peer" stroke-width="{width}" {where}/>'
 
 
-def _bands(lanes: list[Row], height: float) -> str:
-    """Every other lane shaded; every other host where lanes are thin."""
-    parts, y = [], float(TOP)
-    for i, (_, run) in enumerate(groupby(lanes, key=None if height >= TALL else _host)):
-        tall = height * len(list(run))
-        if i % 2 == 0:
-            parts.append(f'<rect class="band" x="0" y="{_n(y)}" width="{WIDTH}" height="{_n(tall)}"/>')
-        y += tall
-    return "".join(parts)
+def _bands(count: int) -> str:
+    """Every other lane shaded."""
+    return "".join(
+        f'<rect class="band" x="0" y="{_n(TOP + i * HEIGHT)}" width="{WIDTH}" height="{_n(HEIGHT)}"/>'
+        for i in range(0, count, 2)
+    )
 
 
 def _grid(scale: Axis, bottom: float) -> str:
@@ -184,38 +173,6 @@ def _beside(x: float, text: str, kind: str = "", left: bool = False) -> str:
     if left and x - X0 > WIDEST * len(text):
         return say(x - 5, 10, text, kind, 'text-anchor="end"')
     return say(x + 5, 10, text, kind)
-
-
-def _sparse_labels(lanes: list[Row], height: float) -> str:
-    """Labels for runs of thin lanes: hosts on the left, outcomes on the right."""
-    parts, y, free = [], float(TOP), 0.0
-    for host, run in groupby(lanes, key=_host):
-        group = list(run)
-        middle = y + height * len(group) / 2
-        if middle - free >= TALL:
-            names = [str(r if isinstance(r, int) else r.rank) for r in (group[0], group[-1])]
-            label = names[0] if len(group) == 1 else f"{names[0]}-{names[1]}"
-            parts += [say(8, middle, label), say(72, middle, _short(host, 17), "soft")]
-            free = middle
-        y += height * len(group)
-    y, free = float(TOP), 0.0
-    for text, run in groupby(lanes, key=lambda r: "no report" if isinstance(r, int) else verdict(r)):
-        group = list(run)
-        tall, good = height * len(group), text.startswith(GLYPH["clean"])
-        middle = y + tall / 2
-        at = max(middle, free + TALL)
-        # Clean ranks are told where there is room; one that is not is told beside its lane, or close to it.
-        if at - middle <= (0 if good else 60) and (not good or tall >= TALL):
-            many = f" (x{len(group)})" if len(group) > 1 else ""
-            parts.append(f'<path class="rule" fill="none" d="M{X1} {_n(middle)}L{X1 + 8} {_n(at)}"/>')
-            parts.append(say(X1 + 10, at, text + many, "" if good else "bad"))
-            free = at
-        y += tall
-    return "".join(parts)
-
-
-def _host(row: Row) -> str:
-    return "no report" if isinstance(row, int) else row.host
 
 
 def say(x: float, y: float, text: str, kind: str = "", more: str = "") -> str:

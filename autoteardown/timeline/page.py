@@ -73,7 +73,7 @@ svg .paper{fill:var(--paper)}svg .heading{font-size:13px;font-weight:600}
 .band{fill:var(--band)}.rule{stroke:var(--rule)}.mark{stroke:var(--ink)}.limit{stroke:var(--bad);fill:var(--bad)}
 .lane:hover .hit,.lane:focus .hit{fill:var(--ink);fill-opacity:.08}.hit{fill:#000;fill-opacity:0}
 .lane{outline:none}svg .origin{font-weight:700}
-.gone{fill:url(#gone)}.signal{fill:var(--ink);stroke:var(--ink)}.peer{fill:var(--paper);stroke:var(--ink)}
+.gone{fill:url(#gone)}.signal{fill:var(--ink);stroke:var(--ink)}.peer{fill:var(--paper);stroke:var(--ink)}.lost{fill:none;stroke:var(--bad)}
 .timeout{fill:url(#timeout)}.error{fill:url(#error)}
 .skipped{fill-opacity:0;stroke-dasharray:3 2}.open{fill-opacity:.45}
 """
@@ -107,7 +107,10 @@ summary{cursor:pointer;padding:4px 0}
  color:var(--ink);border:1px solid var(--soft);border-radius:4px;padding:8px 12px;margin:0;
  pointer-events:none;box-shadow:0 4px 18px #0004}
 #tip[hidden]{display:none}
-@media print{#tip{display:none}}
+.story{font-size:17px;line-height:1.45;max-width:62em;margin:8px 0 10px}
+@media(max-width:600px){body{padding:14px 12px 40px}.story{font-size:16px}h2{margin-top:22px}}
+@media print{#tip,details:not([open]){display:none}body{max-width:none;padding:0;font-size:11px}
+ .story{font-size:13px}.scroll{overflow:visible}.scroll>svg{min-width:0}section{break-inside:avoid}}
 """
 )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from autoteardown.timeline import lanes, page
+from autoteardown.timeline import lanes, page, story
 from autoteardown.timeline.stops import Stop
 
 _BOX = '<rect class="{}" width="14" height="12"/>'
@@ -29,7 +29,7 @@ def svg(stops: list[tuple[str, Stop, float]]) -> str:
             parts.append(lanes.say(x + 19, y + 48, text))
             x += 40 + 6.2 * len(text)
         parts.append(lanes.draw(stop, grace, y + 66))
-        y += 66 + lanes.size(stop)[1] + 24
+        y += 66 + lanes.size(stop) + 24
     return page.picture(lanes.WIDTH, y - 14, "".join(parts))
 
 
@@ -44,6 +44,8 @@ def _signs(stop: Stop) -> list[tuple[str, str]]:
     signs.append((lanes.mark("signal", 11, 6, 10), "got the signal"))
     if any(rank.cause == "peer" for rank in stop.ranks):
         signs.append((lanes.mark("peer", 11, 6, 10), "stopped because a peer did"))
-    if lanes.rows(stop) != list(stop.ranks):
+    if any(rank.cause == "lost" for rank in stop.ranks):
+        signs.append((lanes.mark("lost", 12, 6, 9), "stopped because a peer vanished"))
+    if any(lane.missing for lane in story.lanes(stop)):
         signs.append((_BOX.format("gone"), "no report"))
     return signs

@@ -97,6 +97,7 @@ def _rank(file: str, value: Any) -> tuple[Rank, list[str]]:
         at_signal=_whole(steps.get("at_signal")),
         stopped_at=_whole(steps.get("stopped_at")),
         stuck=stacks(value.get("stuck")),
+        stuck_at=stuck_at(value.get("stuck")),
         outcome=_text(value.get("outcome")) or "unknown",
         why=_text(value.get("why")),
         exit_code=_whole(value.get("exit_code"), least=-255),
@@ -176,6 +177,22 @@ def _time(value: Any) -> float | None:
         return (when - datetime(1970, 1, 1, tzinfo=timezone.utc)).total_seconds()
     except (ValueError, OverflowError):
         return None
+
+
+def stuck_at(value: Any) -> str:
+    """Where a thread of the program stood last: `all_reduce, at /app/train.py:61`; empty when nobody says."""
+    for entry in reversed(value[:1000] if isinstance(value, list) else []):
+        frames = entry.get("frames") if isinstance(entry, dict) else None
+        named = (
+            [frame for frame in frames[:200] if isinstance(frame, str)] if isinstance(frames, list) else []
+        )
+        # The program's own line: what it called lies in packages, and in the standard library.
+        own = next((f for f in named if "/site-packages/" not in f and "/lib/python" not in f), None)
+        if own is not None:
+            place, _, _ = own.rpartition(" in ")
+            function = named[0].rpartition(" in ")[2]
+            return plain(f"{function}, at {place}" if own != named[0] else own, 200)
+    return ""
 
 
 def stacks(value: Any, indent: str = "") -> str:

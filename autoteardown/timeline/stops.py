@@ -49,6 +49,7 @@ class Rank:
     at_signal: int | None = None
     stopped_at: int | None = None
     stuck: str = ""
+    stuck_at: str = ""
     outcome: str = "?"
     why: str = ""
     job: str = ""

@@ -11,7 +11,7 @@ import pytest
 from test_startup import environ, python
 
 from autoteardown import settings
-from autoteardown.cli.doctor import configuration, surroundings
+from autoteardown.cli.doctor import configuration, surroundings, vehicles
 
 ROOT = Path(__file__).parents[2]
 INJECT = ROOT / "sitecustomize"
@@ -176,7 +176,7 @@ def test_not_installed():
     assert (status, report["active"]) == (1, False)
     found = only(report, "start-up", "problem")
     assert "no autoteardown.pth in any site-packages folder" in found["text"]
-    assert f'PYTHONPATH="{INJECT}"' in found["advice"]
+    assert found["advice"] == f"pip install autoteardown, or: export PYTHONPATH={INJECT}"
 
 
 @needs_host
@@ -200,7 +200,7 @@ def test_hidden_by_another_sitecustomize(tmp_path):
     assert not report["active"]
     found = only(report, "start-up", "problem")
     assert f"{tmp_path / 'sitecustomize.py'} hides the sitecustomize in {INJECT}" in found["text"]
-    assert found["advice"] == f"put {INJECT} first on PYTHONPATH"
+    assert found["advice"] == f"export PYTHONPATH={INJECT}:{tmp_path}"
 
 
 def test_a_start_up_that_fails(tmp_path):
@@ -372,6 +372,46 @@ def test_a_signal_that_really_is_ignored(quick):
 )
 def test_the_exit_code_that_fits(machine, variables, code, level, words):
     assert words in only(surrounded(machine("train"), variables, EXIT_CODE=code), "exit code", level)["text"]
+
+
+TORCHRUN_IN_SLURM = {"SLURM_JOB_ID": "1", "TORCHELASTIC_RUN_ID": "x"}
+
+
+def test_a_signal_that_torchrun_dies_of(machine):
+    """SLURM signals the launcher too; `test_torchrun_dies_of_the_early_signal` shows what comes of it."""
+    report = surrounded(machine("train"), TORCHRUN_IN_SLURM, SIGNALS="SIGTERM,SIGUSR1")
+    found = only(report, "SLURM", "problem")
+    assert found["text"].startswith("SIGUSR1 means eviction, and torchrun has no handler for it")
+    assert found["advice"] == "export AUTOTEARDOWN_SIGNALS=SIGTERM"
+
+
+@pytest.mark.parametrize("variables", [{"SLURM_JOB_ID": "1"}, TORCHRUN_IN_SLURM])
+def test_nobody_is_told_to_use_usr1(machine, variables):
+    found = only(surrounded(machine("train"), variables), "SLURM", "note")
+    assert "USR1" not in str(found)
+    assert ("--signal=TERM@120" in str(found)) == ("TORCHELASTIC_RUN_ID" not in variables)
+
+
+def test_a_folder_on_a_read_only_file_system(monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result((0,) * 8 + (os.ST_RDONLY, 0)))
+    found = configuration._creatable("registry", Path("/tmp/x"), "AUTOTEARDOWN_RUNTIME_DIR")
+    assert "/tmp is on a read-only file system" in found.text
+    assert found.advice.startswith("export AUTOTEARDOWN_RUNTIME_DIR=")
+
+
+def test_start_up_files_are_listed_in_the_order_in_which_they_run(tmp_path):
+    first, second = tmp_path / "venv", tmp_path / "user"
+    for folder, name, text in (
+        (first, "b.pth", "import b"),
+        (first, "a.pth", "import a"),
+        (first, "paths.pth", "/only/a/path"),
+        (second, "0.pth", "import zero"),
+    ):
+        folder.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+    found = vehicles.start_up_files([first, tmp_path / "missing", second], "/x/sitecustomize.py")
+    assert [Path(each).name for each in found] == ["a.pth", "b.pth", "0.pth", "sitecustomize.py"]
 
 
 @pytest.mark.parametrize(

@@ -541,3 +541,49 @@ def test_a_member_that_does_not_read(talk):
         second.tell("post", "after", None)
         first.expect("heard", "after")
         second.expect("heard", "after")
+
+
+def test_a_hub_without_descriptors(talk):
+    """Says so to those that it cannot take, and takes them when there is room again."""
+    ranks = [talk.start(rank, 4) for rank in range(4)]
+    for rank in ranks:
+        rank.expect("ready")
+    # the program leaves less than the hub wants to spare, and the hard limit is the soft one
+    ranks[0].tell(
+        "do",
+        "import os, resource\n"
+        "used = len(os.listdir('/proc/self/fd'))\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (used + 262, used + 262))\n",
+    )
+    ranks[0].ask("open", answer="opened")
+    for rank in ranks[1:3]:
+        rank.ask("open", answer="opened")
+        rank.expect("heard", "up")
+    ranks[3].ask("open", answer="opened")
+    why = "the hub has no file descriptor left for one more rank (RLIMIT_NOFILE)"
+    wait_until(lambda: ranks[3].ask("state")[1].endswith(why), why)
+    ranks[0].expect("heard", "note", why)
+    ranks[1].ask("close", answer="closed")
+    ranks[3].expect("heard", "up")
+    assert len(ranks[0].heard("note")) == 1
+
+
+def test_the_low_numbers_are_the_programs(talk):
+    """A program that calls select(2) goes on as before, though the soft limit is raised."""
+    ranks = [talk.start(rank, 300) for rank in range(2)]
+    for rank in ranks:
+        rank.expect("ready")
+    ranks[0].tell("do", "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (320, 4000))")
+    ranks[0].ask("open", answer="opened")
+    ranks[1].ask("open", answer="opened")
+    ranks[1].expect("heard", "up")
+    ranks[0].tell(
+        "do",
+        "import os, resource\n"
+        "say('limit', resource.getrlimit(resource.RLIMIT_NOFILE)[0], max(map(int, os.listdir('/proc/self/fd'))))\n"
+        "say('next', os.open('/dev/null', os.O_RDONLY))",
+    )
+    limit, highest = ranks[0].expect("limit")[2:]
+    assert 1024 + 300 < limit <= 4000
+    assert highest >= 1024
+    assert ranks[0].expect("next")[2] < 100

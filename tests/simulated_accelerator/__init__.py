@@ -12,6 +12,7 @@ Environment (all with the prefix `SIMULATED_`):
     REMOTE_ERRORS   `1`: the watchdog ends a process whose peer has died
     TAIL_MS         how much longer this rank's collectives run than the others'
     ABORT_MS        what an abort takes after its kernels have ended and before it frees memory (5)
+    VERBOSE         `1`: the journal has the start of each collective's kernel
     BLOCKING_WAIT   `1`: `Work.wait` blocks the host
 """
 

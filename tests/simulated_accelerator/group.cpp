@@ -66,6 +66,7 @@ struct Communicator {
   std::vector<int> processes;  // pidfds
   Shared* shared;
   simulated::Stream* stream;
+  const bool verbose = atoi(setting("VERBOSE", "0"));
   const bool nvlink = std::string(setting("LINK", "nvlink")) == "nvlink";
   const double tail =
       atof(setting("TAIL_MS", "0")) / 1e3;  // this rank's kernels end so much later than the others'
@@ -190,6 +191,7 @@ struct Communicator {
       simulated::device_wait(ready);
       record->started = now();
       shared->running[rank] = 1;
+      if (verbose) journal(who() + " kernel " + std::to_string(record->seq) + " starts");
       at::Tensor rows = exchange(part);
       double end = now() + tail;
       while (now() < end && polls()) nap(end);

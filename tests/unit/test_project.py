@@ -96,7 +96,7 @@ def test_make_brings_pip_up_to_groups_first(name: str) -> None:
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     installs = [line for line in run.stdout.splitlines() if "pip install" in line and "--pip" not in line]
-    assert "'pip>=25.1'" in installs[-2] and "--group" in installs[-1], run.stdout
+    assert "'pip>=25.1,<26'" in installs[-2] and "--group" in installs[-1], run.stdout
 
 
 def test_the_site_has_every_page() -> None:

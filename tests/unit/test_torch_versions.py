@@ -229,7 +229,9 @@ def suite_passes(executable, *tests):
 @pytest.mark.parametrize("wrapt", [OLDEST, NEWEST])
 def test_both_ends_of_the_range_of_wrapt(tmp_path, wrapt):
     """With this torch: everything that goes through a hook on an import."""
-    executable = environment_with(tmp_path / "venv", wrapt, sys.executable, "hatchling", "hatch-fancy-pypi-readme")
+    executable = environment_with(
+        tmp_path / "venv", wrapt, sys.executable, "hatchling", "hatch-fancy-pypi-readme"
+    )
     # torch, pytest and the rest come from here; what is installed there comes first.
     (next((tmp_path / "venv").glob("lib/*/site-packages")) / "rest.pth").write_text(
         sysconfig.get_path("purelib")

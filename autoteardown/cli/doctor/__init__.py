@@ -1,7 +1,7 @@
 """`autoteardown doctor`: is the agent active in this interpreter and this image, and if not, why.
 
-`activation` starts a child and looks; `configuration` checks what this installation and its environment add up to;
-`surroundings` tells what the platform around it will do on an eviction.
+`activation` starts a child and looks; `vehicles` says what could start the agent; `configuration` checks what this
+installation and its environment add up to; `surroundings` tells what the platform around it will do on an eviction.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 
 import autoteardown
 from autoteardown import settings
-from autoteardown.cli.doctor import activation, configuration, surroundings
+from autoteardown.cli.doctor import activation, configuration, surroundings, vehicles
 from autoteardown.cli.doctor.finding import NOTE, OK, PROBLEM, WARNING, Finding
 from autoteardown.node.record import printable
 
@@ -34,6 +34,7 @@ def run(args: argparse.Namespace) -> int:
     found, refused = settings.load(environ)
     findings = [
         *activation.check(environ, process),
+        *vehicles.check(environ, process.start),
         *configuration.check(environ, found, refused, process),
         *surroundings.check(environ, found),
     ]

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import site
 import subprocess
 import sys
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from autoteardown import startup
 from autoteardown.cli import path
-from autoteardown.cli.doctor.finding import NOTE, OK, PROBLEM, WARNING, Finding
+from autoteardown.cli.doctor.finding import NOTE, OK, PROBLEM, Finding
+from autoteardown.cli.doctor.vehicles import site_folders
 from autoteardown.switch import SWITCH, switch
 
 # Two lines of JSON: what start-up has left, and, if that is the agent, what an import of torch makes of it. The second
@@ -82,13 +81,11 @@ def look(environ: Mapping[str, str]) -> Process:
 
 
 def check(environ: Mapping[str, str], process: Process) -> list[Finding]:
-    """The findings on the switch, the vehicles and the hooks."""
+    """The findings on the switch and the hooks."""
     return [
         *_switch(environ),
         *_active(environ, process),
         *_hooks(process),
-        *_vehicles(environ),
-        *_shadows(environ, process),
     ]
 
 
@@ -148,7 +145,7 @@ def _why(environ: Mapping[str, str], process: Process) -> tuple[str, str | None]
     if sys.flags.no_site:
         return "the interpreter runs with -S, which switches all start-up code off", "leave -S out"
     folder, package = path.injection_folder(), Path(startup.__file__).parent.parent
-    inject = f'PYTHONPATH="{folder}"'
+    inject = f"export PYTHONPATH={os.pathsep.join(_first(str(folder), environ))}"
     on_path = folder is not None and str(folder) in environ.get("PYTHONPATH", "").split(os.pathsep)
     if on_path and (sys.flags.isolated or sys.flags.ignore_environment):
         return (
@@ -159,13 +156,19 @@ def _why(environ: Mapping[str, str], process: Process) -> tuple[str, str | None]
         first = process.start.get("customize")
         return (
             f"{first} hides the sitecustomize in {folder}, and does not import the next one",
-            f"put {folder} first on PYTHONPATH",
+            f"export PYTHONPATH={os.pathsep.join(_first(str(folder), environ))}",
         )
-    if (package / "autoteardown.pth").is_file() and package not in _site_folders():
-        return f"{package} is no site-packages folder, so its .pth files are not read", f"set {inject}"
-    if any((folder / "autoteardown.pth").is_file() for folder in _site_folders()):
+    if (package / "autoteardown.pth").is_file() and package not in site_folders():
+        return f"{package} is no site-packages folder, so its .pth files are not read", inject
+    if any((folder / "autoteardown.pth").is_file() for folder in site_folders()):
         return "autoteardown.pth is there, but did not start it", "pip install --force-reinstall autoteardown"
-    return "no autoteardown.pth in any site-packages folder", f"pip install autoteardown, or set {inject}"
+    return "no autoteardown.pth in any site-packages folder", f"pip install autoteardown, or: {inject}"
+
+
+def _first(folder: str, environ: Mapping[str, str]) -> list[str]:
+    """The folders of PYTHONPATH, that one in front."""
+    others = [each for each in environ.get("PYTHONPATH", "").split(os.pathsep) if each and each != folder]
+    return [folder, *others]
 
 
 def _hooks(process: Process) -> list[Finding]:
@@ -193,47 +196,4 @@ def _hooks(process: Process) -> list[Finding]:
         findings.append(Finding("hook", PROBLEM, "init_process_group is not wrapped once torch is imported"))
     elif "missing" not in found:
         findings.append(Finding("hook", OK, "the signal tap is in place, and init_process_group is wrapped"))
-    return findings
-
-
-def _site_folders() -> list[Path]:
-    folders = [*site.getsitepackages(), *([site.getusersitepackages()] if site.ENABLE_USER_SITE else [])]
-    return [Path(folder) for folder in folders]
-
-
-def _vehicles(environ: Mapping[str, str]) -> list[Finding]:
-    """What could start the agent here, besides what did."""
-    findings = []
-    for folder in _site_folders():
-        names = [name for name in ("autoteardown.pth", "autoteardown.start") if (folder / name).is_file()]
-        if names:
-            findings.append(Finding("vehicle", OK, f"{' and '.join(names)} in {folder}"))
-            if len(names) == 1:
-                text = f"one of autoteardown.pth and autoteardown.start is missing in {folder}"
-                findings.append(
-                    Finding("vehicle", WARNING, text, "pip install --force-reinstall autoteardown")
-                )
-    inject = path.injection_folder()
-    if inject is not None and str(inject) in environ.get("PYTHONPATH", "").split(os.pathsep):
-        findings.append(Finding("vehicle", OK, f"injection by PYTHONPATH: {inject}"))
-    if not site.ENABLE_USER_SITE and (Path(site.getusersitepackages()) / "autoteardown.pth").is_file():
-        text = f"{site.getusersitepackages()} has autoteardown.pth, but this interpreter does not read that folder"
-        findings.append(Finding("vehicle", WARNING, text, "install into the environment that trains"))
-    return findings
-
-
-def _shadows(environ: Mapping[str, str], process: Process) -> list[Finding]:
-    """Second copies, and other code that runs at start-up."""
-    findings = []
-    copies = sorted({str(each.locate_file("")) for each in metadata.distributions(name="autoteardown")})
-    if len(copies) > 1:
-        text = f"installed {len(copies)} times, the first on the path wins: {', '.join(copies)}"
-        findings.append(Finding("vehicle", WARNING, text, "uninstall all but one"))
-    used = process.start.get("package")
-    if used and Path(used).resolve() != Path(startup.__file__).resolve():
-        text = f"new processes use {Path(used).parent}, this doctor is from {Path(startup.__file__).parent}"
-        findings.append(Finding("vehicle", WARNING, text, "run that installation's doctor"))
-    customize = process.start.get("customize")
-    if customize and Path(customize).parent != path.injection_folder():
-        findings.append(Finding("start-up", NOTE, f"{customize} runs at start-up too"))
     return findings

@@ -97,9 +97,11 @@ def _creatable(area: str, path: Path, variable: str) -> Finding:
     if nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK):
         return Finding(area, OK, f"{path}{'' if nearest == path else ' (made when needed)'}")
     what = "cannot be written to" if nearest.is_dir() else "is no folder"
-    return Finding(
-        area, PROBLEM, f"{path} cannot be used: {nearest} {what}", f"set {variable} to another folder"
-    )
+    advice = f"export {variable}=/a/folder/that/can/be/written"
+    if nearest.is_dir() and os.statvfs(nearest).f_flag & os.ST_RDONLY:
+        what = "is on a read-only file system"
+        advice += ", or mount a volume there (Kubernetes: an emptyDir at /tmp)"
+    return Finding(area, PROBLEM, f"{path} cannot be used: {nearest} {what}", advice)
 
 
 def _wrapt() -> list[Finding]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from signal import SIGINT, SIGTERM
 
 from autoteardown import settings
 from autoteardown.cli.doctor.finding import NOTE, OK, PROBLEM, WARNING, Finding
@@ -48,7 +49,7 @@ def check(environ: Mapping[str, str], found: settings.Settings, root: Path = Pat
         *_inherited(found, proc),
         *_kubernetes(environ, found),
         *_ray(environ),
-        *_slurm(environ, found),
+        *_slurm(environ, found, proc),
         *_exit_code(environ, found, proc),
         *_agents(environ),
     ]
@@ -139,7 +140,7 @@ def _kubernetes(environ: Mapping[str, str], found: settings.Settings) -> list[Fi
         text = (
             f"AUTOTEARDOWN_GRACE={found.grace:g} is more than the pod's {period} s: the kubelet kills first"
         )
-        advice = "AUTOTEARDOWN_GRACE a few seconds below terminationGracePeriodSeconds; a preStop hook's time counts"
+        advice = f"export AUTOTEARDOWN_GRACE={max(2, int(period) - 5)}, less what a preStop hook takes"
         findings.append(Finding("Kubernetes", PROBLEM, text, advice))
     elif period.isdecimal():
         findings.append(
@@ -167,14 +168,20 @@ def _ray(environ: Mapping[str, str]) -> list[Finding]:
     ]
 
 
-def _slurm(environ: Mapping[str, str], found: settings.Settings) -> list[Finding]:
+def _slurm(environ: Mapping[str, str], found: settings.Settings, proc: Path) -> list[Finding]:
     if "SLURM_JOB_ID" not in environ:
         return []
+    torchrun = _launcher(environ, proc) == "torchrun"
     text = f"KillWait is 30 s by default, of which {found.grace:g} are used"
-    advice = (
-        "for more: sbatch --signal=USR1@120, AUTOTEARDOWN_SIGNALS=SIGTERM,SIGUSR1 and AUTOTEARDOWN_GRACE=110"
-    )
-    return [Finding("SLURM", NOTE, text, advice)]
+    # torchrun gives its workers 30 s whatever SLURM gives: an earlier signal is of no use to it.
+    advice = None if torchrun else "for more: #SBATCH --signal=TERM@120 and export AUTOTEARDOWN_GRACE=110"
+    findings = [Finding("SLURM", NOTE, text, advice)]
+    others = [settings.signal_name(each) for each in found.signals if each not in (SIGTERM, SIGINT)]
+    if torchrun and others:
+        # SLURM signals every process of the step. Of a SIGUSR1 torchrun ends with 138, and its workers are orphans.
+        text = f"{', '.join(others)} means eviction, and torchrun has no handler for it: it dies of it"
+        findings.append(Finding("SLURM", PROBLEM, text, "export AUTOTEARDOWN_SIGNALS=SIGTERM"))
+    return findings
 
 
 def _is_ray(environ: Mapping[str, str]) -> bool:
@@ -205,7 +212,12 @@ def _exit_code(environ: Mapping[str, str], found: settings.Settings, proc: Path)
     if fits == "signal" and found.exit_code == 0:
         text = f"a signalled rank exits with 0 under {launcher}: {why}"
         return [
-            Finding("exit code", WARNING, text, "AUTOTEARDOWN_EXIT_CODE=signal, unless that is what you want")
+            Finding(
+                "exit code",
+                WARNING,
+                text,
+                "export AUTOTEARDOWN_EXIT_CODE=signal, unless that is what you want",
+            )
         ]
     findings = [Finding("exit code", OK, f"{code} under {launcher}: {why}")]
     if launcher == "torchrun" and "KUBERNETES_SERVICE_HOST" in environ:

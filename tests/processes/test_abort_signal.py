@@ -1,0 +1,43 @@
+"""What `abort()` of another thread does to a process that is on its way out."""
+
+import signal
+
+import pytest
+from harness import NONE
+
+PROGRAM = """
+import ctypes, os, sys, threading, time
+from autoteardown.stop import abort_signal
+from autoteardown.stop.fuse import Fuse
+
+signal_handler = __import__("signal").signal
+signal_handler(__import__("signal").SIGUSR1, lambda *_: None)
+if {held}:
+    assert abort_signal.hold_off()
+abort = ctypes.CDLL(None).abort if {c} else os.abort  # without the GIL, or with it
+if not {c}:
+    Fuse().light(1, 7)
+threading.Thread(target=abort, daemon=True).start()
+time.sleep(0.3)
+for _ in range(5):
+    os.kill(os.getpid(), __import__("signal").SIGUSR1)
+    time.sleep(0.05)
+if {main}:
+    Fuse().light(0.3, 7)
+    abort()
+os._exit(7)
+"""
+
+
+@pytest.mark.parametrize("c", [True, False])
+@pytest.mark.parametrize("main", [False, True])
+def test_the_exit_code_stays(job, main, c):
+    """Whichever thread aborts, the main one too, and whatever signals come meanwhile; with the GIL, by the fuse."""
+    rank = job.start(PROGRAM.format(held=True, main=main, c=c), mode=NONE)
+    assert rank.wait() == 7, rank.story()
+
+
+def test_without_it(job):
+    """The control."""
+    rank = job.start(PROGRAM.format(held=False, main=False, c=True), mode=NONE)
+    assert rank.wait() == -signal.SIGABRT, rank.story()
