@@ -292,7 +292,7 @@ class Gate:
             if self.is_exit(error):
                 return True
             error = error.__context__
-        return get_ident() == threads.main_ident() and threads.in_exit_callback()
+        return get_ident() == threads.main_ident() and not threads.alive(threads.main_ident())
 
     def wait_for_exit(self) -> None:
         """Keep this thread, which has nothing left to run, until the exit."""
