@@ -413,8 +413,12 @@ class Parking(BaseException):
 
     def __init__(self) -> None:
         super().__init__()
-        if get_ident() not in gate.held:
-            gate.park()
+        ident = get_ident()
+        if ident in gate.waiting or ident in gate.held:  # it looks for itself
+            return
+        if gate.left(ident) and gate.on_way_out():  # asked twice, and on its way already
+            gate.leave()
+        gate.park()
 
 
 os.register_at_fork(after_in_child=guarded(renew))

@@ -27,7 +27,7 @@ SKEW = 3.0
 CONNECTING = 10.0
 _FROM_THE_COUNCIL = ("notice", "plan", "even", "halt", "quiet", "gone")
 _LATEST = ("saving", "busy", "still", "progress", "stopped", "down")  # of these, what was heard last counts
-RECONNECTING = 2.0  # seconds that a line to the group which has just dropped is waited for
+RECONNECTING = 5.0  # seconds that a line to the group which has dropped, or is not there yet, is waited for
 # The part of the drain's time in which a rank whose thread is blocked finds out whether its device is idle.
 LOOK = 0.2
 
