@@ -292,7 +292,7 @@ class Gate:
             if self.is_exit(error):
                 return True
             error = error.__context__
-        return get_ident() == threads.main_ident() and threads.in_exit_callback()
+        return get_ident() == threads.main_ident() and not threads.alive(threads.main_ident())
 
     def wait_for_exit(self) -> None:
         """Keep this thread, which has nothing left to run, until the exit."""
@@ -413,8 +413,12 @@ class Parking(BaseException):
 
     def __init__(self) -> None:
         super().__init__()
-        if get_ident() not in gate.held:
-            gate.park()
+        ident = get_ident()
+        if ident in gate.waiting or ident in gate.held:  # it looks for itself
+            return
+        if gate.left(ident) and gate.on_way_out():  # asked twice, and on its way already
+            gate.leave()
+        gate.park()
 
 
 os.register_at_fork(after_in_child=guarded(renew))

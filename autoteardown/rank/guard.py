@@ -26,6 +26,7 @@ from autoteardown.stop.council import Council
 from autoteardown.stop.driver import Teardown, end
 
 _GOODBYE = 0.2  # seconds for the others to hear that this rank has left by itself
+_LAST = 3.0  # seconds that the hub stays for the others when its application has ended by itself
 
 
 class Guard:
@@ -45,6 +46,8 @@ class Guard:
         self.gate = gate.renew(self.events.put, backends.sequence_numbers, backends.current_devices)
         self.main = MainThread(self)
         self._begun = allocate_lock()
+        self._gone = allocate_lock()  # released when all others have left
+        self._gone.acquire()
         self._signum: Optional[int] = None
         self._watch: Optional[Watch] = None
         self._finalized = False
@@ -104,11 +107,14 @@ class Guard:
         channel, self.channel = self.channel, None
         if channel is None:
             return
-        if (
-            self.teardown is not None
-        ):  # the application ends by itself, in its own time: the others need not wait
+        if self.teardown is not None:
+            # The application ends by itself, in its own time: the others need not wait for it. They hear each other
+            # through the hub, which therefore leaves last, or nearly.
+            self.events.put(("leaves", None))
             channel.post("left")
             channel.flush(_GOODBYE)
+            if channel.is_hub:
+                self._gone.acquire(timeout=_LAST)
         channel.close()
 
     @property
@@ -136,6 +142,8 @@ class Guard:
         elif self.teardown is not None:
             if kind == "notice":
                 self.teardown.begun_by(_origin(value))  # the first to be signalled
+            if kind == "gone" and self._gone.locked():
+                self._gone.release()
             if kind in ("up", "down"):
                 kind, value = "down", value if kind == "down" else None
             self.events.put((kind, value))

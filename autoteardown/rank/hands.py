@@ -54,6 +54,7 @@ class RankHands:
             step=settings.stop_at == "step",
             owner=self._owner or polls,
             together=settings.handlers == "together",
+            iterates=self._gate.begun or stepping.any_optimizer(),
             callbacks=bool(callbacks.registered or settings.on_teardown),
             unwaitable=", ".join(backends.unwaitable()),
         )

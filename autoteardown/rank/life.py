@@ -13,7 +13,7 @@ from autoteardown.primitives import monotonic
 from autoteardown.rank import threads
 from autoteardown.rank.gate import Gate
 
-_FOR_PEERS = 0.8  # seconds without a sign of life, at least: blocked in a collective
+_FOR_PEERS = 0.5  # seconds without a sign of life, at least: blocked in a collective
 _STOPPING = 0.2  # the same, once every rank has been asked to stop where it is: its peers come no more
 _ELSEWHERE = 2.5  # and blocked in anything else: a stall in the data, a lock
 _COMPUTES = 0.3  # processor seconds a second that are more than our own looking takes

@@ -7,8 +7,9 @@ A rank says: `tell` (a dict: who is being evicted, and how long it has `left`), 
 owner]`), `plan_now`, `at` (`[iteration, round, numbers]`), `still` (`[whether it waits without progress, round,
 numbers]`), `ready` (round: it knows where to stop), `saving` (whether it saves), `arrived` (its device is idle at the
 agreed iteration), `halt`, `over` (the time of its application is), `wedged`, `quiet` (whether clean), `left`. Its
-connection says: `lost` (whether it is known to be dead), `back`, `bye`, `closed` (after `left`). `numbers` are the
-sequence numbers of the groups' collectives where hosts run ahead of devices, else empty.
+connection says: `lost` (whether it is known to be dead), `back`, `bye`, `closed` (after `left`); the clock: `tick`,
+when `wake` has come. `numbers` are the sequence numbers of the groups' collectives where hosts run ahead of devices,
+else empty.
 
 It is told: `notice`, `plan` (`{"stop": iteration or None, "owned": bool, "why": words}`), `more` (`{"round": n,
 "until": numbers}`: stop at the end of your next iteration that has got there), `even` (all are at the same one),
@@ -23,6 +24,7 @@ from typing import Any, Optional
 
 Told = list[tuple[Optional[int], str, Any]]
 
+CONFIRM = 0.5  # seconds for a rank to say that it does not wait any more, when another has arrived
 ROUNDS = 2  # how often ranks that arrived go on for one iteration more
 
 
@@ -30,7 +32,9 @@ class Council:
     """Of a group with so many ranks; `hub` is the rank in whose process it is."""
 
     def __init__(self, world: int, hub: int = 0) -> None:
-        self.wake = inf  # decides nothing by the clock
+        self.wake = inf  # when to hear a `tick`
+        self._now = 0.0
+        self._settled = 0.0  # when it was last said that a rank waits, or does not, or has arrived
         self.world = world
         self.hub = hub
         self.lost: set[int] = set()
@@ -61,7 +65,7 @@ class Council:
 
         What does not make sense is not heard: whoever has the group's token could say anything.
         """
-        self._out = []
+        self._out, self._now = [], now
         hear = getattr(self, "_hear_" + kind, None)
         if hear is not None and 0 <= rank < self.world:
             try:
@@ -91,6 +95,9 @@ class Council:
         self.lost.discard(rank)
         self._dead.discard(rank)
 
+    def _hear_tick(self, rank: int, _: Any) -> None:
+        self.wake = inf
+
     def _hear_tell(self, rank: int, notice: Any) -> None:
         self._tell("notice", notice if isinstance(notice, dict) else {})
 
@@ -104,6 +111,7 @@ class Council:
     def _hear_at(self, rank: int, value: Any) -> None:
         _, number, numbers = value
         if number == self._round.get(rank, 0):
+            self._settled = self._now
             self._still.discard(rank)
             self._at.add(rank)
             self._numbers[rank] = dict(numbers)
@@ -111,6 +119,7 @@ class Council:
     def _hear_still(self, rank: int, value: Any) -> None:
         still, number, numbers = value
         if number == self._round.get(rank, 0):
+            self._settled = self._now
             (self._still.add if still else self._still.discard)(rank)
             self._numbers[rank] = dict(numbers)
 
@@ -228,9 +237,18 @@ class Council:
         if not steppers or not steppers <= self._at | self._still:
             return
         waiting = (self._still - self._at) & steppers
+        # Who has an optimizer, and has not stepped by the time that all the others are there, does not step at all.
+        idle = {rank for rank in waiting if not self._answers[rank][0]}
+        if idle and steppers - idle and steppers - idle <= self._at:
+            self._steppers -= idle
+            steppers, waiting = steppers - idle, waiting - idle
         behind = steppers - waiting if waiting else self._behind(steppers)
         if not behind and not waiting:
             self._tell("even")
+        elif waiting and self._now < self._settled + CONFIRM:
+            self.wake = (
+                self._settled + CONFIRM
+            )  # it may have what it waited for from the one that has just arrived
         elif not behind:
             if self._present <= self._still:
                 self._halt("no rank makes progress")

@@ -27,7 +27,7 @@ SKEW = 3.0
 CONNECTING = 10.0
 _FROM_THE_COUNCIL = ("notice", "plan", "even", "halt", "quiet", "gone")
 _LATEST = ("saving", "busy", "still", "progress", "stopped", "down")  # of these, what was heard last counts
-RECONNECTING = 2.0  # seconds that a line to the group which has just dropped is waited for
+RECONNECTING = 5.0  # seconds that a line to the group which has dropped, or is not there yet, is waited for
 # The part of the drain's time in which a rank whose thread is blocked finds out whether its device is idle.
 LOOK = 0.2
 
@@ -38,10 +38,11 @@ class Stop:
     Events for `on` (`value` in brackets): `begin`; `steps` (`(completed or None, cannot)`); from the council `notice`
     (origin, with what `tell` said as `left`; before `begin` if that is why this rank stops), `plan` (see there),
     `more`, `even`, `halt`, `busy` (whether somebody saves), `rest`, `abort`, `quiet` (clean), `departed`, `gone`; from
-    the channel `down` (why it is, or None); from the application `released` (it has put its handler away); from the
-    training thread `stopped` (iteration), `parked`, `ended`, `swallowed`; `saving`, `still` (bools), `progress` (when
-    the device last made some); from the workers `drained`, `called`, `destroyed`, `aborted` (None, or what went wrong);
-    `fault` (what went wrong elsewhere); `tick`, when `wake` has come and no event is waiting.
+    the channel `down` (why it is, or None); from the application `released` (it has put its handler away), `leaves` (it
+    has destroyed its group, or ended); from the training thread `stopped` (iteration), `parked`, `ended`, `swallowed`;
+    `saving`, `still` (bools), `progress` (when the device last made some); from the workers `drained`, `unwaitable`
+    (which devices), `called`, `destroyed`, `aborted` (None, or what went wrong); `fault` (what went wrong elsewhere);
+    `tick`, when `wake` has come and no event is waiting.
     """
 
     def __init__(self, limits: Limits, facts: Facts) -> None:
@@ -339,15 +340,21 @@ class Stop:
             self._say("answer", (None, False, False))
         if "released" in self.heard:
             self._end("ok", now, "the application has put its handler away")
-        elif delivered and "rest" in self.heard:
+        elif delivered and "rest" in self.heard and "leaves" not in self.heard:
             self._end("ok", now, "those that end by themselves have left")
+        elif delivered and not self.facts.owner and self._clock >= self._down_at + RECONNECTING:
+            self._end("ok", now, "the hub has left, and nobody says who else has")
         elif self._due:
             self._end("timeout", now, "the application's handler did not end the process")
         else:
+            self.wake = (
+                self._deadline if self.facts.owner else min(self._deadline, self._down_at + RECONNECTING)
+            )
             return False
         if not delivered:
             return self._enter_step(now)
-        self._fault(self.phases[-1].detail)
+        if self.facts.iterates or self.facts.world > 1:
+            self._fault(self.phases[-1].detail)
         self._say("over")
         self.limits = self.limits.within(self.limits.hard - now)
         self._set_floor(now)

