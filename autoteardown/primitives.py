@@ -5,16 +5,18 @@ only when the program waits, and a wait of ours would wait for the program. So t
 program can have them replaced, and the rest of the agent takes them from here alone.
 """
 
-import _socket
 import _thread
 import os
-import select
 import sys
 import time
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from _socket import socket as socket
+    from _socket import socketpair as socketpair
     from collections.abc import Callable
+    from select import epoll as epoll
+    from select import poll as poll
     from types import ModuleType
 
 
@@ -32,7 +34,7 @@ def _original(module: "ModuleType") -> "ModuleType":
     return copy
 
 
-_clock, _threads, _polling = _original(time), _original(_thread), _original(select)
+_clock, _threads = _original(time), _original(_thread)
 
 builtin_function = type(len)
 start_new_thread = _threads.start_new_thread
@@ -40,10 +42,23 @@ allocate_lock = _threads.allocate_lock
 get_ident: "Callable[[], int]" = _threads.get_ident
 monotonic: "Callable[[], float]" = _clock.monotonic
 sleep: "Callable[[float], None]" = _clock.sleep
-poll = _polling.poll
-epoll = getattr(_polling, "epoll", None)  # Linux
-socket = _socket.socket
-socketpair = _socket.socketpair
+
+
+def __getattr__(name: str) -> object:
+    # Only for those that are armed: every process that imports `signal` imports this.
+    value: object
+    if name in ("socket", "socketpair"):
+        import _socket  # nobody patches that one
+
+        value = getattr(_socket, name)
+    elif name in ("poll", "epoll"):
+        import select
+
+        value = getattr(_original(select), name, None)  # epoll: Linux
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
 
 
 def on_main_thread() -> bool:

@@ -20,7 +20,6 @@ included.
 """
 
 import _thread
-import errno
 import os
 import sys
 
@@ -228,7 +227,7 @@ class Tap:
         try:
             os.write(slots.app_fd, signums)
         except OSError as error:
-            if self._warn or error.errno not in (errno.EAGAIN, errno.EWOULDBLOCK):
+            if self._warn or not isinstance(error, BlockingIOError):
                 from autoteardown.rank import unraisable
 
                 unraisable.wakeup_write_failed(error)

@@ -33,7 +33,7 @@ def test_a_child_dies_as_without_us(job, kind):
         if mode == AGENT:
             # The parent is as well guarded as before; its own teardown is not confused by the child's death.
             assert rank.evict() == 0, rank.story()
-            assert rank.report()["outcome"] == "clean"
+            assert rank.report()["outcome"] == "clean", rank.story()
     assert seen[0] == seen[1]
     assert "it ended with -N" in seen[0]
 
@@ -81,7 +81,7 @@ def test_whole_process_group_signalled(job, context):
         os.killpg(rank.pid, SIGTERM)
     for rank in ranks:
         assert rank.outlast() == 0, rank.story()
-        assert rank.report()["outcome"] == "clean"
+        assert rank.report()["outcome"] == "clean", rank.story()
         assert rank.noise == [], rank.story()  # no "DataLoader worker is killed" traceback
     stopped = {rank.report()["steps"]["stopped_at"] for rank in ranks}
     assert len(stopped) == 1
