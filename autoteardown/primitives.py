@@ -38,7 +38,7 @@ _clock, _threads = _original(time), _original(_thread)
 
 builtin_function = type(len)
 start_new_thread = _threads.start_new_thread
-allocate_lock = _threads.allocate_lock
+allocate_lock: "Callable[[], _thread.LockType]" = _threads.allocate_lock
 get_ident: "Callable[[], int]" = _threads.get_ident
 monotonic: "Callable[[], float]" = _clock.monotonic
 sleep: "Callable[[float], None]" = _clock.sleep

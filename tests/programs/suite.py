@@ -1,6 +1,7 @@
 """Runs tests of CPython's own. `suite.py MODULE [group]`: writes what became of each, as JSON."""
 
 import json
+import os
 import sys
 import unittest
 
@@ -46,6 +47,10 @@ def main():
         import torch.distributed as dist
 
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        if os.environ.get("AUTOTEARDOWN") == "1":  # else there is nothing to compare
+            from autoteardown import signals
+
+            assert signals.tap.armed
     del sys.argv[1:]  # some of the tests look at it
     outcomes = Outcomes()
     unittest.defaultTestLoader.loadTestsFromName(name).run(outcomes)
