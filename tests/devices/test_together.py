@@ -10,7 +10,7 @@ import pytest
 from harness import wait_until
 from test_stops import clean, evict, same_step
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.mark.parametrize("late", [False, True])
