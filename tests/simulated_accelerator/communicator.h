@@ -56,7 +56,7 @@ struct Communicator {
   const bool nvlink = std::string(setting("LINK", "nvlink")) == "nvlink";
   const double tail =
       atof(setting("TAIL_MS", "0")) / 1e3;  // this rank's kernels end so much later than the others'
-  const double teardown = atof(setting("ABORT_MS", "5")) / 1e3;
+  const double teardown = atof(setting("ABORT_MS", "20")) / 1e3;
 
   Communicator(const c10::intrusive_ptr<c10d::Store>& store, std::string name, int rank, int size,
                double timeout)
