@@ -12,7 +12,7 @@ import _thread
 import sys
 from typing import Any, Callable, NamedTuple
 
-from autoteardown.rank.collectives import evidence, progress, sequence_numbers, stuck_collective, watchdog
+from autoteardown.rank.collectives import evidence, progress, sequence_numbers, stuck_collective
 from autoteardown.rank.devices import Problem, accelerators, drain, line, unwaitable
 
 __all__ = [
@@ -28,7 +28,6 @@ __all__ = [
     "sequence_numbers",
     "stuck_collective",
     "unwaitable",
-    "watchdog",
     "world",
 ]
 

@@ -21,9 +21,6 @@ from typing import Any, Callable, Optional
 
 from autoteardown.rank import devices
 
-# NCCL's watchdog gives every rank four times this long to write its dump before it ends the process.
-_DUMP_TIME = 15.0
-
 
 def sequence_numbers() -> dict[str, int]:
     """The number of the last collective that this rank has launched, by the name of its group; safe on any thread.
@@ -116,22 +113,6 @@ def evidence(path: str, stuck: Optional[dict[str, Any]] = None) -> list[str]:
     return written
 
 
-def watchdog() -> Optional[float]:
-    """Seconds from now before which no watchdog of a communicator ends this process, if it has found nothing so far.
-
-    It first lets every rank write its dump. None: no group here has such a watchdog.
-    """
-    c10d = sys.modules["torch.distributed.distributed_c10d"]
-    configs = [str(config) for config in list(dict(c10d._world.pg_backend_config).values())]
-    if not any("nccl" in config for config in configs):
-        return None
-    try:
-        seconds = int(os.environ["TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC"]) / 1e3
-    except (KeyError, ValueError):
-        seconds = _DUMP_TIME
-    return 4 * seconds
-
-
 Dump = Callable[..., Any]
 _found: dict[str, Dump] = {}
 
@@ -172,7 +153,7 @@ def _parsed(data: Optional[bytes]) -> dict[str, Any]:
 
 
 def _has_status(data: Optional[bytes]) -> bool:
-    return bool(_parsed(data).get("pg_status"))
+    return data is not None and b"last_enqueued_collective" in data  # in JSON and in a pickle alike
 
 
 def _first_entry(data: Optional[bytes]) -> Optional[dict[str, Any]]:
