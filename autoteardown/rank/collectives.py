@@ -54,8 +54,8 @@ def sequence_numbers() -> dict[str, int]:
 def progress() -> Optional[Hashable]:
     """Something that is another value whenever this rank's collectives have got further, on the host or the device.
 
-    Never blocks for long, whatever is stuck; 0.1 ms for seven groups. None: there is no telling (no flight recorder, or one that
-    is off: TORCH_FR_BUFFER_SIZE or TORCH_NCCL_TRACE_BUFFER_SIZE is 0). NCCL's numbers are up to 0.1 s old.
+    Never blocks for long, whatever is stuck; 0.1 ms for seven groups. None: there is no telling (no flight recorder, or
+    one that is off: TORCH_FR_BUFFER_SIZE or TORCH_NCCL_TRACE_BUFFER_SIZE is 0). NCCL's numbers are up to 0.1 s old.
     """
     counters = [
         counted for _, dump in _recorders() for counted in [_call(dump, False)] if _has_status(counted)
