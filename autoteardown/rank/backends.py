@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from typing import Any, Callable, NamedTuple
 
-from autoteardown.rank.collectives import evidence, progress, sequence_numbers, stuck_collective, watchdog
+from autoteardown.rank.collectives import evidence, progress, sequence_numbers, stuck_collective
 from autoteardown.rank.devices import (
     Problem,
     accelerators,
@@ -37,7 +37,6 @@ __all__ = [
     "sequence_numbers",
     "stuck_collective",
     "unwaitable",
-    "watchdog",
     "world",
 ]
 

@@ -126,13 +126,13 @@ def bound_devices() -> dict[str, set[Optional[int]]]:
     return found
 
 
-def launches(group: Any, device: str) -> int:
-    """How many collectives a group has launched on one kind of device; 0 where that cannot be told."""
+def launches(group: Any, device: str) -> Optional[int]:
+    """How many collectives a group has launched on one kind of device; None where that cannot be told."""
     try:
         backend = group._get_backend(sys.modules["torch"].device(device))
         return int(backend._get_sequence_number_for_group())
     except Exception:  # no such backend, or it does not count
-        return 0
+        return None
 
 
 def line(error: BaseException) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from harness import NONE, TESTS
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 HEAD = f"""
 import os, sys, time, threading, json

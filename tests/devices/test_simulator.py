@@ -7,7 +7,7 @@ import time
 import pytest
 from harness import NONE, wait_until
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 
 def program(body):

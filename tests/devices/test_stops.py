@@ -9,7 +9,7 @@ import time
 import pytest
 from harness import wait_until
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 GRACE = 12
 
 

@@ -20,6 +20,7 @@ DEVICE = os.environ.get("TEST_DEVICE", "cuda")
 CUDA = DEVICE == "cuda"
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 GRACE = 20.0  # with CUDA, even an exit takes its time
+SHORT = 5.0  # shows that a peer hangs: it would after any time
 START = 120.0
 ROOT = TESTS.parent
 FREE = "import torch; print(torch.cuda.mem_get_info()[0] // 2**20)"
@@ -79,7 +80,8 @@ def evict(ranks, rows, what, mode=AGENT, peers=143):
     """SIGTERM to rank 0; all ends, and a row of the table. Peers that hang are ended with the test."""
     first, *others = ranks
     code = first.evict(GRACE)
-    deadline = time.monotonic() + GRACE
+    patience = GRACE if mode == AGENT else SHORT
+    deadline = time.monotonic() + patience
     while any(other.running for other in others) and time.monotonic() < deadline:
         time.sleep(0.01)
     hanging = [other for other in others if other.running]
@@ -91,7 +93,7 @@ def evict(ranks, rows, what, mode=AGENT, peers=143):
             outcomes.append(rank.report()["outcome"])
         except AssertionError:  # there is none: the table says so, and the codes are looked at below
             outcomes.append("no report")
-    last = f"more than {GRACE:g}" if hanging else f"{free:.2f}"
+    last = f"more than {patience:g}" if hanging else f"{free:.2f}"
     rows.append(
         (what, len(ranks), mode, f"{first.seconds:.2f}", last if others else "", codes, " ".join(outcomes))
     )

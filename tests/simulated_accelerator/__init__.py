@@ -11,7 +11,7 @@ Environment (all with the prefix `SIMULATED_`):
     LINK            `nvlink`: memory of a peer that goes away under a running kernel is a fault; `net`: the kernel waits
     REMOTE_ERRORS   `1`: the watchdog ends a process whose peer has died
     TAIL_MS         how much longer this rank's collectives run than the others'
-    ABORT_MS        what an abort takes after its kernels have ended and before it frees memory (5)
+    ABORT_MS        what an abort takes after its kernels have ended and before it frees memory (20)
     VERBOSE         `1`: the journal has the start of each collective's kernel
     BLOCKING_WAIT   `1`: `Work.wait` blocks the host
 """

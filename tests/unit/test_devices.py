@@ -249,17 +249,6 @@ def test_a_flight_recorder_that_is_off_or_absent(torch, tmp_path):
     assert backends.evidence(str(tmp_path / "report")) == []
 
 
-@pytest.mark.parametrize("setting, seconds", [(None, 60.0), ("500", 2.0), ("what", 60.0)])
-def test_the_watchdog(torch, monkeypatch, setting, seconds):
-    monkeypatch.delenv("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", raising=False)
-    if setting:
-        monkeypatch.setenv("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", setting)
-    torch.add("0", "cpu:gloo")
-    assert backends.watchdog() is None
-    torch.add("1", "cpu:gloo,cuda:nccl")
-    assert backends.watchdog() == seconds
-
-
 @pytest.mark.parametrize("kind", ["cuda", "npu"])
 def test_the_abort_of_a_backend_before_groups_had_one(torch, kind):
     """2.4 to 2.6: on the backend, whichever kind of device that is for."""
