@@ -28,11 +28,9 @@ LOST_AFTER = 5.0
 """Seconds without the hub after which rank 0 counts as lost."""
 UNHEARD = 2.0
 """Seconds without a word about a post after which a second connection is tried beside the first."""
-_SOON, _IDLE_WAIT, _BUSY_WAIT = (
-    0.02,
-    5.0,
-    0.5,
-)  # seconds until the next try: the first, the longest, while posts wait
+# Seconds until the next try: the first, the longest, that after some minutes in vain, the longest while posts wait.
+_SOON, _IDLE_WAIT, _LONG_WAIT, _BUSY_WAIT = 0.02, 5.0, 30.0, 0.5
+_AFTERWARDS = 7  # where the waits begin when rank 0 has left: 2 s, in which the other ranks leave as well
 
 
 class Connection:
@@ -146,7 +144,7 @@ class Connection:
         """Try again later: soon at first, and soon while posts wait."""
         if self._closed or (self._ended and not self._unheard and self._tries > 20):
             return
-        longest = _BUSY_WAIT if self._unheard else _IDLE_WAIT
+        longest = _BUSY_WAIT if self._unheard else _IDLE_WAIT if self._tries < 30 else _LONG_WAIT
         least = max(_SOON, self._world * 50e-6)  # a store's server has one thread
         wait = min(longest, least * 2.0 ** min(self._tries, 12)) * random.uniform(0.7, 1.3)
         self._tries += 1
@@ -312,7 +310,7 @@ class Connection:
         if self._closed:
             return
         if self._ended:
-            self._tries = 5
+            self._tries = _AFTERWARDS
             self._card = None
             self._again()
             return

@@ -77,11 +77,13 @@ class Loop:
         self._poll = primitives.poll()
         self._poll.register(self._receiver.fileno(), select.POLLIN)
         self._watched: dict[int, Callable[[int], object]] = {}
+        self._fresh: set[int] = set()  # watched since the poll whose events are told just now
         self._calls: _queue.SimpleQueue[Callback] = _queue.SimpleQueue()
         self._timers: list[tuple[float, int, Timer]] = []
         self._count = itertools.count()
         self._ident: Optional[int] = None
         self._closing = False
+        self._awake = False
         self._ended = primitives.allocate_lock()
         self._ended.acquire()
         self._add(Timer(primitives.monotonic() + DAY, self._daily))
@@ -118,7 +120,7 @@ class Loop:
     def call(self, function: Callback) -> None:
         """Have the thread call this soon; in the order of the calls. From any thread, at any bytecode."""
         self._calls.put(function)
-        self.write(_WAKE)
+        self._wake()
 
     def at(self, seconds: float, function: Callback) -> Timer:
         """Have the thread call this in so many seconds. From any thread."""
@@ -131,10 +133,12 @@ class Loop:
 
     def watch(self, fd: int, events: int, callback: Callable[[int], object]) -> None:
         """Have the thread call `callback(events)` while there are such `poll` events; again to change them."""
+        if fd not in self._watched:
+            self._fresh.add(fd)
         self._watched[fd] = callback
         self._poll.register(fd, events)
         if not self.is_current:
-            self.write(_WAKE)  # it polls what it knew before
+            self._wake()  # it polls what it knew before
 
     def unwatch(self, fd: int) -> None:
         """No more of that. Before the descriptor is closed; again does no harm."""
@@ -146,7 +150,7 @@ class Loop:
         if self._closing:
             return
         self._closing = True
-        self.write(_WAKE)
+        self._wake()
         if not self.is_current:
             self._ended.acquire(timeout=_PATIENCE)
         self.forget()
@@ -176,10 +180,14 @@ class Loop:
             self._ended.release()
 
     def _turn(self) -> None:
-        for fd, events in self._poll.poll(self._wait()):
+        news = self._poll.poll(self._wait())
+        self._fresh.clear()
+        for fd, events in news:
             if fd == self._ends_fd:
                 self._read()
-            elif fd in self._watched:
+            elif (
+                fd in self._watched and fd not in self._fresh
+            ):  # else the news are of another file of this number
                 self._call_back(fd, events)
         for _ in range(self._calls.qsize()):
             _safely(self._calls.get())
@@ -198,7 +206,13 @@ class Loop:
             return 0
         return max(0.0, self._timers[0][0] - primitives.monotonic()) * 1000 + 1 if self._timers else None
 
+    def _wake(self) -> None:
+        if not self._awake:  # one byte is enough, and leaves room for signals
+            self._awake = True
+            self.write(_WAKE)
+
     def _read(self) -> None:
+        self._awake = False  # before the calls are looked at
         # Looked at each time: where the program has closed our descriptors, its next file has the same numbers.
         if not all(_is(end, identity) for end, identity in self._ends):
             raise OSError("the program has closed the descriptors of the agent")
