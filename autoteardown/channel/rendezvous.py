@@ -155,6 +155,7 @@ class Desk:
         self._busy = primitives.allocate_lock()
         self._since = 0.0  # when it was taken
         self._found = False  # whether there has been a card
+        self._seen = False  # whether a connection with the store's server has been seen
         self._cloning = False
 
     def publish(self, card: Card) -> None:
@@ -245,8 +246,10 @@ class Desk:
         found = addresses.connections(port)
         try:
             clients = [_is_over(sock) for sock, is_client in found if is_client]
-            # Where that cannot be known, the first time is worth it.
-            return all(clients) if clients else self._found
+            # A connection that was reset has no other end any more, and is not found. Where nothing is ever found, the
+            # first time is worth it.
+            self._seen = self._seen or bool(clients)
+            return all(clients) if clients else self._seen or self._found
         finally:
             for sock, _ in found:
                 sock.close()

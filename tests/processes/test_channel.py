@@ -617,3 +617,59 @@ def connections_of_hub(talk, ranks):
     """Ranks that the hub of today has let in."""
     ranks[0].tell("do", "say('members', [m.rank for m in channel._end._members.values() if m.peer])")
     return ranks[0].expect("members")[2]
+
+
+# -- the store -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["end", "exit", "kill"])
+def test_a_store_whose_server_is_gone(talk, how):
+    """c10d prints a page about each use of it: it is not used any more, whether a hub was found there or not."""
+    port = free_port()
+    ranks = [talk.start(rank, 3, f"{'tcp' if rank else 'serve'}:127.0.0.1:{port}") for rank in range(3)]
+    for rank in ranks:
+        rank.expect("ready")
+    ranks[1].ask("open", answer="opened")  # looks in vain, again and again
+    if how != "kill":
+        ranks[0].ask("open", answer="opened")
+        ranks[2].ask("open", answer="opened")
+        ranks[2].expect("heard", "up")
+        ranks[1].expect("heard", "up")
+    else:
+        wait_until(lambda: ranks[1].ask("state")[1] == "rank 0 has not published its hub", "a look")
+        time.sleep(
+            2
+        )  # the looks are rare by then: one that is under way when the server dies fails with a page
+    if how == "end":
+        assert ranks[0].end() == 0
+    elif how == "exit":
+        ranks[0].tell("exit")
+    else:
+        ranks[0].kill()
+    if how == "kill":
+        wait_until(lambda: ranks[1].ask("state")[1] == "the store's server is gone", "that it is noticed")
+    time.sleep(4)
+    for rank in ranks[1:]:
+        assert rank.end() == 0
+        assert rank.stderr == ""
+
+
+def test_a_program_that_waits_in_the_store(talk):
+    """As for NCCL's unique id, before the first collective: its client has one lock; the rank connects all the same."""
+    port = free_port()
+    ranks = [talk.start(rank, 2, f"{'tcp' if rank else 'serve'}:127.0.0.1:{port}") for rank in range(2)]
+    for rank in ranks:
+        rank.expect("ready")
+    ranks[1].tell(
+        "do",
+        "import threading\n"
+        "from datetime import timedelta\n"
+        "def wait():\n"
+        "    store.wait(['never'], timedelta(seconds=30))\n"
+        "threading.Thread(target=wait, daemon=True).start()",
+    )
+    time.sleep(0.5)
+    ranks[1].ask("open", answer="opened")
+    ranks[0].ask("open", answer="opened")
+    ranks[1].expect("heard", "up", patience=20)
+    assert ranks[1].stderr == ""
