@@ -9,7 +9,7 @@ import time
 
 import pytest
 from harness import free_port, stat, wait_until
-from talkers import Talk
+from talkers import Talk, expect_lost
 
 from autoteardown.channel import connection, hub, messages, rendezvous
 
@@ -292,7 +292,7 @@ def test_a_killed_rank_is_lost_to_all(talk):
     ranks[2].kill()
     start = time.monotonic()
     for rank in ranks[:2]:
-        rank.expect("heard", "lost", [2, None])
+        expect_lost(rank, 2)
     assert hub.BACK_WITHIN - 0.5 < time.monotonic() - start < hub.BACK_WITHIN + 10
     assert not ranks[1].heard("bye")
 
@@ -317,7 +317,7 @@ def test_a_rank_that_was_lost_and_is_back(talk):
     ranks[1].signal(signal.SIGSTOP)
     # its connection ends, and it cannot make another
     ranks[0].tell("do", CUT)
-    ranks[0].expect("heard", "lost", [1, None])
+    expect_lost(ranks[0], 1)
     ranks[1].signal(signal.SIGCONT)
     ranks[0].expect("heard", "back", [1, None])
     ranks[1].expect("heard", "up")
@@ -377,7 +377,7 @@ def test_a_forked_child(talk):
         assert child[1] is False
         assert child[0] < before
     ranks[1].kill()  # what the child has does not keep the connection
-    ranks[0].expect("heard", "lost", [1, None])
+    expect_lost(ranks[0], 1)
     time.sleep(0.6)
     ranks[2].tell("post", "still", None)
     ranks[0].expect("heard", "still")
