@@ -22,6 +22,7 @@ from autoteardown.channel import sockets
 DAY = 86400.0
 _UCRED = 12  # struct ucred: pid, uid, gid
 _WAKE = 0  # no signal has this number
+_MANY = 64  # calls
 _PATIENCE = 0.5  # seconds for a thread that needs nothing but the GIL to come by
 
 Callback = Callable[[], object]
@@ -83,7 +84,6 @@ class Loop:
         self._count = itertools.count()
         self._ident: Optional[int] = None
         self._closing = False
-        self._awake = False
         self._ended = primitives.allocate_lock()
         self._ended.acquire()
         self._add(Timer(primitives.monotonic() + DAY, self._daily))
@@ -120,7 +120,10 @@ class Loop:
     def call(self, function: Callback) -> None:
         """Have the thread call this soon; in the order of the calls. From any thread, at any bytecode."""
         self._calls.put(function)
-        self._wake()
+        # Where that many wait, somebody's byte is there already, and room has to be left for signals. A flag that a
+        # byte is on its way would not do: a thread may be frozen for good between the flag and the byte.
+        if self._calls.qsize() <= _MANY:
+            self.write(_WAKE)
 
     def at(self, seconds: float, function: Callback) -> Timer:
         """Have the thread call this in so many seconds. From any thread."""
@@ -138,7 +141,7 @@ class Loop:
         self._watched[fd] = callback
         self._poll.register(fd, events)
         if not self.is_current:
-            self._wake()  # it polls what it knew before
+            self.write(_WAKE)  # it polls what it knew before
 
     def unwatch(self, fd: int) -> None:
         """No more of that. Before the descriptor is closed; again does no harm."""
@@ -150,7 +153,7 @@ class Loop:
         if self._closing:
             return
         self._closing = True
-        self._wake()
+        self.write(_WAKE)
         if not self.is_current:
             self._ended.acquire(timeout=_PATIENCE)
         self.forget()
@@ -206,13 +209,7 @@ class Loop:
             return 0
         return max(0.0, self._timers[0][0] - primitives.monotonic()) * 1000 + 1 if self._timers else None
 
-    def _wake(self) -> None:
-        if not self._awake:  # one byte is enough, and leaves room for signals
-            self._awake = True
-            self.write(_WAKE)
-
     def _read(self) -> None:
-        self._awake = False  # before the calls are looked at
         # Looked at each time: where the program has closed our descriptors, its next file has the same numbers.
         if not all(_is(end, identity) for end, identity in self._ends):
             raise OSError("the program has closed the descriptors of the agent")
