@@ -13,7 +13,7 @@ BENCHMARKS = {
     "step": "an optimizer step, a DDP loop, an init",
     "footprint": "memory, descriptors and threads of an armed rank",
     "teardown": "from the signal to the last exit, and to the last peer free",
-    "board": "the notice board with up to 4,096 ranks",
+    "channel": "the channel with up to 4,096 ranks",
 }
 
 
@@ -30,7 +30,7 @@ def main() -> None:
         print(f"\n## {name}: {BENCHMARKS[name]}\n", flush=True)
         start = time.monotonic()
         module = importlib.import_module(f"benchmarks.{name}")
-        if name == "board":
+        if name == "channel":
             module.main(["--ranks", "64", "--rounds", "2"] if options.quick else [])
         else:
             module.run(options.quick)

@@ -91,6 +91,11 @@ class Talker:
         self._process.stdin.close()
 
 
+def expect_lost(talker, rank, patience=PATIENCE):
+    """Wait until it hears that this rank is lost."""
+    assert talker.expect("heard", "lost", patience=patience)[3][0] == rank, talker.story()
+
+
 class Talk:
     """The talkers of one test."""
 

@@ -28,11 +28,10 @@ LOST_AFTER = 5.0
 """Seconds without the hub after which rank 0 counts as lost."""
 UNHEARD = 2.0
 """Seconds without a word about a post after which a second connection is tried beside the first."""
-_SOON, _IDLE_WAIT, _BUSY_WAIT = (
-    0.02,
-    5.0,
-    0.5,
-)  # seconds until the next try: the first, the longest, while posts wait
+# Seconds until the next try: the first, the longest, that after some minutes in vain, the longest while posts wait.
+_SOON, _IDLE_WAIT, _LONG_WAIT, _BUSY_WAIT = 0.02, 5.0, 30.0, 0.5
+_STUCK_WAIT = 1.5
+_AFTERWARDS = 7  # where the waits begin when rank 0 has left: 2 s, in which the other ranks leave as well
 
 
 class Connection:
@@ -62,6 +61,7 @@ class Connection:
         self._mourn: Optional[Timer] = None
         self._tries = 0
         self._attempts = 0
+        self._patience = UNHEARD
         self._lost = False
         self._ended = False  # rank 0 has said that it is no more in the group
         self._closed = False
@@ -73,7 +73,7 @@ class Connection:
 
     def start(self) -> None:
         """Set out."""
-        self._look()
+        self._set_out()
 
     def post(self, kind: str, value: Any) -> None:
         """Tell the hub."""
@@ -146,7 +146,7 @@ class Connection:
         """Try again later: soon at first, and soon while posts wait."""
         if self._closed or (self._ended and not self._unheard and self._tries > 20):
             return
-        longest = _BUSY_WAIT if self._unheard else _IDLE_WAIT
+        longest = _BUSY_WAIT if self._unheard else _IDLE_WAIT if self._tries < 30 else _LONG_WAIT
         least = max(_SOON, self._world * 50e-6)  # a store's server has one thread
         wait = min(longest, least * 2.0 ** min(self._tries, 12)) * random.uniform(0.7, 1.3)
         self._tries += 1
@@ -167,7 +167,7 @@ class Connection:
         if self._card is None:
             self._look()
             # The thread that looks may be stuck in the store for long: then no answer comes, and none is needed.
-            self._retry = self._loop.at(_IDLE_WAIT, self._again)
+            self._retry = self._loop.at(_STUCK_WAIT, self._again)
             return
         done: list[tuple[Any, ...]] = []
 
@@ -282,13 +282,14 @@ class Connection:
     def _acknowledged(self, seen: int) -> None:
         while self._unheard and self._unheard[0][0] <= seen:
             self._unheard.popleft()
+            self._patience = UNHEARD
         while self._flushes and self._flushes[0][0] <= seen:
             self._flushes.pop(0)[1]()
 
     def _watch_over(self) -> None:
         """A translator that has forgotten the connection swallows what we send: the kernel needs long to notice."""
         if self._doubt is None and self._unheard:
-            self._doubt = self._loop.at(UNHEARD, self._in_doubt)
+            self._doubt = self._loop.at(self._patience, self._in_doubt)
 
     def _in_doubt(self) -> None:
         self._doubt = None
@@ -296,6 +297,7 @@ class Connection:
             return
         age = primitives.monotonic() - self._unheard[0][3]
         if self._link is not None and age >= UNHEARD:
+            self._patience *= 2  # a hub that has too much to do is not helped by more connections
             self._set_out()
         self._watch_over()
 
@@ -312,7 +314,7 @@ class Connection:
         if self._closed:
             return
         if self._ended:
-            self._tries = 5
+            self._tries = _AFTERWARDS
             self._card = None
             self._again()
             return

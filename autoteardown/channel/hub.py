@@ -217,7 +217,13 @@ class Hub:
             self._refuse(peer, "that is no rank of this group")
         member = self._members.get(rank)
         if member is not None and member.name != name:
-            self._refuse(peer, "this group has another process in that place")
+            if member.peer is not None:
+                self._refuse(peer, "this group has another process in that place")
+            # Gone, and here in its next life: a group that is made anew in a process finds the last one's hub, or a
+            # rank that is late to leave the last one finds the next one's.
+            if member.mourn is not None:
+                member.mourn.cancel()
+            member = None
         if member is not None and attempt <= member.attempt:
             self._refuse(peer, "that has been said before")
         del self._guests[peer.fd]
@@ -334,7 +340,7 @@ class Hub:
             self._alarm.cancel()
             self._alarm = None
         if wake < float("inf") and not self._closed:
-            self._alarm = self._loop.at(wake - primitives.monotonic(), self._tick)
+            self._alarm = self._loop.at(max(0.001, wake - primitives.monotonic()), self._tick)
             self._alarm.due = wake
 
     def _tick(self) -> None:
@@ -362,6 +368,8 @@ class Hub:
                     self._drop(member.peer, str(error))
         mine, self._mine = self._mine, last
         for kind, value in self._said.heard_by(0, mine):
+            if self._closed:
+                return
             try:
                 self._deliver(kind, value)
             except Exception as error:

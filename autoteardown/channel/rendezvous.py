@@ -154,6 +154,8 @@ class Desk:
         self.port: Optional[int] = root.port if isinstance(root, tcp) else None
         self._busy = primitives.allocate_lock()
         self._since = 0.0  # when it was taken
+        self._found = False  # whether there has been a card
+        self._seen = False  # whether a connection with the store's server has been seen
         self._cloning = False
 
     def publish(self, card: Card) -> None:
@@ -229,24 +231,28 @@ class Desk:
     def _card(self, store: Any) -> Card:
         if store is None:
             raise NoCard("the store is gone")
-        if self.port and _hung_up(self.port):
+        if self.port and self._hung_up(self.port):
             raise NoCard("the store's server is gone")
         if not store.check([KEY]):
             raise NoCard("rank 0 has not published its hub")
         card = Card.decode(bytes(store.get(KEY)))
         if card.world != self._world:
             raise NoCard("rank 0 has not published its hub")
+        self._found = True
         return card
 
-
-def _hung_up(port: int) -> bool:
-    # c10d prints a warning with a backtrace when it finds that out by itself, whatever becomes of the exception.
-    clients = [sock for sock, is_client in addresses.connections(port) if is_client]
-    try:
-        return bool(clients) and all(_is_over(sock) for sock in clients)
-    finally:
-        for sock in clients:
-            sock.close()
+    def _hung_up(self, port: int) -> bool:
+        # c10d prints a warning with a backtrace when it finds that out by itself, whatever becomes of the exception.
+        found = addresses.connections(port)
+        try:
+            clients = [_is_over(sock) for sock, is_client in found if is_client]
+            # A connection that was reset has no other end any more, and is not found. Where nothing is ever found, the
+            # first time is worth it.
+            self._seen = self._seen or bool(clients)
+            return all(clients) if clients else self._seen or self._found
+        finally:
+            for sock, _ in found:
+                sock.close()
 
 
 def _is_over(sock: Any) -> bool:

@@ -22,6 +22,7 @@ from autoteardown.channel import sockets
 DAY = 86400.0
 _UCRED = 12  # struct ucred: pid, uid, gid
 _WAKE = 0  # no signal has this number
+_MANY = 64  # calls
 _PATIENCE = 0.5  # seconds for a thread that needs nothing but the GIL to come by
 
 Callback = Callable[[], object]
@@ -77,6 +78,7 @@ class Loop:
         self._poll = primitives.poll()
         self._poll.register(self._receiver.fileno(), select.POLLIN)
         self._watched: dict[int, Callable[[int], object]] = {}
+        self._fresh: set[int] = set()  # watched since the poll whose events are told just now
         self._calls: _queue.SimpleQueue[Callback] = _queue.SimpleQueue()
         self._timers: list[tuple[float, int, Timer]] = []
         self._count = itertools.count()
@@ -118,7 +120,10 @@ class Loop:
     def call(self, function: Callback) -> None:
         """Have the thread call this soon; in the order of the calls. From any thread, at any bytecode."""
         self._calls.put(function)
-        self.write(_WAKE)
+        # Where that many wait, somebody's byte is there already, and room has to be left for signals. A flag that a
+        # byte is on its way would not do: a thread may be frozen for good between the flag and the byte.
+        if self._calls.qsize() <= _MANY:
+            self.write(_WAKE)
 
     def at(self, seconds: float, function: Callback) -> Timer:
         """Have the thread call this in so many seconds. From any thread."""
@@ -131,6 +136,8 @@ class Loop:
 
     def watch(self, fd: int, events: int, callback: Callable[[int], object]) -> None:
         """Have the thread call `callback(events)` while there are such `poll` events; again to change them."""
+        if fd not in self._watched:
+            self._fresh.add(fd)
         self._watched[fd] = callback
         self._poll.register(fd, events)
         if not self.is_current:
@@ -176,10 +183,14 @@ class Loop:
             self._ended.release()
 
     def _turn(self) -> None:
-        for fd, events in self._poll.poll(self._wait()):
+        news = self._poll.poll(self._wait())
+        self._fresh.clear()
+        for fd, events in news:
             if fd == self._ends_fd:
                 self._read()
-            elif fd in self._watched:
+            elif (
+                fd in self._watched and fd not in self._fresh
+            ):  # else the news are of another file of this number
                 self._call_back(fd, events)
         for _ in range(self._calls.qsize()):
             _safely(self._calls.get())

@@ -6,7 +6,7 @@ import time
 
 import pytest
 from hosts import Net, needs, slow_line
-from talkers import Talk
+from talkers import Talk, expect_lost
 
 from autoteardown.channel import connection, hub, rendezvous, sockets
 
@@ -158,7 +158,7 @@ def test_a_host_that_loses_power(net, talk):
     ranks[2].kill()
     start = time.monotonic()
     for rank in ranks[:2]:
-        rank.expect("heard", "lost", [2, None], patience=NOTICED + 10)
+        expect_lost(rank, 2, NOTICED + 10)
     assert time.monotonic() - start < NOTICED + 5
     assert all_hear(ranks[:2], ranks[1], "notice") < 5
 
@@ -187,7 +187,7 @@ def test_a_host_that_was_away_is_back(net, talk):
     hosts = [net.host(number) for number in (1, 2)]
     ranks = spread(talk, hosts)
     hosts[1].pull()
-    ranks[0].expect("heard", "lost", [1, None], patience=NOTICED + 10)
+    expect_lost(ranks[0], 1, NOTICED + 10)
     ranks[1].expect("heard", "lost", 0, patience=NOTICED + 10)
     ranks[1].tell("post", "away", None)
     hosts[1].plug_in()

@@ -139,6 +139,7 @@ def main():
         elif what == "do":
             names.update(channel=channel, loop=loop, say=say, store=store)
             exec(rest[0], names)
+            say("done")
         elif what == "end":
             channels.close_all()
             return
