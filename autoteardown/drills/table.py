@@ -12,9 +12,9 @@ from autoteardown.timeline.stops import seconds
 
 HEAD = ("scenario", "protection", "verdict", "peers", "gone", "killed", "steps", "exit codes")
 LEGEND = (
-    "Peers: how long until the ranks without a signal were free; gone: until the last",
-    "rank was. Killed: SIGKILLed at the end of the grace period. Steps: where the ranks stopped; one number is",
-    "right. Exit codes by rank; TERM or KILL: ended by that signal.",
+    "Peers: how long until the ranks without a signal were free; gone: all of them.",
+    "Killed: SIGKILLed at the end of the grace period. Steps: where they stopped; one",
+    "number is right. Exit codes by rank; TERM or KILL: ended by that signal.",
 )
 
 
