@@ -11,8 +11,8 @@ import hashlib
 import html
 from collections.abc import Iterable
 
-# Neighbours can be told apart by the colour-blind, too. Bars need a contrast of 3:1 with the page, and the words in them
-# 4.5:1 with the bar (WCAG 1.4.11, 1.4.3).
+# Neighbours can be told apart by the colour-blind, too. Bars need a contrast of 3:1 with the page, and the words in
+# them 4.5:1 with the bar (WCAG 1.4.11, 1.4.3).
 PAPER = {"light": "#ffffff", "dark": "#14171c"}
 PHASES = {
     "light": {
