@@ -17,6 +17,7 @@ from autoteardown import settings
 from autoteardown.drills import display, page, processes, table
 from autoteardown.drills import run as drills
 from autoteardown.drills.command import CommandDrill
+from autoteardown.drills.control import ControlDrill
 from autoteardown.drills.environment import environment
 from autoteardown.drills.outcome import Outcome
 from autoteardown.drills.scenario import AGENT, PROTECTIONS, SCENARIOS
@@ -56,7 +57,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compare",
         action="store_true",
-        help="also without a handler, and with the one that scripts carry: drain, destroy, exit 0",
+        help="also without a handler, and with the one that scripts carry: drain, destroy, exit 0; a COMMAND of your "
+        "own: also with the agent off",
     )
     parser.add_argument("--html", type=Path, metavar="FILE", help="write it as one self-contained page, too")
     parser.add_argument("--json", action="store_true", help="print one JSON object; progress goes to stderr")
@@ -115,6 +117,8 @@ def _run(args: argparse.Namespace, folder: Path) -> int:
     clean = all(outcome.clean for outcome in outcomes if outcome.protection == AGENT)
     show.line()
     if any(outcome.ranks for outcome in outcomes):
+        show.line(table.headline(outcomes), "bold")
+        show.line()
         show.table(outcomes)
         show.line()
         for line in table.LEGEND:
@@ -170,7 +174,14 @@ def _command(args: argparse.Namespace, folder: Path, show: display.Display) -> l
     show.line(f"Fire drill: {' '.join(args.launch)}", "bold")
     show.line(f"From the signal to SIGKILL there are {grace:g} s; AUTOTEARDOWN_GRACE is the same.")
     drill = CommandDrill(args.launch, scenario, grace, args.ranks, args.start_timeout, after, folder, show)
-    return [drill.run()]
+    found = drill.run()
+    if not args.compare or not found.ranks:
+        return [found]
+    at = drill.evicted_after
+    control = ControlDrill(
+        args.launch, scenario, grace, len(found.ranks), args.start_timeout, at, folder / "control", show
+    )
+    return [control.run(), found]
 
 
 def _wanted(args: argparse.Namespace) -> list[str]:
@@ -192,10 +203,6 @@ def _introduction(args: argparse.Namespace, outcomes: list[Outcome]) -> str:
 def _check(args: argparse.Namespace) -> None:
     """What the options cannot say one by one."""
     if args.launch:
-        if args.compare:
-            args.fail(
-                "--compare: a COMMAND of your own has no other handler to compare with; leave one of them out"
-            )
         if args.scenario and args.scenario not in (["train"], ["pod"]):
             args.fail(
                 f"--scenario {','.join(args.scenario)}: a COMMAND of your own can only be drilled in one of: train, pod"

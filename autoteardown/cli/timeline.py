@@ -19,7 +19,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Draws the reports of a job (AUTOTEARDOWN_REPORT_DIR): one lane a rank, one bar a phase."
     )
-    parser.add_argument("dir", type=Path, metavar="DIR", help="folder of <host>-<pid>.json reports")
+    parser.add_argument("dir", type=Path, metavar="DIR", help="folder of the reports")
     parser.add_argument("-o", "--output", metavar="FILE", help="file to write; - for standard output")
     parser.add_argument(
         "--format",

@@ -34,6 +34,8 @@ class CommandDrill:
         after: seconds from then to the eviction.
     """
 
+    protection = AGENT
+
     def __init__(
         self,
         argv: Sequence[str],
@@ -55,12 +57,14 @@ class CommandDrill:
         self._display = display
         self._env = {**os.environ, "AUTOTEARDOWN": "1", **environment.settings(folder, grace)}
         self._settings = settings_of.load(self._env)[0]
+        self.evicted_after = 0.0  # seconds from the start to the eviction
         self._ranks: list[tuple[Record, processes.Process, RankOutcome]] = []
 
     def run(self) -> Outcome:
         """Start, evict, watch; what came of it."""
         self._display.line()
-        (self._folder / "reports").mkdir()
+        (self._folder / "reports").mkdir(parents=True)
+        self._started = time.monotonic()
         self._process = subprocess.Popen(
             self._argv,
             env=self._env,
@@ -68,8 +72,9 @@ class CommandDrill:
             stdout=sys.stderr,
             start_new_session=True,
         )
-        self._say(f"started, with the agent on: pid {self._process.pid}")
-        found = Outcome(self._scenario.name, AGENT, self._grace, [])
+        switch = "on" if self.protection == AGENT else "off"
+        self._say(f"started, with the agent {switch}: pid {self._process.pid}")
+        found = Outcome(self._scenario.name, self.protection, self._grace, [])
         try:
             problem = self._wait()
             if problem is None:
@@ -124,6 +129,7 @@ class CommandDrill:
         signum = self._settings.signals[0]
         name = signal.Signals(signum).name
         self._evicted_at = time.monotonic()
+        self.evicted_after = self._evicted_at - self._started
         signalled = self._settings.exit_code_for(signum)
         for _, _, rank in self._ranks:
             # Launchers pass signals on, and send some of their own when a first worker has failed.

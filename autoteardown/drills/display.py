@@ -98,12 +98,12 @@ class RichDisplay(Display):
         from rich.table import Table
         from rich.text import Text
 
-        view = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+        view = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
         for name in table.HEAD:
-            view.add_column(name, overflow="fold")
+            view.add_column(name, overflow="fold", no_wrap=name != "exit codes")
         for row in table.rows(outcomes):
-            good = row[-1].text == "clean"
-            styles = ["red" if cell.bad else "green" if good and cell is row[-1] else "" for cell in row]
+            good = row[2].text == "clean"
+            styles = ["red" if cell.bad else "green" if good and cell is row[2] else "" for cell in row]
             view.add_row(*(Text(cell.text, style=style) for cell, style in zip(row, styles)))
         self._console.print(view)
 

@@ -124,6 +124,19 @@ class Outcome:
         return max(known) if known and len(known) == len(ends) else None
 
     @property
+    def peers(self) -> list[RankOutcome]:
+        """The ranks that had no signal of the drill's: what an eviction should not take with it for minutes."""
+        return [rank for rank in self.ranks if not rank.signalled and not rank.lost]
+
+    @property
+    def peers_freed(self) -> float | None:
+        """Seconds from the first signal until the last of the peers was free; None: never, or there are none."""
+        ends = [rank.seconds for rank in self.peers]
+        if not ends or any(rank.hanging for rank in self.peers):
+            return None
+        return max((end for end in ends if end is not None), default=None)
+
+    @property
     def hanging(self) -> int:
         """How many ranks were left hanging."""
         return sum(rank.hanging for rank in self.ranks)
@@ -181,6 +194,7 @@ class Outcome:
             "clean": self.clean,
             "problems": self.wrong,
             "seconds": self.last_exit,
+            "peers_freed": self.peers_freed,
             "hanging": self.hanging,
             "sigkilled": self.sigkilled,
             "checkpoint": self.checkpoint,

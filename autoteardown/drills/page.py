@@ -15,6 +15,7 @@ def html(outcomes: Sequence[Outcome], introduction: str) -> str:
     """The whole page."""
     parts = [
         "<h1>Fire drill</h1>",
+        f'<p class="story">{page.esc(table.headline(outcomes))}</p>',
         f'<p class="soft">{page.esc(introduction)}</p>',
         page.table(table.HEAD, ([_cell(cell) for cell in row] for row in table.rows(outcomes))),
         f'<p class="soft">{page.esc(" ".join(table.LEGEND))}</p>',

@@ -50,17 +50,18 @@ class Scenario(NamedTuple):
 SCENARIOS = {
     scenario.name: scenario
     for scenario in (
-        Scenario("train", "one rank gets SIGTERM in the middle of training"),
-        Scenario(
-            "pod",
-            "torchrun gets SIGTERM while rank 0 writes a checkpoint, and passes it on to all ranks",
-            whole_pod=True,
-        ),
+        # First what people know from their clusters: one rank goes, and the job hangs.
         Scenario(
             "stuck",
             "rank 0 waits in a collective that the others never join, and gets SIGTERM",
             stage="waiting",
             least=2,
+        ),
+        Scenario("train", "one rank gets SIGTERM in the middle of training"),
+        Scenario(
+            "pod",
+            "torchrun gets SIGTERM while rank 0 writes a checkpoint, and passes it on to all ranks",
+            whole_pod=True,
         ),
         Scenario(
             "init",

@@ -6,16 +6,15 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
-from autoteardown.drills.outcome import CUT, Outcome
+from autoteardown.drills.outcome import Outcome
+from autoteardown.drills.scenario import AGENT
 from autoteardown.timeline.stops import seconds
 
-HEAD = (
-    "scenario", "protection", "exit codes", "last exit", "hanging", "SIGKILLed", "checkpoint", "last step", "verdict",
-)  # fmt: skip
+HEAD = ("scenario", "protection", "verdict", "peers", "gone", "killed", "steps", "exit codes")
 LEGEND = (
-    "Exit codes by rank, from rank 0 on; SIGTERM or SIGKILL: ended by it. Last exit: time since the first signal.",
-    "Hanging: without a signal of its own, and still there at the end of the grace period.",
-    "SIGKILLed: had the signal, and was still there. Last step: where the ranks stopped; one number is right.",
+    "Peers: how long until the ranks without a signal were free; gone: all of them.",
+    "Killed: SIGKILLed at the end of the grace period. Steps: where they stopped; one",
+    "number is right. Exit codes by rank; TERM or KILL: ended by that signal.",
 )
 
 
@@ -42,28 +41,51 @@ def lines(outcomes: Sequence[Outcome]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in table]
 
 
+def headline(outcomes: Sequence[Outcome]) -> str:
+    """What it came to, in a sentence or two: first that of the first scenario in which another protection failed."""
+    agents = [outcome for outcome in outcomes if outcome.protection == AGENT]
+    bad = [outcome for outcome in agents if not outcome.clean]
+    if not agents:
+        return ""
+    said = "With the agent, everything came out clean." if not bad else (
+        f"With the agent, {len(bad)} of {len(agents)} scenarios did not come out clean."
+    )  # fmt: skip
+    for outcome in outcomes:
+        mate = next((each for each in agents if each.scenario == outcome.scenario and each.clean), None)
+        if mate is None or outcome.protection == AGENT or not outcome.hanging:
+            continue
+        count = outcome.hanging
+        who = "a peer was" if count == 1 else f"{count} peers were"
+        freed = mate.peers_freed
+        after = f"free after {seconds(freed)}" if freed is not None else "free in time"
+        return (
+            f"{outcome.scenario}: with {outcome.label} {who} still there when the {outcome.grace:g} s of grace were "
+            f"over; with the agent, {'it was' if count == 1 else 'they were'} {after}. {said}"
+        )
+    return said
+
+
 def _cells(outcome: Outcome) -> list[Cell]:
     if not outcome.ranks:
-        return [Cell(outcome.label), *[Cell("-")] * 6, Cell("no drill", True)]
+        return [Cell(outcome.label), Cell("no drill", True), *[Cell("-")] * 5]
     wrong = any(rank.problem for rank in outcome.ranks)
-    lasted = outcome.last_exit
+    lasted, freed = outcome.last_exit, outcome.peers_freed
     steps = sorted(set(outcome.steps))
     return [
         Cell(outcome.label),
-        Cell(_codes(outcome), wrong),
-        Cell("never" if lasted is None else seconds(lasted), lasted is None or lasted > outcome.grace),
-        Cell(str(outcome.hanging), outcome.hanging > 0),
-        Cell(str(outcome.sigkilled), outcome.sigkilled > 0),
-        Cell(outcome.checkpoint or "-", outcome.checkpoint == CUT),
-        Cell(" / ".join(map(str, steps)) or "-", len(steps) > 1),
         Cell("clean" if outcome.clean else "not clean", not outcome.clean),
+        Cell("-" if not outcome.peers else "never" if freed is None else seconds(freed), outcome.hanging > 0),
+        Cell("never" if lasted is None else seconds(lasted), lasted is None or lasted > outcome.grace),
+        Cell(str(outcome.sigkilled), outcome.sigkilled > 0),
+        Cell("-" if not steps else str(steps[0]) if len(steps) == 1 else "differ", len(steps) > 1),
+        Cell(_codes(outcome), wrong),
     ]
 
 
 def _codes(outcome: Outcome) -> str:
     """`0, 143`; with many ranks `0, 143 (x7)`."""
-    endings = [rank.ending for rank in outcome.ranks]
-    if len(endings) <= 4:
+    endings = [rank.ending.replace("SIG", "") for rank in outcome.ranks]
+    if len(endings) <= 2:
         return ", ".join(endings)
     runs = [(ending, len(list(run))) for ending, run in groupby(endings)]
     return ", ".join(f"{ending} (x{count})" if count > 1 else ending for ending, count in runs)

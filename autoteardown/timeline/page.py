@@ -11,29 +11,30 @@ import hashlib
 import html
 from collections.abc import Iterable
 
-# Bars need a contrast of 3:1 with the page, and the words in them 4.5:1 with the bar (WCAG 1.4.11, 1.4.3).
+# Neighbours can be told apart by the colour-blind, too. Bars need a contrast of 3:1 with the page, and the words in
+# them 4.5:1 with the bar (WCAG 1.4.11, 1.4.3).
 PAPER = {"light": "#ffffff", "dark": "#14171c"}
 PHASES = {
     "light": {
         "yield": "#6b7280",
-        "step": "#0067a3",
-        "park": "#7657cf",
+        "step": "#005a94",
+        "park": "#7a5ad6",
         "drain": "#007a5e",
-        "quiet": "#806600",
+        "quiet": "#8a6d00",
         "destroy": "#a83f82",
-        "abort": "#c24400",
+        "abort": "#8c1a00",
         "exit": "#3d4450",
         "other": "#5b6472",
     },
     "dark": {
         "yield": "#9aa1ad",
-        "step": "#4ea8e0",
-        "park": "#a894f5",
+        "step": "#86cdf7",
+        "park": "#957cf0",
         "drain": "#35c29a",
-        "quiet": "#d6b33c",
-        "destroy": "#e487c0",
-        "abort": "#ff8a4c",
-        "exit": "#c6ccd6",
+        "quiet": "#e0c04a",
+        "destroy": "#f5a9d6",
+        "abort": "#f0622a",
+        "exit": "#8b93a1",
         "other": "#aab2be",
     },
 }

@@ -181,7 +181,10 @@ def test_everything_compared(start):
     drill = start("--compare")
     assert drill.wait() == 0, drill.stdout + drill.stderr
     _, _, rows = drill.stdout.partition("\nscenario ")
-    verdicts = [line.endswith("not clean") for line in rows.splitlines() if line.endswith("clean")]
+    verdicts = [
+        "not clean" in line for line in rows.splitlines() if "  clean " in line or "  not clean " in line
+    ]
+    assert max(map(len, rows.splitlines())) <= 80, drill.stdout
     assert len(verdicts) == 3 * len(SCENARIOS) and not any(verdicts[2::3]), drill.stdout
     for name in ("stuck", "init"):
         assert verdicts[3 * list(SCENARIOS).index(name) + 1], drill.stdout
@@ -208,6 +211,18 @@ def test_the_example_script(start):
     assert found["clean"] and found["backend"] == "gloo"
     assert [rank["exit_code"] for rank in found["ranks"]] == [143, 0]
     assert [report["outcome"] for report in found["reports"]] == ["clean", "clean"]
+
+
+def test_a_command_compared(start):
+    """The same command with the agent off: its ranks are found without a registry, and evicted as late."""
+    words = (sys.executable, *TORCHRUN, EXAMPLE)
+    drill = start("--compare", "--json", "--grace", GRACE, "--after", 2, "--", *words)
+    assert drill.wait("autoteardown*") == 0, drill.stderr
+    control, found = json.loads(drill.stdout)["outcomes"]
+    assert (control["protection"], found["protection"]) == (NO_HANDLER, AGENT)
+    assert found["clean"] and not control["clean"] and control["reports"] == []
+    assert [rank["rank"] for rank in control["ranks"]] == [0, 1]
+    assert [rank["signalled"] for rank in control["ranks"]] == [False, True]
 
 
 @pytest.mark.slow
@@ -273,8 +288,8 @@ def test_a_job_that_does_not_get_going(start):
     [
         ("--ranks 0", "argument --ranks: '0' is not a whole number from 1 to 64"),
         ("--ranks two", "argument --ranks: 'two' is not a whole number from 1 to 64"),
-        ("--scenario quake", "argument --scenario: 'quake' is none of train, pod, stuck, init, peer-lost"),
-        ("--scenario train,", "argument --scenario: '' is none of train"),
+        ("--scenario quake", "argument --scenario: 'quake' is none of stuck, train, pod, init, peer-lost"),
+        ("--scenario train,", "argument --scenario: '' is none of stuck"),
         ("--scenario stuck --ranks 1", "--ranks 1: the scenario stuck needs at least 2"),
         ("--scenario all --ranks 1", "--ranks 1: the scenario stuck needs at least 2"),
         ("--compare --ranks 1", "--ranks 1: the scenario stuck needs at least 2"),
@@ -288,7 +303,6 @@ def test_a_job_that_does_not_get_going(start):
         ("--html /", "--html '/': not a file in a folder that exists"),
         ("--after 3", "--after: only for a COMMAND of your own"),
         ("-- no-such-program", "COMMAND 'no-such-program': no such program"),
-        ("--compare -- true", "--compare: a COMMAND of your own"),
         (
             "--scenario init -- true",
             "--scenario init: a COMMAND of your own can only be drilled in one of: train, pod",
@@ -358,8 +372,7 @@ def test_what_is_not_clean(changes, wrong):
     assert not found.clean
     assert any(line.startswith(wrong) for line in found.wrong), found.wrong
     (row,) = table.rows([found])
-    assert sum(cell.bad for cell in row) >= 2
-    assert row[-1].text == "not clean"
+    assert row[2].text == "not clean" and row[2].bad
 
 
 def test_no_report_is_not_clean(tmp_path):
@@ -395,10 +408,54 @@ def test_checkpoints(tmp_path):
     assert look_at_checkpoint(path) == CUT
 
 
+def hanging(protection=NO_HANDLER):
+    """Rank 0 was SIGKILLed, its peer hangs."""
+    ranks = [
+        RankOutcome(0, 1, -9, 10.01, {0}, signalled=True, sigkilled=True),
+        RankOutcome(1, 2, None, None, {143}, hanging=True),
+    ]
+    return Outcome("stuck", protection, 10.0, ranks)
+
+
+def freed():
+    """With the agent, both were out."""
+    ranks = [RankOutcome(0, 1, 0, 0.2, {0}, signalled=True), RankOutcome(1, 2, 143, 0.12, {143})]
+    return Outcome("stuck", AGENT, 10.0, ranks)
+
+
+def test_the_headline_is_what_the_agent_is_for():
+    """The hang, and how long it took to free the peers."""
+    assert table.headline([hanging(), hanging(HAND_WRITTEN), freed()]) == (
+        "stuck: with no handler a peer was still there when the 10 s of grace were over; with the agent, it was free "
+        "after 120 ms. With the agent, everything came out clean."
+    )
+    assert table.headline([freed()]) == "With the agent, everything came out clean."
+    assert table.headline([hanging(AGENT)]) == "With the agent, 1 of 1 scenarios did not come out clean."
+    text = page.html([hanging(), freed()], "two ranks")
+    assert text.index('class="story"') < text.index("<table>") < text.index("<svg y=")
+
+
+def test_the_table_fits_into_80_columns():
+    """Also with the longest of everything."""
+    wide = [hanging(HAND_WRITTEN), freed()]
+    for each in wide:
+        each.scenario, each.compares_steps = "peer-lost", True
+        each.ranks[0].step, each.ranks[1].step = 123456, 123457
+    assert max(map(len, [*table.lines(wide), *table.LEGEND])) <= 80
+
+
+def test_peers_freed():
+    """Never, where one hangs; not said, where all had the signal."""
+    assert (hanging().peers_freed, freed().peers_freed) == (None, 0.12)
+    assert [row[3].text for row in table.rows([hanging(), freed()])] == ["never", "120 ms"]
+    alone = Outcome("pod", AGENT, 10.0, [RankOutcome(0, 1, 0, 0.2, {0}, signalled=True)])
+    assert table.rows([alone])[0][3].text == "-"
+
+
 def test_many_ranks_in_the_table():
     """Long lists of codes are folded."""
     many = Outcome("train", AGENT, 10.0, [RankOutcome(n, n, 143, 0.1, {143}) for n in range(8)])
-    assert table.rows([many])[0][2].text == "143 (x8)"
+    assert table.rows([many])[0][-1].text == "143 (x8)"
 
 
 @pytest.mark.parametrize(
@@ -490,6 +547,6 @@ def test_rich_on_a_terminal(monkeypatch):
         "SIGTERM to rank 1 [pid 4711]",
         "training, step 3",
         "clean: all out 200 ms",
-        "143, SIGKILL",
+        "143, KILL",
     ):
         assert words in plain

@@ -2,13 +2,12 @@
 
 import itertools
 import os
-import shutil
 import signal
-import subprocess
 import time
 
 import pytest
 from harness import AGENT, GRACE, HANDWRITTEN, NONE, SHORT, SIGTERM, alive, stat, wait_until
+from namespaces import in_pid_namespace
 
 # All the bounds of a wedged rank: it parks, drains and leaves within them, far from the hard deadline.
 ALONE = {"AUTOTEARDOWN_PEERS": "off"}
@@ -303,11 +302,6 @@ def test_finally_and_atexit_run(job):
 
 def test_pid_1(job):
     """Issue 2: as PID 1 of a PID namespace, where the kernel drops a SIGTERM without a handler."""
-    if (
-        shutil.which("unshare") is None
-        or subprocess.run(["unshare", "-pf", "--mount-proc", "true"]).returncode
-    ):
-        pytest.skip("this user may not make a PID namespace")
     program = """
         import os, time
         import torch.distributed as dist
@@ -315,7 +309,7 @@ def test_pid_1(job):
         print("pid", os.getpid(), flush=True)
         time.sleep(3600)
     """
-    launcher = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child")
+    launcher = in_pid_namespace()
     ranks = [job.start(program, mode=mode, launcher=launcher, fresh=True) for mode in (AGENT, NONE)]
     for rank in ranks:
         rank.wait_for("^pid 1$")

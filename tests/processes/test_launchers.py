@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from harness import HANDWRITTEN, NONE, SIGTERM, environment, free_port, wait_until
+from namespaces import in_pid_namespace
 
 # Without it, torchrun keeps one store for all attempts. A rank then finds the addresses of the last attempt in there,
 # and with gloo it fails or hangs in init, agent or not (pytorch/pytorch#135712, #167288).
@@ -181,17 +182,16 @@ def test_control_plain_python(job):
 
 # -- a shell as PID 1 -----------------------------------------------------------------------------------------------
 
-UNSHARE = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
 # Something after the command: a shell that has nothing else to do becomes the command.
-SHELL = (*UNSHARE, "sh", "-c", '"$0" "$@"; echo "torchrun ended with $?"; sleep 600')
+SHELL = ("sh", "-c", '"$0" "$@"; echo "torchrun ended with $?"; sleep 600')
 
 
 def pod(job, **options):
     """A container whose PID 1 is a shell that has started torchrun. Returns it, and what runs a command in there."""
-    if not shutil.which("nsenter") or subprocess.run([*UNSHARE, "true"], check=False).returncode:
-        pytest.skip("this user may not make a PID namespace")
+    if not shutil.which("nsenter"):
+        pytest.skip("no nsenter here")
     python = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    container = job.start("stuck.py", launcher=SHELL, python=python, **options)
+    container = job.start("stuck.py", launcher=(*in_pid_namespace(), *SHELL), python=python, **options)
     wait_until(lambda: container.stdout.count("ready") == 2 or not container.running, "both ranks")
     (shell,) = map(int, Path(f"/proc/{container.pid}/task/{container.pid}/children").read_text().split())
     os.kill(shell, SIGTERM)  # what the platform does: nobody hears it

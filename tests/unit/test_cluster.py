@@ -134,6 +134,16 @@ def test_kyverno_gets_the_same_expressions() -> None:
 
 
 @POLICIES
+def test_the_expressions_have_the_types_that_an_api_server_asks_for(policy: Pod) -> None:
+    """Checked when a policy is created: a list of patches, and truth or falsehood, not something dynamic."""
+    for mutation in policy["spec"]["mutations"]:
+        found = CEL.compile(mutation["jsonPatch"]["expression"]).return_type()
+        assert found == cel.Type.List(cel.Type("JSONPatch")), found.name()
+    for condition in policy["spec"]["matchConditions"]:
+        assert CEL.compile(condition["expression"]).return_type() == cel.Type.BOOL
+
+
+@POLICIES
 def test_a_failure_of_the_policy_costs_no_job(policy: Pod) -> None:
     assert policy["spec"]["failurePolicy"] == "Ignore"
 

@@ -21,6 +21,7 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
+from namespaces import in_pid_namespace
 from pod_security import problems_under_restricted
 
 from autoteardown import settings
@@ -497,18 +498,6 @@ def base_image(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return make
 
 
-def unshare() -> list[str]:
-    """The words that put a command into a PID namespace of its own, as process 1; skips where that is forbidden."""
-    words = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child=SIGKILL"]
-    for command in (words, [*words[:1], "--user", "--map-root-user", *words[1:]]):
-        try:
-            if subprocess.run([*command, "true"], capture_output=True, timeout=20).returncode == 0:
-                return command
-        except OSError:
-            break
-    pytest.skip("no PID namespaces here")
-
-
 class Pod:
     """A container's process, as process 1 of a PID namespace."""
 
@@ -531,7 +520,7 @@ class Pod:
             "AUTOTEARDOWN_TERMINATION_LOG": str(self.termination),
         }
         self.process = subprocess.Popen(
-            [*unshare(), str(python), *arguments],
+            [*in_pid_namespace(), str(python), *arguments],
             cwd=folder,
             env={"PATH": "/usr/bin:/bin", "HOME": str(folder), "OMP_NUM_THREADS": "1", **env, **world, **own},
             stdout=self.said.open("wb"),

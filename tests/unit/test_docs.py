@@ -1,11 +1,19 @@
 """The docs say what the code says."""
 
+import argparse
+import ast
+import importlib
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
+from harness import LOG_LINE
+
+from autoteardown import settings
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -53,3 +61,73 @@ def test_the_versions_on_the_compatibility_page_are_the_ones_installed():
     assert len(pinned) > 10
     for name, version in pinned:
         assert version in COMPATIBILITY, f"{name} {version}"
+
+
+def blocks(language):
+    """The fenced blocks of a language on all pages, with the name of the page."""
+    for page in PAGES:
+        for text in re.findall(rf"^```{language}\n(.*?)^```", page.read_text("utf-8"), re.M | re.S):
+            yield page.name, text
+
+
+def commands():
+    """Every command line on the pages, without comments and continuations."""
+    for page, text in blocks("sh"):
+        for line in text.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            while words and (words[0] == "export" or re.fullmatch(r"[A-Z_]+=.*", words[0])):
+                del words[0]
+            if words and not re.fullmatch(r"[A-Z_]+=.*", words[0]):
+                yield page, words
+
+
+COMMANDS = [pytest.param(words, id=f"{page}: {' '.join(words)}"[:90]) for page, words in commands()]
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_the_commands_can_be_given(words):
+    """Ours are parsed by the program itself, `make` is asked what it would do, files that are named are there."""
+    if words[:3] == ["python", "-m", "autoteardown"]:
+        words = words[2:]
+    if words[0] == "autoteardown":
+        parser = argparse.ArgumentParser()
+        importlib.import_module(f"autoteardown.cli.{words[1]}").configure(parser)
+        parser.parse_args(words[2:])
+    elif words[0] == "make":
+        run = subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+    else:
+        # Others' commands: at least what they name of ours exists.
+        assert words[0] in {"docker", "kubectl", "pip", "python", "sbatch", "srun", "torchrun"}, words
+    for word in words[1:]:
+        if word.startswith(("docker/", "docs/", "tests/", "examples/", "benchmarks/")):
+            assert (ROOT / word.split(" ")[0]).exists(), word
+
+
+def test_there_are_commands_on_the_pages():
+    assert len(COMMANDS) > 20
+
+
+@pytest.mark.parametrize(("page", "text"), [*blocks("yaml"), *blocks("yml")])
+def test_the_yaml_on_the_pages_is_yaml(page, text):
+    assert yaml.safe_load(text)
+
+
+@pytest.mark.parametrize(("page", "text"), [*blocks("python")])
+def test_the_python_on_the_pages_is_python(page, text):
+    ast.parse(text)
+
+
+@pytest.mark.parametrize(("page", "text"), [*blocks("text")])
+def test_the_log_lines_on_the_pages_have_the_form_of_ours(page, text):
+    for line in text.splitlines():
+        if line.startswith("autoteardown rank="):
+            assert LOG_LINE.match(line), line
+
+
+def test_every_variable_on_the_pages_is_one():
+    """Settings that do not exist, or no longer."""
+    others = {"AUTOTEARDOWN_TEST_CRDS"}
+    for page in PAGES:
+        named = set(re.findall(r"\bAUTOTEARDOWN_[A-Z_]+[A-Z]\b", page.read_text("utf-8")))
+        assert {name for name in named - others if not settings.known(name)} == set(), page.name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -104,6 +105,26 @@ def test_the_site_has_every_page() -> None:
     pages = {path.name for path in (ROOT / "docs").glob("*.md")}
     assert set(re.findall(r"^\s+- ([\w-]+\.md)$", mkdocs, re.M)) - {"index.md"} == pages
     assert f"repo_url: {SOURCE}\n" in mkdocs
+
+
+def test_the_site_can_be_built(tmp_path: Path) -> None:
+    """Strictly: a link that leads nowhere is an error."""
+    pytest.importorskip("material", reason="mkdocs-material is in the group docs (make docs)")
+    command = [
+        sys.executable,
+        "-m",
+        "mkdocs",
+        "build",
+        "--strict",
+        "--quiet",
+        "--site-dir",
+        tmp_path / "site",
+    ]
+    run = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    )
+    assert run.returncode == 0, run.stderr
+    assert "Into forty images" in (tmp_path / "site" / "cluster" / "index.html").read_text("utf-8")
 
 
 def test_the_changelog_keeps_its_form() -> None:

@@ -1,6 +1,5 @@
 """The registry of a node: who is in it, who is not, and what others may do to its folder."""
 
-import contextlib
 import json
 import os
 import shutil
@@ -13,6 +12,7 @@ import time
 
 import pytest
 from harness import NONE, wait_until
+from namespaces import in_pid_namespace
 
 from autoteardown.node import folder, procfs, registry
 from autoteardown.node.record import own_name
@@ -464,14 +464,6 @@ def test_entries_of_other_containers_are_neither_ours_nor_removed(runtime, part)
     assert registry.elsewhere(str(runtime)) == 2
 
 
-def can_unshare():
-    command = ["unshare", "--pid", "--fork", "--mount-proc", "true"]
-    with contextlib.suppress(OSError):
-        return subprocess.run(command, capture_output=True).returncode == 0
-    return False
-
-
-@pytest.mark.skipif(not can_unshare(), reason="needs unshare, and the right to make a pid namespace")
 def test_containers_that_share_a_folder_do_not_see_each_other(runtime, job):
     program = """
         import os, sys, signal
@@ -480,7 +472,7 @@ def test_containers_that_share_a_folder_do_not_see_each_other(runtime, job):
         print(os.getpid(), [record.rank for record in registry.read(sys.argv[1])], flush=True)
         signal.pause()
     """
-    launcher = ("unshare", "--pid", "--fork", "--mount-proc")
+    launcher = in_pid_namespace()
     enter(runtime, rank=9)
     for rank in (1, 2):
         job.start(program, runtime, rank, mode=NONE, fresh=True, launcher=launcher).wait_for(

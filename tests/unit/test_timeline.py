@@ -6,6 +6,7 @@ import argparse
 import base64
 import hashlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -575,6 +576,54 @@ def test_the_colours_can_be_told_from_the_page_and_read(scheme: str) -> None:
         )  # the phase's name is written in the bar in the page's colour
     for words in (page.INK, page.SOFT, page.BAD):
         assert contrast(words[scheme], paper) >= 4.5
+
+
+# What a dichromat sees of linear RGB (Machado, Oliveira and Fernandes, 2009, severity 1).
+DICHROMATS = {
+    "nobody": [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
+    "protan": [
+        [0.152286, 1.052583, -0.204868],
+        [0.114503, 0.786281, 0.099216],
+        [-0.003882, -0.048116, 1.051998],
+    ],
+    "deutan": [
+        [0.367322, 0.860646, -0.227968],
+        [0.280085, 0.672501, 0.047413],
+        [-0.011820, 0.042940, 0.968881],
+    ],
+    "tritan": [
+        [1.255528, -0.076749, -0.178779],
+        [-0.078411, 0.930809, 0.147602],
+        [0.004733, 0.691367, 0.303900],
+    ],
+}
+# Phases that follow each other in a lane.
+NEIGHBOURS = (
+    "yield-step step-park park-drain park-abort drain-quiet drain-abort abort-quiet quiet-destroy quiet-exit"
+)
+
+
+def lab(colour: str, seen: list[list[float]]) -> tuple[float, float, float]:
+    """A colour in CIELAB, as it is seen."""
+    parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    r, g, b = (min(1.0, max(0.0, sum(m * c for m, c in zip(row, linear)))) for row in seen)
+    xyz = (
+        (0.4124 * r + 0.3576 * g + 0.1805 * b) / 0.95047,
+        0.2126 * r + 0.7152 * g + 0.0722 * b,
+        (0.0193 * r + 0.1192 * g + 0.9505 * b) / 1.08883,
+    )
+    x, y, z = (value ** (1 / 3) if value > 0.008856 else 7.787 * value + 16 / 116 for value in xyz)
+    return 116 * y - 16, 500 * (x - y), 200 * (y - z)
+
+
+@pytest.mark.parametrize("eyes", DICHROMATS)
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_neighbours_can_be_told_apart_by_everybody(scheme: str, eyes: str) -> None:
+    colours = page.PHASES[scheme]
+    for pair in [*NEIGHBOURS.split(), "destroy-exit", "abort-exit"]:
+        one, other = (lab(colours[name], DICHROMATS[eyes]) for name in pair.split("-"))
+        assert math.dist(one, other) > 12, pair
 
 
 @pytest.mark.parametrize("phase", ["yield", "step", "park", "drain", "quiet", "destroy", "abort", "exit"])
