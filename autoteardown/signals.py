@@ -274,7 +274,7 @@ class Tap:
             self.look_again()
             return
         from autoteardown.boundary import guarded
-        from autoteardown.rank.loop import Loop
+        from autoteardown.channel.loop import Loop
 
         def quiet() -> None:
             self.look_again()

@@ -53,7 +53,7 @@ def simulate(pipe: Any, port: int, ranks: range, world: int) -> None:
     import torch.distributed as dist
 
     from autoteardown.channel.channel import Channel
-    from autoteardown.rank.loop import Loop
+    from autoteardown.channel.loop import Loop
 
     first = ranks[0] == 0
     if not first:  # many ranks in one process: these are no rank's own limits

@@ -19,7 +19,7 @@ from autoteardown.channel.hub import Hub
 from autoteardown.channel.messages import encode, kind_of
 
 if TYPE_CHECKING:
-    from autoteardown.rank.loop import Loop
+    from autoteardown.channel.loop import Loop
 
 _PATIENCE = 0.5  # seconds for the loop thread, which needs nothing but the GIL, to come by
 _PUBLISH_AGAIN = 2.0  # seconds

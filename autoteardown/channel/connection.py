@@ -19,8 +19,8 @@ from autoteardown.channel.messages import Malformed, encode, kind_of, whole
 from autoteardown.channel.sockets import READ, Ended
 
 if TYPE_CHECKING:
+    from autoteardown.channel.loop import Loop, Timer
     from autoteardown.channel.rendezvous import Card, Desk
-    from autoteardown.rank.loop import Loop, Timer
 
 Deliver = Callable[[str, Any], object]
 

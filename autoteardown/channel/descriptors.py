@@ -18,7 +18,7 @@ from autoteardown.boundary import failed
 from autoteardown.channel import sockets
 
 if TYPE_CHECKING:
-    from autoteardown.rank.loop import Loop
+    from autoteardown.channel.loop import Loop
 
 SPARE = 256
 """Descriptors that the hub leaves to the program."""

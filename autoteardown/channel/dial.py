@@ -11,8 +11,8 @@ from autoteardown.channel.sockets import Ended, Stream
 from autoteardown.node.record import printable, text
 
 if TYPE_CHECKING:
+    from autoteardown.channel.loop import Loop, Timer
     from autoteardown.channel.rendezvous import Card
-    from autoteardown.rank.loop import Loop, Timer
 
 _STAGGER = 0.25  # seconds until the next address is tried as well
 _TIMEOUT = 8.0  # seconds for one address: time for three lost packets that would open the connection

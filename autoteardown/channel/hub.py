@@ -20,8 +20,8 @@ from autoteardown.channel.said import Said
 from autoteardown.channel.sockets import READ, Ended, Stream
 
 if TYPE_CHECKING:
+    from autoteardown.channel.loop import Loop, Timer
     from autoteardown.channel.rendezvous import Card
-    from autoteardown.rank.loop import Loop, Timer
 
 GUESTS = 32
 """So many connections more than ranks that are missing may be there without having shown the token."""

@@ -8,11 +8,10 @@ import sys
 import threading
 
 from autoteardown import primitives
-from autoteardown.rank import threads
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
     from typing import Any
 
 _METHODS_ARE_CALLED_IN = "/ray/_private/function_manager.py"
@@ -33,12 +32,13 @@ def call_abort_off() -> None:
         signal.alarm(0)
 
 
-def waits_for_method(loop: Any, parked: Iterable[int] = ()) -> bool:
+def waits_for_method(inside: Callable[[str], list[int]], loop: Any, parked: Iterable[int] = ()) -> bool:
     """Whether a SystemExit would not end the process: Ray waits for the methods of an actor that still run.
 
     Those on the main thread and on parked threads leave by themselves.
 
     Args:
+        inside: tells which threads are in a function of a file.
         loop: the event loop of the thread that called init, if it has one: then the actor is an async one.
         parked: identities of threads.
     """
@@ -46,7 +46,7 @@ def waits_for_method(loop: Any, parked: Iterable[int] = ()) -> bool:
     if not _is_ray():
         return False
     # Those of threaded actors and concurrency groups are on threads of a pool.
-    if set(threads.inside(_METHODS_ARE_CALLED_IN)).difference(parked, [primitives.main_ident()]):
+    if set(inside(_METHODS_ARE_CALLED_IN)).difference(parked, [primitives.main_ident()]):
         return True
     if loop is None or asyncio is None:
         return False

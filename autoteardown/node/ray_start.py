@@ -105,9 +105,9 @@ def drain_node() -> None:
 
 
 def _say(text: str) -> None:
-    from autoteardown.stop import report
+    from autoteardown import stderr
 
-    report.say(f"autoteardown: ray start: {text}")  # dropped rather than waited for, if the pipe is full
+    stderr.say(f"autoteardown: ray start: {text}")  # dropped rather than waited for, if the pipe is full
 
 
 def _real(handler: Any) -> Any:

@@ -6,20 +6,18 @@ the world becomes known, and the channel to its other ranks is opened, when that
 
 from __future__ import annotations
 
-import _queue
 import os
-import signal
 import sys
 from typing import Any, Callable, Optional
 
-from autoteardown import settings, signals
 from autoteardown.boundary import failed, guarded
 from autoteardown.channel import channel as channels
 from autoteardown.frameworks import ray
+from autoteardown.node.record import printable, text, whole
 from autoteardown.primitives import allocate_lock, get_ident
-from autoteardown.rank import backends, callbacks, gate, stepping
+from autoteardown.rank import backends, callbacks, stepping
+from autoteardown.rank.armed import Armed
 from autoteardown.rank.hands import RankHands
-from autoteardown.rank.identity import Identity
 from autoteardown.rank.lost import Watch
 from autoteardown.rank.main_thread import MainThread
 from autoteardown.stop.council import Council
@@ -29,26 +27,15 @@ _GOODBYE = 0.2  # seconds for the others to hear that this rank has left by itse
 _LAST = 3.0  # seconds that the hub stays for the others when its application has ended by itself
 
 
-class Guard:
-    """The guard of this process, whose rank may come and go with each init and destroy."""
+class Guard(Armed):
+    """The guard of this process."""
 
     def __init__(self, real_destroy: Callable[[], object]) -> None:
-        self.real_destroy = real_destroy
-        self.settings, problems = settings.load(os.environ)
-        self.identity = Identity(self.settings)
-        for problem in problems:
-            self.identity.log.line(problem)
-        self.tap = signals.install(signal)
-        self.joined = False
-        self.teardown: Optional[Teardown] = None
-        self.channel: Optional[channels.Channel] = None
-        self.events: _queue.SimpleQueue[tuple[str, Any]] = _queue.SimpleQueue()
-        self.gate = gate.renew(self.events.put, backends.sequence_numbers, backends.current_devices)
+        super().__init__(real_destroy)
         self.main = MainThread(self)
         self._begun = allocate_lock()
         self._gone = allocate_lock()  # released when all others have left
         self._gone.acquire()
-        self._signum: Optional[int] = None
         self._watch: Optional[Watch] = None
         self._finalized = False
         self._hooks: Optional[stepping.Hooks] = None
@@ -117,13 +104,6 @@ class Guard:
                 self._gone.acquire(timeout=_LAST)
         channel.close()
 
-    @property
-    def alone(self) -> str:
-        """Why the peers cannot be told; empty if they can."""
-        if self.channel is not None:
-            return self.channel.why
-        return "AUTOTEARDOWN_PEERS is off" if not self.settings.peers else "the agent's thread has ended"
-
     # -- what makes it stop -----------------------------------------------------------------------------------------
 
     def _hear(self, kind: str, value: Any) -> None:
@@ -160,7 +140,7 @@ class Guard:
             if self.teardown is not None:
                 self.teardown.also_signalled(signum)
             elif self._begun.acquire(False):
-                self._signum = signum
+                self.signum = signum
                 own = {"rank": self.identity.rank, "host": self.identity.host, "pid": os.getpid()}
                 self._begin("signal", signum, own)
                 return self.main.defers(signum)
@@ -176,16 +156,11 @@ class Guard:
         owner = self.main.owner(signum or self.settings.signals[0])
         if cause == "peer" and self.settings.handlers == "alone":
             owner = False
-        hands = RankHands(self, self.events, owner)
+        hands = RankHands(self, self.main, owner)
         self.teardown = Teardown(hands, cause, signum, _origin(origin) if cause == "peer" else origin)
         if self.channel is not None and not self.channel.connected:
             self.events.put(("down", self.channel.why))
         self.teardown.begin()
-
-    def delivery(self) -> Optional[Callable[[], object]]:
-        """What has the application's handler called, unless it has been."""
-        signum = self._signum or self.settings.signals[0]
-        return None if self.main.handed else lambda: self.main.deliver(signum)
 
     # -- the end ----------------------------------------------------------------------------------------------------
 
@@ -209,8 +184,6 @@ def _origin(notice: Any) -> dict[str, Any]:
 
     A notice that nobody understands is still one: the other ranks have read it, too.
     """
-    from autoteardown.node.record import printable, text, whole
-
     found = notice if isinstance(notice, dict) else {}
     origin: dict[str, Any] = {
         "rank": whole(found.get("rank")),

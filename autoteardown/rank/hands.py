@@ -2,55 +2,54 @@
 
 from __future__ import annotations
 
-import _queue
-from typing import TYPE_CHECKING, Any, Callable, Optional
+from typing import Any, Callable, Optional
 
 from autoteardown.frameworks import ray
 from autoteardown.rank import backends, callbacks, stepping, threads
+from autoteardown.rank.armed import Armed
 from autoteardown.rank.gate import Gate, park_thread
 from autoteardown.rank.life import Life
+from autoteardown.rank.main_thread import MainThread
 from autoteardown.stop.hands import Look, Problem
 from autoteardown.stop.terms import Facts
-
-if TYPE_CHECKING:
-    from autoteardown.rank.guard import Guard
 
 
 class RankHands:
     """Of one armed rank, for one stop of it."""
 
-    def __init__(self, guard: Guard, events: _queue.SimpleQueue[tuple[str, Any]], owner: bool) -> None:
+    def __init__(self, armed: Armed, main: MainThread, owner: bool) -> None:
         """`owner`: the application has a handler of its own, which is to be called."""
-        self.settings = guard.settings
-        self.log = guard.identity.log
-        self.events = events
-        self._guard = guard
-        self._gate: Gate = guard.gate
+        self.settings = armed.settings
+        self.log = armed.identity.log
+        self.events = armed.events
+        self._armed = armed
+        self._main = main
+        self._gate: Gate = armed.gate
         self._owner = owner
         self._life: Optional[Life] = None
-        self.identity, self.mark = guard.identity.report, guard.identity.mark
+        self.identity, self.mark = armed.identity.report, armed.identity.mark
         self.go_on, self.stop_at = self._gate.go_on, self._gate.let_run_to
 
     @property
     def alone(self) -> str:
         """See `stop.hands.Hands`."""
-        world = self._guard.identity.world_size
-        return self._guard.alone if self._guard.joined and world != 1 else ""
+        world = self._armed.identity.world_size
+        return self._armed.alone if self._armed.joined and world != 1 else ""
 
     def facts(self, cause: str) -> Facts:
         """See `stop.hands.Hands`."""
-        guard, settings = self._guard, self.settings
+        armed, settings = self._armed, self.settings
         accelerator = bool(backends.accelerators())
         self._life = Life(self._gate, backends.progress, accelerator)
         polls = self._gate.polls > 0 and settings.yield_seconds > 0
         return Facts(
             cause=cause,
-            world=guard.identity.world_size or 1,
-            joined=guard.joined,
-            channel=guard.channel is not None,
+            world=armed.identity.world_size or 1,
+            joined=armed.joined,
+            channel=armed.channel is not None,
             accelerator=accelerator,
-            can_abort=guard.joined and backends.can_abort(),
-            hub=guard.channel is not None and guard.channel.is_hub,
+            can_abort=armed.joined and backends.can_abort(),
+            hub=armed.channel is not None and armed.channel.is_hub,
             step=settings.stop_at == "step",
             owner=self._owner or polls,
             together=settings.handlers == "together",
@@ -69,11 +68,11 @@ class RankHands:
 
     def unlist(self, outcome: str, exit_code: int) -> None:
         """See `stop.hands.Hands`."""
-        self._guard.identity.unlist(outcome, exit_code)
+        self._armed.identity.unlist(outcome, exit_code)
 
     def post(self, kind: str, value: Any) -> None:
         """See `stop.hands.Hands`."""
-        channel = self._guard.channel
+        channel = self._armed.channel
         if channel is not None:
             if kind in ("at", "still"):
                 value = (*value, backends.sequence_numbers() if backends.accelerators() else {})
@@ -81,8 +80,8 @@ class RankHands:
 
     def flush(self, seconds: float) -> None:
         """See `stop.hands.Hands`."""
-        if self._guard.channel is not None:
-            self._guard.channel.flush(seconds)
+        if self._armed.channel is not None:
+            self._armed.channel.flush(seconds)
 
     def steps(self) -> tuple[Optional[int], bool]:
         """See `stop.hands.Hands`."""
@@ -100,15 +99,15 @@ class RankHands:
 
     def deliver(self) -> None:
         """See `stop.hands.Hands`."""
-        self._gate.resume(self._guard.delivery() if self._owner else None, requested=True)
+        self._gate.resume(self._main.delivery() if self._owner else None, requested=True)
         if threads.main_ident() not in self._gate.held:
-            self._guard.tap.on_main(self._gate.deliver)
+            self._armed.tap.on_main(self._gate.deliver)
 
     def park(self) -> None:
         """See `stop.hands.Hands`."""
         gate = self._gate
         gate.close()
-        self._guard.tap.on_main(self._guard.main.stop)
+        self._armed.tap.on_main(self._main.stop)
         for thread in gate.to_park():
             if thread != threads.main_ident():
                 park_thread(thread)
@@ -125,7 +124,7 @@ class RankHands:
 
     def destroy(self) -> Problem:
         """See `stop.hands.Hands`."""
-        return backends.destroy(self._guard.real_destroy)
+        return backends.destroy(self._armed.real_destroy)
 
     def abort(self, done: Callable[[Problem], object]) -> None:
         """See `stop.hands.Hands`."""
@@ -133,14 +132,14 @@ class RankHands:
 
     def is_stuck_outside(self) -> bool:
         """See `stop.hands.Hands`."""
-        return ray.waits_for_method(self._gate.loop, self._gate.parked)
+        return ray.waits_for_method(threads.inside, self._gate.loop, self._gate.parked)
 
     def leave(self, exit_code: int) -> None:
         """See `stop.hands.Hands`."""
         self._gate.open_exit(exit_code)
         if threads.main_ident() not in self._gate.parked:
-            self._guard.tap.on_main(self._guard.main.stop)
+            self._armed.tap.on_main(self._main.stop)
 
     def swallowed(self) -> None:
         """See `stop.hands.Hands`."""
-        self._guard.tap.on_main(self._guard.main.stop)
+        self._armed.tap.on_main(self._main.stop)

@@ -9,7 +9,7 @@ from autoteardown.rank import backends, threads
 from autoteardown.rank.gate import Gate
 
 if TYPE_CHECKING:
-    from autoteardown.rank.loop import Loop, Timer
+    from autoteardown.channel.loop import Loop, Timer
 
 _LOOK = 0.5  # seconds between two looks
 

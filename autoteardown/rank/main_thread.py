@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Callable, Optional
 
 from autoteardown.primitives import get_ident
 from autoteardown.rank import threads
-
-if TYPE_CHECKING:
-    from autoteardown.rank.guard import Guard
+from autoteardown.rank.armed import Armed
 
 _PLAN_WAIT = 2.0  # seconds that the main thread waits, in the signal handler, to know if it is to run on
 
@@ -16,8 +14,8 @@ _PLAN_WAIT = 2.0  # seconds that the main thread waits, in the signal handler, t
 class MainThread:
     """Of one armed rank."""
 
-    def __init__(self, guard: Guard) -> None:
-        self._guard = guard
+    def __init__(self, armed: Armed) -> None:
+        self._armed = armed
         self._owner: dict[str, bool] = {}
         self._seen = 0  # signals that Python's handler was called for
         self._waits = False
@@ -29,18 +27,18 @@ class MainThread:
         Decided once, by whichever thread asks first: the application may restore a handler at any moment.
         """
         if "owner" not in self._owner:
-            guard = self._guard
-            owns = guard.settings.yield_seconds > 0 and guard.tap.application_owns(signum)
+            armed = self._armed
+            owns = armed.settings.yield_seconds > 0 and armed.tap.application_owns(signum)
             self._owner.setdefault("owner", owns)
         return self._owner["owner"]
 
     def defers(self, signum: int) -> bool:
         """Whether that handler is called at the agreed iteration, on every rank, and not at once."""
-        guard = self._guard
+        armed = self._armed
         return (
-            guard.settings.handlers == "together"
-            and guard.joined
-            and guard.channel is not None
+            armed.settings.handlers == "together"
+            and armed.joined
+            and armed.channel is not None
             and self.owner(signum)
             and not self.handed
         )
@@ -49,39 +47,44 @@ class MainThread:
         """Call it, as if the signal had come now."""
         if not self.handed:
             self.handed = True
-            self._guard.tap.deliver(signum)
+            self._armed.tap.deliver(signum)
+
+    def delivery(self) -> Optional[Callable[[], object]]:
+        """What calls it, unless it has been called."""
+        signum = self._armed.signum or self._armed.settings.signals[0]
+        return None if self.handed else lambda: self.deliver(signum)
 
     def on_signal(self, signum: int) -> bool:
         """Python's handler for an eviction signal, on the main thread; True: the agent deals with it."""
-        guard = self._guard
-        teardown = guard.teardown
+        armed = self._armed
+        teardown = armed.teardown
         self._seen += 1
         if not (teardown is not None and teardown.committed and self.handed) and self.owner(signum):
             if self.defers(signum) and self._seen == 1:
                 return True
             if self._not_over():
                 # A second one, or nobody to wait for: the application's at once.
-                if guard.tap.application_owns(signum):
+                if armed.tap.application_owns(signum):
                     self.handed = True
                     return False
                 # It has put the default back, and the signal has come again: uvicorn raises it when it has shut down.
-                guard.events.put(("released", None))
+                armed.events.put(("released", None))
         if not self._waits:  # in a signal storm each handler runs on top of the last
             self._waits = True
             # Some C code (`re`, big integers) runs signal handlers but never lets go of the GIL: this may be the only
             # chance of the other threads. The training thread is not needed until the last iteration is known.
-            guard.gate.wait_for_plan(_PLAN_WAIT)
+            armed.gate.wait_for_plan(_PLAN_WAIT)
             self._waits = False
         self.stop()
         return True
 
     def _not_over(self) -> bool:
-        teardown = self._guard.teardown
-        return teardown is None or not teardown.committed or (not self.handed and not self._guard.gate.closed)
+        teardown = self._armed.teardown
+        return teardown is None or not teardown.committed or (not self.handed and not self._armed.gate.closed)
 
     def stop(self) -> None:
         """Park this thread if it is time to, or have it leave if it is time for that."""
-        guard, gate, ident = self._guard, self._guard.gate, get_ident()
+        armed, gate, ident = self._armed, self._armed.gate, get_ident()
         # It waits below this frame, and looks for itself. What is raised here would not come out of that wait.
         if ident in gate.waiting or ident in gate.held:
             return
@@ -92,7 +95,7 @@ class MainThread:
         # An exception in an exit callback would be printed, and cut it short. Ours is the last of them, and waits.
         if ident != gate.thread and threads.in_exit_callback():
             return
-        if guard.teardown is not None and guard.teardown.leaving:
+        if armed.teardown is not None and armed.teardown.leaving:
             gate.leave()
         if gate.closed and not gate.shielded(ident):
             gate.park()

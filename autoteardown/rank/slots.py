@@ -15,9 +15,9 @@ from types import ModuleType
 from typing import Any, Callable
 
 from autoteardown import primitives
+from autoteardown.channel.loop import Loop
 from autoteardown.rank import dispositions
 from autoteardown.rank.doorbell import Doorbell
-from autoteardown.rank.loop import Loop
 
 Handler = Any
 

@@ -14,7 +14,7 @@ import sys
 import time
 from typing import Any, Optional
 
-from autoteardown import primitives
+from autoteardown import stderr
 from autoteardown.node import folder
 from autoteardown.node.record import printable
 
@@ -40,7 +40,7 @@ class Log:
         self.rank: Optional[int] = None
         self.world_size: Optional[int] = None
         self._pid = os.getpid()
-        self._stderr = _identity(2)
+        self._stderr = stderr.identity(2)
 
     def first(self, text: str, seconds: float = 0.0) -> None:
         """Say the first thing of a stop: in text, too, with the wall clock and the job, to find it by in other logs."""
@@ -68,12 +68,12 @@ class Log:
         if self.level == "quiet" or (level == "debug" and self.level != "debug"):
             return
         if self.form == "json":
-            say(self._as_json(text, seconds, level, event, outcome), self._stderr)
+            stderr.say(self._as_json(text, seconds, level, event, outcome), self._stderr)
             return
         rank = "?" if self.rank is None else self.rank
         size = "?" if self.world_size is None else self.world_size
         prefix = f"autoteardown rank={rank}/{size} pid={self._pid} host={self.host} +{seconds:.3f}s"
-        say(f"{prefix} {printable(text)}", self._stderr)
+        stderr.say(f"{prefix} {printable(text)}", self._stderr)
 
     def _as_json(self, text: str, seconds: float, level: str, event: str, outcome: Optional[str]) -> str:
         fields: dict[str, Any] = {
@@ -103,35 +103,6 @@ def _wall_clock() -> str:
     """UTC in ISO 8601, to the millisecond."""
     now = time.time()
     return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(now))}.{int(now % 1 * 1000):03}Z"
-
-
-def say(line: str, stderr: Optional[tuple[int, int]] = None) -> None:
-    """Write one line to fd 2, if it can take it at once.
-
-    Args:
-        line: without its newline.
-        stderr: identity of the file that must still be behind fd 2: once the program has closed its stderr, a
-            checkpoint that it opens may get that number.
-    """
-    try:
-        if stderr is not None and _identity(2) != stderr:
-            return
-        poll = primitives.poll()
-        poll.register(2, select.POLLOUT)
-        ready = poll.poll(0)
-        if ready and ready[0][1] & select.POLLOUT:
-            # A pipe that polls writable takes this many bytes without blocking.
-            os.write(2, line.encode("utf-8", "backslashreplace")[: select.PIPE_BUF - 1] + b"\n")
-    except (OSError, ValueError):
-        pass
-
-
-def _identity(descriptor: int) -> Optional[tuple[int, int]]:
-    try:
-        status = os.fstat(descriptor)
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
 
 
 def stacks() -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ import threading
 import time
 
 from autoteardown.channel import channel as channels
-from autoteardown.rank.loop import Loop
+from autoteardown.channel.loop import Loop
 
 
 class Council:

@@ -12,7 +12,7 @@ import pytest
 from harness import wait_until
 
 from autoteardown import boundary
-from autoteardown.rank import loop as loops
+from autoteardown.channel import loop as loops
 
 PATIENCE = 20
 

@@ -1,0 +1,43 @@
+"""What there is of an armed rank: shared by its guard, its main thread and the hands that a stop is given."""
+
+from __future__ import annotations
+
+import _queue
+import os
+import signal
+from typing import Any, Callable, Optional
+
+from autoteardown import settings, signals
+from autoteardown.channel.channel import Channel
+from autoteardown.rank import backends, gate
+from autoteardown.rank.identity import Identity
+from autoteardown.stop.driver import Teardown
+
+
+class Armed:
+    """One process, whose rank may come and go with each init and destroy.
+
+    Args:
+        real_destroy: torch's own `destroy_process_group`.
+    """
+
+    def __init__(self, real_destroy: Callable[[], object]) -> None:
+        self.real_destroy = real_destroy
+        self.settings, problems = settings.load(os.environ)
+        self.identity = Identity(self.settings)
+        for problem in problems:
+            self.identity.log.line(problem)
+        self.tap = signals.install(signal)
+        self.joined = False  # init has returned: there is a process group
+        self.teardown: Optional[Teardown] = None
+        self.channel: Optional[Channel] = None
+        self.events: _queue.SimpleQueue[tuple[str, Any]] = _queue.SimpleQueue()
+        self.gate = gate.renew(self.events.put, backends.sequence_numbers, backends.current_devices)
+        self.signum: Optional[int] = None  # the eviction signal, if this rank got one
+
+    @property
+    def alone(self) -> str:
+        """Why the peers cannot be told of an eviction, in words; empty if they can."""
+        if self.channel is not None:
+            return self.channel.why
+        return "AUTOTEARDOWN_PEERS is off" if not self.settings.peers else "the agent's thread has ended"
