@@ -45,12 +45,7 @@ NOT_YET = {
     ("stop.driver", "frameworks.ray"),
 }
 # The same within a room: circles.
-NOT_YET_CIRCLES = {
-    ("rank.hands", "rank.guard"),
-    ("rank.main_thread", "rank.guard"),
-    ("standins", "signals"),
-    ("stop.lastwords", "stop.driver"),
-}
+NOT_YET_CIRCLES = {("stop.lastwords", "stop.driver"), ("standins", "signals")}
 
 
 def files() -> dict[str, Path]:
