@@ -7,9 +7,9 @@ A rank says: `tell` (a dict: who is being evicted, and how long it has `left`), 
 owner]`), `plan_now`, `at` (`[iteration, round, numbers]`), `still` (`[whether it waits without progress, round,
 numbers]`), `ready` (round: it knows where to stop), `saving` (whether it saves), `arrived` (its device is idle at the
 agreed iteration), `halt`, `over` (the time of its application is), `wedged`, `quiet` (whether clean), `left`. Its
-connection says: `lost` (whether it is known to be dead), `back`, `bye`, `closed` (after `left`); the clock: `tick`,
-when `wake` has come. `numbers` are the sequence numbers of the groups' collectives where hosts run ahead of devices,
-else empty.
+connection says: `joined`, `lost` (whether it is known to be dead), `back`, `bye`, `closed` (after `left`); the clock:
+`tick`, when `wake` has come. `numbers` are the sequence numbers of the groups' collectives where hosts run ahead of
+devices, else empty.
 
 It is told: `notice`, `plan` (`{"stop": iteration or None, "owned": bool, "why": words}`), `more` (`{"round": n,
 "until": numbers}`: stop at the end of your next iteration that has got there), `even` (all are at the same one),
@@ -91,6 +91,11 @@ class Council:
     def _hear_closed(self, rank: int, _: Any) -> None:
         self._dead.add(rank)
 
+    def _hear_joined(self, rank: int, _: Any) -> None:
+        # For the first time, or in its next life: an elastic framework has made the group whole again.
+        self._left.discard(rank)
+        self._hear_back(rank, None)
+
     def _hear_back(self, rank: int, _: Any) -> None:
         self.lost.discard(rank)
         self._dead.discard(rank)
@@ -149,7 +154,7 @@ class Council:
         self._quiet.setdefault(rank, bool(clean))
 
     def _hear_left(self, rank: int, _: Any) -> None:
-        if not self._left:
+        if not self._left and "notice" in self._said:
             self._tell("departed", rank)
         self._left.add(rank)
 
