@@ -242,8 +242,8 @@ class Council:
         if not steppers or not steppers <= self._at | self._still:
             return
         waiting = (self._still - self._at) & steppers
-        # Who has an optimizer, and has not stepped by the time that all the others are there, does not step at all.
-        idle = {rank for rank in waiting if not self._answers[rank][0]}
+        # Who has an optimizer, and has not stepped although the others went on for its sake, does not step at all.
+        idle = {rank for rank in waiting if not self._answers[rank][0] and rank in self._round}
         if idle and steppers - idle and steppers - idle <= self._at:
             self._steppers -= idle
             steppers, waiting = steppers - idle, waiting - idle
