@@ -172,6 +172,7 @@ class Stop(Machine):
             self._fault("AUTOTEARDOWN_STOP_AT is now")
         elif (outcome != "ok" and self.steps is not None) or outcome in ("timeout", "error"):
             self._fault(detail)
+        self.heard.pop("still", None)  # a thread that waits for its peers may still be one that can park
         owned = self.facts.owner or self.heard.get("plan", {}).get("owned")
         if owned and self.facts.together and self.facts.cause != "lost":
             return self._enter_yield(now)
