@@ -292,7 +292,10 @@ class Gate:
             if self.is_exit(error):
                 return True
             error = error.__context__
-        return get_ident() == threads.main_ident() and not threads.alive(threads.main_ident())
+        if get_ident() == threads.main_ident() and not threads.alive(threads.main_ident()):
+            return True
+        # A finalizer that runs while the exception is on its way (a DataLoader's waits for its workers) sees none.
+        return threads.in_finalizer()
 
     def wait_for_exit(self) -> None:
         """Keep this thread, which has nothing left to run, until the exit."""
@@ -356,9 +359,10 @@ def _swallowed_exits_end_here(gate: Gate) -> None:
     others = sys.unraisablehook
 
     def unraisable(args: Any) -> None:
-        if gate.is_exit(args.exc_value):
+        if not gate.is_exit(args.exc_value):
+            others(args)
+        elif sys._getframe().f_back is not None:  # else it has ended a thread of a C++ runtime, as it should
             gate.swallowed()
-        others(args)
 
     sys.unraisablehook = unraisable
 
