@@ -173,7 +173,7 @@ def test_slow_ranks_and_a_helper(job):
     same_step(ranks[:2])
     # The helper may have gone on into the next collective, which the parked ranks do not join.
     outcomes = [rank.report()["outcome"] for rank in ranks]
-    assert outcomes in (["clean"] * 3, ["partial", "partial", "aborted"]), ranks[0].story()
+    assert outcomes == ["clean"] * 3 or outcomes[:2] == ["partial"] * 2, ranks[0].story()
     assert (ranks[2].report()["steps"] or {"stopped_at": None})["stopped_at"] is None
 
 

@@ -312,7 +312,7 @@ def test_another_user_and_a_rank(job, others):
     run = as_user(NOBODY, ATTACK, runtime, entry.name, rank.pid)
     assert (run.stdout, run.stderr) == ("", "")
     for command in ("ps", "drain"):
-        options = "json=False, timeout=None, job=None, pid=None, dry_run=False"
+        options = "json=False, timeout=None, job=None, pid=[], dry_run=False"
         code = f"sys.exit({command}.run(argparse.Namespace({options})))"
         run = as_user(NOBODY, code, AUTOTEARDOWN_RUNTIME_DIR=runtime)
         assert (run.returncode, run.stdout) == (1, "")
