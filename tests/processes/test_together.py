@@ -3,6 +3,7 @@
 import os
 import random
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -103,8 +104,8 @@ def workers(launcher, ranks):
     def look():
         found = [
             int(pid)
-            for pid in open(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read().split()
-            if b"saver.py" in open(f"/proc/{pid}/cmdline", "rb").read()
+            for pid in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+            if b"saver.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
         ]
         return found if len(found) == ranks else None
 
