@@ -1,0 +1,42 @@
+"""Lightning: a checkpoint at an eviction, `AUTOTEARDOWN_CHECKPOINT=on`.
+
+Its own SIGTERM handler already runs on every rank after the same iteration, and ends the loop at the end of the batch.
+What is missing is the checkpoint, unless a callback has been told to write one. It goes where Lightning puts that of
+an interrupted SLURM job, from where the same program resumes by itself.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+
+def patch(module: ModuleType) -> None:
+    """Hook `lightning.pytorch.loops.training_epoch_loop`, or the same of `pytorch_lightning`."""
+    loop, interrupted = module._TrainingEpochLoop, module.SIGTERMException
+    real_advance_end = loop.on_advance_end
+
+    @functools.wraps(real_advance_end)
+    def on_advance_end(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return real_advance_end(self, *args, **kwargs)
+        except interrupted:
+            _save(self.trainer)
+            raise
+
+    loop.on_advance_end = on_advance_end
+
+
+def _save(trainer: Any) -> None:
+    trainer.save_checkpoint(
+        _agreed(trainer, trainer._checkpoint_connector.hpc_save_path(trainer.default_root_dir))
+    )
+
+
+def _agreed(trainer: Any, path: str) -> str:
+    """The first rank's: another may look for the next number when that has begun to write."""
+    return str(trainer.strategy.broadcast(path))
