@@ -3,7 +3,7 @@
     AUTOTEARDOWN_CHECKPOINT=on torchrun --standalone --nproc-per-node 2 examples/lightning_fit.py --output /data/run
 
 Nothing in here knows of evictions. Evict any rank (SIGTERM): the checkpoint is where Lightning puts that of an
-interrupted SLURM job, `hpc_ckpt_1.ckpt`. Started again, it goes on there by itself.
+interrupted SLURM job, `hpc_ckpt_1.ckpt`. Started again, it goes on there: `ckpt_path="last"` finds it.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def main() -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(Model(), torch.utils.data.DataLoader(data, batch_size=4))
+    trainer.fit(Model(), torch.utils.data.DataLoader(data, batch_size=4), ckpt_path="last")
     print("fitted", flush=True)
 
 

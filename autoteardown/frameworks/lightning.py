@@ -2,12 +2,14 @@
 
 Its own SIGTERM handler already runs on every rank after the same iteration, and ends the loop at the end of the batch.
 What is missing is the checkpoint, unless a callback has been told to write one. It goes where Lightning puts that of
-an interrupted SLURM job, from where the same program resumes by itself.
+an interrupted SLURM job (`hpc_ckpt_1.ckpt` in `default_root_dir`, written whole or not at all), and
+`trainer.fit(ckpt_path="last")` finds it there if it is the latest.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 from types import ModuleType
 
 TYPE_CHECKING = False
@@ -29,6 +31,25 @@ def patch(module: ModuleType) -> None:
             raise
 
     loop.on_advance_end = on_advance_end
+
+
+def patch_resume(module: ModuleType) -> None:
+    """Hook `lightning.pytorch.trainer.connectors.checkpoint_connector`, or the same of `pytorch_lightning`."""
+    connector = module._CheckpointConnector
+    real_parse = connector._parse_ckpt_path
+
+    @functools.wraps(real_parse)
+    def _parse_ckpt_path(self: Any, state_fn: Any, ckpt_path: Any, *args: Any, **kwargs: Any) -> Any:
+        found = real_parse(self, state_fn, ckpt_path, *args, **kwargs)
+        return _latest(found, self._hpc_resume_path) if ckpt_path == "last" else found
+
+    connector._parse_ckpt_path = _parse_ckpt_path
+
+
+def _latest(found: Any, ours: str | None) -> Any:
+    if found is None or ours is None or not (os.path.exists(found) and os.path.exists(ours)):
+        return found or ours
+    return max(found, ours, key=os.path.getmtime)
 
 
 def _save(trainer: Any) -> None:

@@ -21,6 +21,8 @@ def register() -> None:
         ("transformers.trainer", _patch_transformers),
         ("lightning.pytorch.loops.training_epoch_loop", lightning.patch),
         ("pytorch_lightning.loops.training_epoch_loop", lightning.patch),
+        ("lightning.pytorch.trainer.connectors.checkpoint_connector", lightning.patch_resume),
+        ("pytorch_lightning.trainer.connectors.checkpoint_connector", lightning.patch_resume),
         ("accelerate.accelerator", _patch_accelerate),
     ):
         wrapt.register_post_import_hook(guarded(patch), name)

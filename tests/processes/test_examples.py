@@ -71,7 +71,7 @@ def test_hf_trainer_unchanged(job, tmp_path):
 @pytest.mark.frameworks
 @pytest.mark.timeout(300)
 def test_lightning_unchanged(job, tmp_path):
-    """None: Lightning's own checkpoint, from which it resumes by itself."""
+    """None: Lightning's own checkpoint, which `ckpt_path="last"` finds."""
     pytest.importorskip("lightning")
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
