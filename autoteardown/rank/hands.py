@@ -106,6 +106,8 @@ class RankHands:
     def park(self) -> None:
         """See `stop.hands.Hands`."""
         gate = self._gate
+        if self._life is not None and not gate.closed:
+            self._life.begin_again()
         gate.close()
         self._armed.tap.on_main(self._main.stop)
         for thread in gate.to_park():

@@ -37,6 +37,10 @@ class Life:
         self._since: Optional[float] = None  # without a sign of life
         self._looked = self._computed = 0.0
 
+    def begin_again(self) -> None:
+        """It has been asked to stop where it is: what it did before does not count."""
+        self._since = None
+
     def still(self) -> bool:
         """Whether the training thread waits without a sign of life, for longer than it usually would."""
         gate, now = self._gate, monotonic()
@@ -53,7 +57,7 @@ class Life:
         if place == "peers":
             # It was there before anybody looked, if its last iteration is that old.
             seen = now - self._since
-            waited = max(seen, gate.idle()) if seen > _STOPPING else seen
+            waited = max(seen, gate.idle()) if seen > _STOPPING and not gate.closed else seen
             return waited > (_STOPPING if gate.closed else max(_FOR_PEERS, 5 * step, 2 * gate.longest()))
         return now - self._since > max(_ELSEWHERE, 5 * step, 3 * gate.longest())
 

@@ -108,6 +108,8 @@ class Council:
 
     def _hear_answer(self, rank: int, value: Any) -> None:
         completed, cannot, owner = value
+        if completed is not None:
+            completed = _whole(completed)
         self._answers.setdefault(rank, (completed, bool(cannot), bool(owner)))
 
     def _hear_plan_now(self, rank: int, _: Any) -> None:
@@ -119,14 +121,14 @@ class Council:
             self._settled = self._now
             self._still.discard(rank)
             self._at.add(rank)
-            self._numbers[rank] = dict(numbers)
+            self._numbers[rank] = _numbers(numbers)
 
     def _hear_still(self, rank: int, value: Any) -> None:
         still, number, numbers = value
         if number == self._round.get(rank, 0):
             self._settled = self._now
             (self._still.add if still else self._still.discard)(rank)
-            self._numbers[rank] = dict(numbers)
+            self._numbers[rank] = _numbers(numbers)
 
     def _hear_ready(self, rank: int, number: Any) -> None:
         if number == self._round.get(rank, 0):
@@ -260,16 +262,16 @@ class Council:
         elif self._rounds == ROUNDS:
             self._halt("ranks wait for one another")
         else:
-            self._another_round(waiting, behind)
+            self._another_round(steppers, waiting, behind)
 
-    def _another_round(self, waiting: set[int], behind: set[int]) -> None:
+    def _another_round(self, steppers: set[int], waiting: set[int], behind: set[int]) -> None:
         """Those that are behind go on, and those that wait for them stop as soon as that lets them."""
         self._rounds += 1
         self._round.update(dict.fromkeys(behind | waiting, self._rounds))
         # Those that wait cannot move before those that are behind do: by then they must know where to stop.
         self._preparing = waiting
         self._out += [(rank, "more", {"round": self._rounds, "until": {}}) for rank in sorted(waiting)]
-        until = self._most(waiting | behind)
+        until = self._most(steppers)
         self._next = {rank: {"round": self._rounds, "until": until} for rank in sorted(behind)}
         self._at -= behind
         self._still -= waiting
@@ -288,3 +290,13 @@ class Council:
         return {
             r for r in steppers if any(number < most[group] for group, number in self._numbers[r].items())
         }
+
+
+def _whole(value: Any) -> int:
+    if not isinstance(value, int) or value < 0:
+        raise ValueError(value)
+    return value
+
+
+def _numbers(value: Any) -> dict[str, int]:
+    return {str(group): _whole(number) for group, number in value.items()}

@@ -206,6 +206,7 @@ class Teardown:
         if special is not None:
             special(value)
         elif do in ("park", "deliver"):
+            self._shown["still"] = False  # it is looked at anew
             getattr(hands, do)()
         elif do in ("stop_at", "go_on"):
             getattr(hands, do)(value)

@@ -17,7 +17,8 @@ from __future__ import annotations
 from math import inf
 from typing import Any, Optional
 
-from autoteardown.stop.terms import Action, Facts, Limits, Phase
+from autoteardown.stop.machine import Machine
+from autoteardown.stop.terms import Phase
 
 # A rank that knows nothing of its peers, and no accelerator whose memory they could touch, gives them this long.
 COURTESY = 1.0
@@ -25,14 +26,12 @@ COURTESY = 1.0
 SKEW = 3.0
 # A rank of a group that is a few seconds old may need as long to connect to the hub.
 CONNECTING = 10.0
-_FROM_THE_COUNCIL = ("notice", "plan", "even", "halt", "quiet", "gone")
-_LATEST = ("saving", "busy", "still", "progress", "stopped", "down")  # of these, what was heard last counts
 RECONNECTING = 5.0  # seconds that a line to the group which has dropped, or is not there yet, is waited for
 # The part of the drain's time in which a rank whose thread is blocked finds out whether its device is idle.
 LOOK = 0.2
 
 
-class Stop:
+class Stop(Machine):
     """One rank's way from the signal to its exit.
 
     Events for `on` (`value` in brackets): `begin`; `steps` (`(completed or None, cannot)`); from the council `notice`
@@ -45,97 +44,6 @@ class Stop:
     `tick`, when `wake` has come and no event is waiting.
     """
 
-    def __init__(self, limits: Limits, facts: Facts) -> None:
-        self.limits = limits
-        self.facts = facts
-        self.state = "new"
-        self.phases: list[Phase] = []
-        self.heard: dict[str, Any] = {}
-        self.wedged = False  # something does not end: to be aborted, or dropped with the process
-        self.blocked = False  # the training thread cannot be asked to leave
-        self.forced = False
-        self.why = ""  # what keeps this stop from being clean
-        self.floor = limits.hard  # by then every rank that heard the notice has drained or aborted
-        self.wake = limits.hard
-        self._deadline = limits.hard
-        self._clock = 0.0  # of the last tick
-        self._agree_by = inf  # half-way between the notice and the end of the time for a step
-        self._down_at = inf
-        self._settled = 0.0  # until then peers may be on their way to the agreed iteration
-        self._held = False  # the training thread may be waiting at the end of an iteration
-        self._round = 0  # of the council's `more`
-        self._once: set[str] = set()
-        self._latest: dict[str, bool] = {}
-        self._out: list[Action] = []
-
-    # -- what the report says ---------------------------------------------------------------------------------
-
-    @property
-    def outcome(self) -> str:
-        """As it is in the report."""
-        if self.forced:
-            return "forced"
-        return "aborted" if self.wedged else "partial" if self.why else "clean"
-
-    @property
-    def reason(self) -> str:
-        """Why it is not clean, in words."""
-        if self.outcome == "clean":
-            return ""
-        return self.why or ("a phase timed out" if not self.forced else "the hard deadline")
-
-    @property
-    def steps(self) -> Optional[dict[str, Optional[int]]]:
-        """As it is in the report; None if this rank does not step."""
-        completed = self.heard.get("steps", (None, False))[0]
-        if completed is None:
-            return None
-        agreed = self.heard.get("plan", {}).get("stop")
-        return {"at_signal": completed, "agreed": agreed, "stopped_at": self.heard.get("stopped")}
-
-    # -- the machine ------------------------------------------------------------------------------------------
-
-    def on(self, event: str, value: Any, now: float) -> list[Action]:
-        """Take one event in and return what is to be done, in order."""
-        self._out = []
-        if event == "tick":
-            self._clock = now
-        elif event == "more":
-            self._go_on(value)
-        elif event == "fault":
-            self._fault(value)
-        else:
-            if not value and (event == "busy" or (event == "saving" and self.state == "park")):
-                self._settled = max(self._settled, now)  # the thread has its time to park again
-            if event == "halt" and event not in self.heard:
-                self._settled = min(self._settled, now)
-            if event == "down":
-                self._down_at = min(self._down_at, now) if value else inf
-            if event in _LATEST:
-                self.heard[event] = value
-            self.heard.setdefault(event, value)
-        if now >= self.limits.hard and self.state != "done":
-            self._force(now)
-        while self.state != "done" and getattr(self, "_in_" + self.state)(now):
-            pass
-        return self._out
-
-    def _do(self, do: str, value: Any = None) -> None:
-        self._out.append(Action(do, value))
-
-    def _do_once(self, do: str, value: Any = None) -> None:
-        if do not in self._once:
-            self._once.add(do)
-            self._do(do, value)
-
-    def _say(self, do: str, value: Any = None) -> None:
-        """To the council, if it can be reached."""
-        if self.facts.channel:
-            self._do_once(do, value)
-
-    def _fault(self, why: str) -> None:
-        self.why = self.why or why
-
     def _go_on(self, more: dict[str, Any]) -> None:
         """This rank waits for others, or they for it: one iteration more brings them together."""
         if self.state == "step" and "plan" in self.heard and more["round"] > self._round:
@@ -146,57 +54,6 @@ class Stop:
             self._latest["still"] = False
             self._do("go_on", more["until"])
             self._do("ready", self._round)
-
-    @property
-    def _group(self) -> bool:
-        """Peers exist and can be heard."""
-        return self.facts.channel and not self.heard.get("down")
-
-    @property
-    def _told(self) -> bool:
-        """The group knows of the stop. In one that is a few seconds old this rank may still be connecting."""
-        return "tell" not in self._once or any(event in self.heard for event in _FROM_THE_COUNCIL)
-
-    @property
-    def _due(self) -> bool:
-        return self._clock >= self._deadline
-
-    @property
-    def _soft(self) -> bool:
-        """The program can be asked to leave by itself."""
-        return not (self.wedged or self.blocked)
-
-    @property
-    def _exit_by(self) -> float:
-        return self.limits.hard - self.limits.exit
-
-    def _enter(self, state: str, now: float, limit: float, phase: bool = True) -> bool:
-        self.state = state
-        self._until(now + limit)
-        if phase:
-            self.phases.append(Phase(state, now))
-        return True
-
-    def _until(self, deadline: float) -> None:
-        self._deadline = min(deadline, self.limits.hard)
-        self.wake = self._deadline
-
-    def _end(self, outcome: str, now: float, detail: str = "") -> None:
-        phase = self.phases[-1]
-        phase.end, phase.outcome, phase.detail = now, outcome, detail
-        if outcome == "timeout":
-            self._do("stacks", phase.name)
-
-    def _skip(self, name: str, now: float, why: str) -> None:
-        self.phases.append(Phase(name, now))
-        self._end("skipped", now, why)
-
-    def _force(self, now: float) -> None:
-        self.forced = self.state != "leaving"
-        if self.phases and self.phases[-1].end is None:
-            self._end("timeout", now, "hard deadline")
-        self.state = "done"
-        self._do("die")
 
     # -- states: each returns True when it has handed over to another --------------------------------------------
 
@@ -315,6 +172,7 @@ class Stop:
             self._fault("AUTOTEARDOWN_STOP_AT is now")
         elif (outcome != "ok" and self.steps is not None) or outcome in ("timeout", "error"):
             self._fault(detail)
+        self.heard.pop("still", None)  # a thread that waits for its peers may still be one that can park
         owned = self.facts.owner or self.heard.get("plan", {}).get("owned")
         if owned and self.facts.together and self.facts.cause != "lost":
             return self._enter_yield(now)

@@ -1,0 +1,126 @@
+"""A world that is stuck is known to be; one that is only slow is given its time."""
+
+from __future__ import annotations
+
+import pytest
+from harness import wait_until
+
+ROOMY = {"AUTOTEARDOWN_GRACE": 25}
+LOOP = """
+    import os, time
+    import torch, torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+
+    class Stalls(torch.utils.data.Dataset):
+        def __len__(self):
+            return 1
+        def __getitem__(self, index):
+            time.sleep({seconds})
+            return 0
+
+    def meanwhile():
+        print("meanwhile", flush=True)
+        {what}
+
+    for step in range(10**6):
+        if step == 40 and dist.get_rank() == 0:
+            meanwhile()
+        weight.grad = torch.ones(1)
+        dist.all_reduce(weight.grad)
+        optimizer.step()
+        print("step", step, flush=True)
+        time.sleep(0.02)
+"""
+SLOW = {
+    "evaluation": "end = time.monotonic() + {seconds}\n        while time.monotonic() < end: sum(range(1000))",
+    "data": "list(torch.utils.data.DataLoader(Stalls()))",
+    "save": "import autoteardown\n        with autoteardown.protect(): time.sleep({seconds})",
+    "C": "a = torch.randn(700, 700, dtype=torch.double); end = time.monotonic() + {seconds}\n"
+    "        while time.monotonic() < end: a @ a",
+}
+
+
+def world(job, what, seconds):
+    ranks = job.world(
+        LOOP.replace("{what}", what).replace("{seconds}", str(seconds)), 3, AUTOTEARDOWN_YIELD="off", **ROOMY
+    )
+    ranks[0].wait_for("^meanwhile$")
+    return ranks
+
+
+def test_stuck(job):
+    """A rank that stays away from a collective: 9 s on the old code, and all three said "clean"."""
+    ranks = world(job, "time.sleep(3600)", 0)
+    ranks[1].signal()
+    assert [rank.outlast(25) for rank in ranks] == [143, 0, 143], ranks[1].story()
+    for rank in ranks:
+        report = rank.report()
+        assert report["outcome"] in ("partial", "aborted")
+        assert "no rank makes progress" in report["why"]
+        step = rank.phase("step")
+        assert step["end"] - step["start"] < 6, "the whole time for a step is 8 s"
+
+
+@pytest.mark.parametrize("what", SLOW)
+def test_slow(job, what):
+    ranks = world(job, SLOW[what], 5)
+    ranks[1].signal()
+    assert [rank.outlast(25) for rank in ranks] == [143, 0, 143], ranks[1].story()
+    for rank in ranks:
+        assert rank.report()["outcome"] == "clean", rank.story()
+    assert len({rank.report()["steps"]["stopped_at"] for rank in ranks}) == 1
+
+
+def test_an_idle_host_frees_its_blocked_peer(job):
+    """5 s on the old code: the host waited for the peer that waited for it."""
+    ranks = job.world(
+        """
+        import time
+        import torch, torch.distributed as dist
+        dist.init_process_group("gloo")
+        dist.barrier()
+        print("ready", flush=True)
+        if dist.get_rank():
+            dist.all_reduce(torch.ones(1))
+        while True:
+            time.sleep(0.01)
+        """,
+        2,
+        **ROOMY,
+    )
+    ranks[0].wait_for("ready")
+    ranks[1].wait_blocked("ready")
+    ranks[0].signal()
+    assert [rank.outlast(25) for rank in ranks] == [0, 143]
+    for rank in ranks:
+        assert rank.report()["phases"][-1]["end"] < 3, rank.story()
+
+
+def test_a_signal_long_after_a_peers_notice_is_an_eviction(job):
+    """Both signalled, 1.5 s apart, with iterations of 3 s: both are signalled ranks."""
+    ranks = job.world(
+        """
+        import time
+        import torch, torch.distributed as dist
+        dist.init_process_group("gloo")
+        weight = torch.nn.Parameter(torch.zeros(1))
+        optimizer = torch.optim.SGD([weight], lr=0.1)
+        for step in range(10**6):
+            weight.grad = torch.ones(1)
+            dist.all_reduce(weight.grad)
+            optimizer.step()
+            print("step", step, flush=True)
+            time.sleep(3)
+        """,
+        2,
+        **ROOMY,
+    )
+    for rank in ranks:
+        rank.wait_for("step 2$")
+    ranks[0].signal()
+    wait_until(lambda: any("a peer is being evicted" in line for line in ranks[1].said), "the notice")
+    ranks[1].signal()
+    assert [rank.outlast(25) for rank in ranks] == [0, 0], ranks[1].story()
