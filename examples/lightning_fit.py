@@ -7,9 +7,31 @@ interrupted SLURM job, `hpc_ckpt_1.ckpt`. Started again, it goes on there: `ckpt
 """
 
 import argparse
+from collections.abc import Iterator
 
 import lightning
 import torch
+
+
+class Batches:
+    """Stands in for a data loader that knows its place (torchdata's `StatefulDataLoader`): Lightning keeps that, too."""
+
+    def __init__(self) -> None:
+        self.next = 0
+
+    def __len__(self) -> int:
+        return 1 << 16
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        while self.next < len(self):
+            self.next += 1
+            yield torch.randn(4, 32, generator=torch.Generator().manual_seed(self.next))
+
+    def state_dict(self) -> dict:
+        return {"next": self.next}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.next = state["next"]
 
 
 class Model(lightning.LightningModule):
@@ -33,7 +55,6 @@ def main() -> None:
     options = parser.parse_args()
 
     torch.manual_seed(0)
-    data = torch.randn(1 << 14, 32, generator=torch.Generator().manual_seed(1))
     trainer = lightning.Trainer(
         accelerator="auto" if torch.cuda.is_available() else "cpu",
         devices=2,
@@ -45,7 +66,7 @@ def main() -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(Model(), torch.utils.data.DataLoader(data, batch_size=4), ckpt_path="last")
+    trainer.fit(Model(), Batches(), ckpt_path="last")
     print("fitted", flush=True)
 
 
