@@ -56,6 +56,7 @@ class Gate:
         )  # threads in a wait of ours: below a handler that comes now, and looks then
         self.exit_code = 0
         self.loop: Any = None  # the event loop of that thread
+        self.applications: Optional[BaseException] = None  # raised by its handler: not ours to catch
         self.saves = savers.Saves()
         self._tell = tell
         self._numbers, self._devices = numbers, devices
@@ -149,6 +150,9 @@ class Gate:
             return
         try:
             delivery()
+        except BaseException as error:
+            self.applications = error
+            raise
         finally:
             self._wake()
 

@@ -122,7 +122,9 @@ class RankHands:
     def call_back(self, say: Callable[[str], None]) -> Problem:
         """See `stop.hands.Hands`."""
         with self._gate.saves.on_this_thread(), backends.devices_of(self._gate.devices):
-            return callbacks.run(self.settings.on_teardown, say)
+            problem = callbacks.run(self.settings.on_teardown, say)
+            self._gate.saves.wait_for_background()  # while the group is alive, which it may need
+            return problem
 
     def destroy(self) -> Problem:
         """See `stop.hands.Hands`."""

@@ -8,6 +8,7 @@ pickled or copied, and Ray and submitit ship code with cloudpickle.
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from types import ModuleType
 from typing import Any, Callable
@@ -36,6 +37,10 @@ def register() -> None:
     ):
         # One that raises would make `import torch` fail.
         wrapt.register_post_import_hook(guarded(patch), name)
+    if os.environ.get("AUTOTEARDOWN_CHECKPOINT"):
+        from autoteardown.rank import checkpoints
+
+        checkpoints.register()
 
 
 def _patch(module: ModuleType, name: str, wrap: Callable[[Any], Any], *others: str) -> None:

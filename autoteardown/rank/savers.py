@@ -18,11 +18,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Optional
 
-from autoteardown.primitives import get_ident, monotonic
+from autoteardown.primitives import get_ident, monotonic, sleep
 from autoteardown.rank import threads
 
 _MOMENT = 0.5  # seconds after a save in which another may follow it, at least
 _LONGEST_MOMENT = 5.0
+_LOOK = 0.02  # seconds between two looks at saves in the background
 _SAVER = re.compile(
     r"(^|_)save(_|[A-Z]|$)|Save($|_|[A-Z])|(write|dump|store|export|make|create|take)_?(checkpoint|ckpt|snapshot)"
 )
@@ -75,6 +76,11 @@ class Saves:
 
     def _background_over(self, future: Any) -> None:
         self._background -= 1
+
+    def wait_for_background(self) -> None:
+        """Until none goes on there: on a thread that may take its time."""
+        while self._background > 0:
+            sleep(_LOOK)
 
     def shields(self, ident: int) -> bool:
         """Whether that thread writes a checkpoint."""

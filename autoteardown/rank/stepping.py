@@ -78,6 +78,8 @@ def _after_step(optimizer: object, args: object, kwargs: object) -> None:
         fresh, _before = now != _before, now
         _step(id(optimizer), fresh)
     except Exception as error:
+        if error is gate.gate.applications:
+            raise
         failed("step hook", error)
 
 
@@ -122,4 +124,6 @@ def _backward_over() -> None:
     try:
         _step(_BACKWARD, True)
     except Exception as error:
+        if error is gate.gate.applications:
+            raise
         failed("the end of a backward pass", error)

@@ -293,6 +293,8 @@ class Stop(Machine):
 
     def _in_callbacks(self, now: float) -> bool:
         if "called" not in self.heard and not self._due:
+            if self.heard.get("saving"):  # in the background: it may need the others
+                self._say_latest("saving", True)
             return False
         problem = self.heard.get("called", "an on_teardown callback did not return in time")
         if problem:

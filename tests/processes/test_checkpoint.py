@@ -167,3 +167,72 @@ def test_control_checkpoints_are_cut(job):
         except (RuntimeError, EOFError):
             return
     raise AssertionError(f"{seed + 1} kills have not cut a single checkpoint")
+
+
+# -- a checkpoint is more than one file (F20) ------------------------------------------------------------------------
+
+WHOLE = {
+    "pair": ["model", "optimizer"],
+    "rename": ["x.pt"],
+    "bytes": ["file"],
+    "five": ["0.pt", "1.pt", "2.pt", "3.pt", "4.pt"],
+    "forked": ["file"],
+    "slow": ["file"],
+}
+
+
+def files(job):
+    """What is in the folder; all of it is whole."""
+    found = sorted((job.folder / "saved").iterdir())
+    for path in found:
+        if path.suffix == ".pt":
+            torch.load(path)
+        elif path.suffix != ".tmp":
+            assert path.read_text() == "half, whole", path
+    return [path.name for path in found]
+
+
+@pytest.mark.parametrize("who", [0, 1])
+@pytest.mark.parametrize("how", WHOLE)
+def test_a_checkpoint_is_waited_for(job, how, who):
+    """Not one file of it: whoever is evicted, all the files are there, under their final names."""
+    seconds = {"five": 2.0, "rename": 0.4}.get(how, 1.8)
+    ranks = job.world("whole_checkpoint.py", 2, how, seconds, AUTOTEARDOWN_GRACE=16)
+    ranks[0].wait_for("saving")
+    ranks[who].signal()
+    for rank in ranks:
+        rank.signalled = ranks[who].signalled
+        assert rank.outlast(16) == (0 if rank is ranks[who] else 143), rank.story()
+    assert files(job) == WHOLE[how], ranks[0].story()
+
+
+def test_a_slow_disk(job):
+    """Ten seconds for a checkpoint, of a grace period of 25: it is all there."""
+    ranks = job.world("whole_checkpoint.py", 2, "slow", 10, AUTOTEARDOWN_GRACE=25)
+    ranks[0].wait_for("saving")
+    ranks[1].signal()
+    for rank in ranks:
+        rank.signalled = ranks[1].signalled
+        assert rank.outlast(25) == (0 if rank is ranks[1] else 143), rank.story()
+    assert files(job) == ["file"]
+
+
+def test_a_disk_that_is_too_slow(job):
+    """If the grace period ends first, it is not under its final name."""
+    ranks = job.world("whole_checkpoint.py", 2, "slow", 60, AUTOTEARDOWN_GRACE=8)
+    ranks[0].wait_for("saving")
+    ranks[0].signal()
+    for rank in ranks:
+        rank.signalled = ranks[0].signalled
+        assert rank.outlast(8) != -signal.SIGKILL, rank.story()
+    assert files(job) == ["x.tmp"]
+
+
+@pytest.mark.parametrize("how", ["pair", "five"])
+def test_control_a_checkpoint_is_cut(job, how):
+    """The control: without protection a part of it is there."""
+    (rank,) = job.world("whole_checkpoint.py", 1, how, mode=NONE)
+    rank.wait_for("saving")
+    assert rank.evict() == -SIGTERM
+    with pytest.raises(AssertionError):
+        assert files(job) == WHOLE[how]

@@ -1,0 +1,66 @@
+"""Accelerate: `save_state` at an eviction, `AUTOTEARDOWN_CHECKPOINT=on`.
+
+The loop is the program's own, so this is an `on_teardown` callback: every rank stopped after the agreed iteration.
+With `automatic_checkpoint_naming` the checkpoint is the next of the numbered ones; without, it is the folder
+`autoteardown-checkpoint` in the project's folder, or in the current one. It has that name when it is whole.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import weakref
+from types import ModuleType
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+_NAME = "autoteardown-checkpoint"
+
+
+def patch(
+    module: ModuleType, on_teardown: Callable[[Callable[[], object]], object], spare: Callable[[], bool]
+) -> None:
+    """Hook `accelerate.accelerator`.
+
+    Args:
+        module: the module, just imported.
+        on_teardown: registers a callback.
+        spare: whether somebody else saves: the Trainer has an accelerator, too.
+    """
+    made: list[weakref.ref[Any]] = []
+    accelerator = module.Accelerator
+    real_init = accelerator.__init__
+
+    @functools.wraps(real_init)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        real_init(self, *args, **kwargs)
+        if not made:
+            on_teardown(save)
+        made.append(weakref.ref(self))
+
+    def save() -> None:
+        for reference in made:
+            one = reference()
+            if one is not None and one._models and not spare():
+                _save(one)
+
+    accelerator.__init__ = __init__
+
+
+def _save(accelerator: Any) -> None:
+    project = accelerator.project_configuration
+    if project.automatic_checkpoint_naming:
+        accelerator.save_state()
+        return
+    final = os.path.join(project.project_dir or ".", _NAME)
+    accelerator.save_state(final + ".unfinished")
+    accelerator.wait_for_everyone()
+    if accelerator.is_local_main_process and os.path.isdir(final + ".unfinished"):
+        if os.path.isdir(final):
+            os.rename(final, final + ".old")
+        os.rename(final + ".unfinished", final)
+        shutil.rmtree(final + ".old", ignore_errors=True)

@@ -1,0 +1,224 @@
+"""No step is lost that could be kept (promise 12): the application saves, on every rank, after the same iteration."""
+
+import os
+import random
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from harness import NONE, SHORT, SIGTERM, wait_until
+
+EVICTIONS = int(os.environ.get("TOGETHER_EVICTIONS", "10"))
+# The application has GRACE - 1 - 6 s.
+PATIENT = {"AUTOTEARDOWN_GRACE": 16}
+IMPATIENT = {"AUTOTEARDOWN_GRACE": 9}
+WHO = {"one": [1], "the hub": [0], "two": [1, 2], "all": [0, 1, 2]}
+
+
+def checkpoints(job, ranks, in_handler=False):
+    """The iteration of each rank's checkpoint, all of which load and are what that iteration made of the weights.
+
+    A handler runs at the end of `Optimizer.step`: for one that saves by itself the loop has not counted that step yet.
+    """
+    found = {}
+    for path in sorted((job.folder / "saved").glob("*.pt")):
+        state = torch.load(path)
+        (made,) = set(state["weight"].tolist())
+        assert state["step"] == (made - 1 if in_handler else made)
+        found[int(path.stem)] = state["step"]
+    assert sorted(found) == list(range(ranks)), (found, [rank.story() for rank in job.ranks])
+    return found
+
+
+def saved_together(job, ranks, grace=16, code=42, in_handler=False):
+    """All are out with the program's own code, after a checkpoint of the same iteration."""
+    first = min(rank.signalled for rank in ranks if rank.signalled)
+    for rank in ranks:
+        rank.signalled = rank.signalled or first
+        assert rank.outlast(grace) == code, rank.story()
+    found = checkpoints(job, len(ranks), in_handler)
+    assert len(set(found.values())) == 1, (found, [rank.story() for rank in ranks])
+    for rank in ranks:  # the agent has nothing to tell
+        assert not [text for text in rank.said if text.startswith("done")], rank.story()
+
+
+def started(job, style, *args, ranks=3, **options):
+    """A world in mid-training."""
+    world = job.world("saver.py", ranks, style, *args, **{**PATIENT, **options})
+    for rank in world:
+        rank.wait_for("^step 3$")
+    return world
+
+
+@pytest.mark.parametrize("who", WHO)
+@pytest.mark.parametrize("style", ["flag", "poll"])
+def test_every_rank_saves_at_the_same_iteration(job, style, who):
+    """Issue: one rank signalled, or two at once, or all: every rank saves, after the same iteration."""
+    ranks = started(job, style)
+    for victim in WHO[who]:
+        ranks[victim].signal()
+    saved_together(job, ranks)
+
+
+@pytest.mark.parametrize("style", ["broadcast", "exits", "inside", "asyncio", "thread"])
+@pytest.mark.parametrize("who", ["one", "all"])
+def test_whatever_the_handler_does(job, style, who):
+    """Lightning's broadcast, Composer's SystemExit, a save inside, an event loop's, one beside the training thread."""
+    ranks = started(job, style)
+    for victim in WHO[who]:
+        ranks[victim].signal()
+    saved_together(job, ranks, in_handler=style in ("exits", "inside"))
+    for rank in ranks:
+        assert rank.stdout.count("handler at") == 1, rank.story()
+
+
+def test_control_a_flag_on_one_rank(job):
+    """The control: without the agent the signalled rank saves and the others hang in its absence, or fail."""
+    ranks = job.world("saver.py", 3, "flag", mode=NONE)
+    for rank in ranks:
+        rank.wait_for("^step 3$")
+    ranks[1].signal()
+    assert ranks[1].outlast(SHORT * 5) == 42, ranks[1].story()
+    for rank in (ranks[0], ranks[2]):
+        rank.signalled = ranks[1].signalled
+        assert rank.outlast(SHORT * 5) not in (0, 42), rank.story()
+    assert [path.stem for path in (job.folder / "saved").glob("*.pt")] == ["1"]
+
+
+@pytest.mark.parametrize("style", ["flag", "poll"])
+def test_under_torchrun(job, style):
+    """All workers of a node are signalled by their agent, at moments of their own."""
+    launcher = job.torchrun("saver.py", style, ranks=3, **PATIENT)
+    wait_until(lambda: launcher.stdout.count("step 5\n") >= 3, "three ranks at work")
+    launcher.signal()
+    launcher.outlast(30)
+    assert launcher.code != -9, launcher.story()
+    assert len(set(checkpoints(job, 3).values())) == 1, launcher.story()
+    wait_until(lambda: not job.survivors(), "the end of the workers", 10)
+
+
+def workers(launcher, ranks):
+    """The pids of torchrun's workers."""
+
+    def look():
+        found = [
+            int(pid)
+            for pid in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+            if b"saver.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        ]
+        return found if len(found) == ranks else None
+
+    return wait_until(look, "the workers")
+
+
+def test_one_worker_under_torchrun(job):
+    """One worker is signalled, and torchrun signals the others when that one has left: all have saved by then."""
+    launcher = job.torchrun("saver.py", "flag", ranks=3, **PATIENT)
+    wait_until(lambda: launcher.stdout.count("step 5\n") >= 3, "three ranks at work")
+    os.kill(workers(launcher, 3)[1], SIGTERM)
+    launcher.wait(30)
+    assert len(set(checkpoints(job, 3).values())) == 1, launcher.story()
+    assert "exitcode  : 42" in launcher.stderr, launcher.story()
+
+
+def test_once_more_while_it_saves(job):
+    """A second signal is the application's at once: its handler is called again, and the save goes on."""
+    ranks = started(job, "slow-save")
+    ranks[1].signal()
+    ranks[1].wait_for("^saving$")
+    ranks[1].signal()
+    ranks[1].wait_for(r"(?s)handler at .*handler at")
+    saved_together(job, ranks)
+
+
+def test_a_save_that_needs_all_ranks(job):
+    """The group is alive: what the application saves may be collective."""
+    ranks = started(job, "collective")
+    ranks[2].signal()
+    first = ranks[2].signalled
+    for rank in ranks:
+        rank.signalled = first
+        assert rank.outlast(16) == 42, rank.story()
+    steps = {torch.load(path)["step"] for path in (job.folder / "saved").glob("*.pt")}
+    assert len(steps) == 1
+    for path in (job.folder / "saved").glob("*.pt"):
+        state = torch.load(path)
+        assert set(state["weight"].tolist()) == {3.0 * state["step"]}
+
+
+@pytest.mark.parametrize("style", ["logs", "deaf-poll"])
+def test_an_application_that_ignores_it(job, style):
+    """Its time over, the group is stopped as if it had no handler: together, inside the grace period."""
+    ranks = started(job, style, **IMPATIENT)
+    ranks[1].signal()
+    for rank, code in zip(ranks, (143, 0, 143)):
+        rank.signalled = ranks[1].signalled
+        assert rank.outlast(9) == code, rank.story()
+        assert rank.phase("yield")["outcome"] == "timeout", rank.story()
+        assert rank.report()["outcome"] == "partial"
+        assert rank.stdout.count("handler at") == (style == "logs")
+    assert ranks[1].seconds > 1.0
+
+
+def test_ranks_without_a_handler(job):
+    """They go on beside those that have one, and are stopped when those have left."""
+    ranks = started(job, "mixed", ranks=4)
+    ranks[1].signal()
+    codes = {0: 42, 1: 0, 2: 42, 3: 143}
+    for number, rank in enumerate(ranks):
+        rank.signalled = ranks[1].signalled
+        assert rank.outlast(16) == codes[number], rank.story()
+    found = {number: torch.load(job.folder / f"saved/{number}.pt")["step"] for number in (0, 2)}
+    assert len(set(found.values())) == 1
+    for number in (1, 3):
+        assert ranks[number].seconds < 6, "they need not wait for the end of its time"
+
+
+def test_a_handler_that_raises(job):
+    """What it raises comes up in the training, on every rank, as without us; each rank ends with its own code."""
+    ranks = started(job, "raises")
+    ranks[0].signal()
+    for rank in ranks:
+        rank.signalled = ranks[0].signalled
+        assert rank.outlast(16) == 1, rank.story()
+        assert "ValueError: the handler has failed" in rank.stderr
+    assert len({rank.stdout.split("handler at ")[1].split()[0] for rank in ranks}) == 1
+
+
+def test_an_iteration_that_does_not_end(job):
+    """No agreement in time: the handlers run at once, and the application has the rest of its time."""
+    ranks = started(job, "inside", 3600)
+    ranks[1].signal()
+    for rank in ranks:
+        rank.signalled = ranks[1].signalled
+        assert rank.outlast(16) == 42, rank.story()
+    assert set(checkpoints(job, 3).values()) == {3}
+    assert ranks[1].seconds < 9
+
+
+def test_alone(job):
+    """AUTOTEARDOWN_HANDLERS=alone: its handler runs at once, on the signalled rank only."""
+    ranks = started(job, "inside", AUTOTEARDOWN_HANDLERS="alone")
+    ranks[1].signal()
+    assert ranks[1].outlast(16) == 42, ranks[1].story()
+    assert ranks[1].seconds < 3
+    for rank in (ranks[0], ranks[2]):
+        assert "handler at" not in rank.stdout
+
+
+def evict_at_random(job, seed):
+    """One world, one eviction at a random moment."""
+    chance = random.Random(seed)
+    ranks = started(job, "flag", 0, ranks=4)
+    time.sleep(chance.uniform(0, 0.1))
+    for victim in chance.sample(ranks, chance.choice([1, 1, 1, 2, 4])):
+        victim.signal()
+        time.sleep(chance.choice([0, 0, 0.003, 0.05]))
+    saved_together(job, ranks)
+
+
+@pytest.mark.parametrize("seed", range(EVICTIONS))
+def test_at_random_moments(job, seed):
+    """Issue: evictions at random moments; `TOGETHER_EVICTIONS=100` for as many as it asks for."""
+    evict_at_random(job, seed)
