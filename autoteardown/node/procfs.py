@@ -48,6 +48,21 @@ def start_time(pid: int) -> int | None:
     return None if state in "ZXx" else started
 
 
+def is_below(pid: int, ancestor: int) -> bool:
+    """Whether a process descends from another one, as far as the parents that it has now tell."""
+    for _ in range(64):
+        try:
+            stat = _read(f"/proc/{pid}/stat")
+            pid = int(stat[stat.rindex(b")") + 1 :].split()[1])
+        except (OSError, ValueError, IndexError):
+            return False
+        if pid == ancestor:
+            return True
+        if pid <= 1:
+            return False
+    return False
+
+
 def image(pid: int) -> str:
     """Names what a process executes: where the kernel put its code and its stack, anew and at random with each exec.
 
