@@ -209,8 +209,7 @@ class Rank:
         found = list((self.folder.parent / "reports").glob(f"*-{self.pid}-*Z.json"))
         assert len(found) == 1, f"{len(found)} reports: {self.story()}"
         report = json.loads(found[0].read_text())
-        if report["schema"] > 1:
-            validate_report(report)
+        validate_report(report)
         return report
 
     def phase(self, name):

@@ -130,6 +130,14 @@ class RankHands:
         """See `stop.hands.Hands`."""
         backends.abort(done)
 
+    def stuck_collective(self) -> Optional[dict[str, Any]]:
+        """See `stop.hands.Hands`."""
+        return backends.stuck_collective()
+
+    def evidence(self, path: str, collective: Optional[dict[str, Any]]) -> list[str]:
+        """See `stop.hands.Hands`."""
+        return backends.evidence(path, collective)
+
     def is_stuck_outside(self) -> bool:
         """See `stop.hands.Hands`."""
         return ray.waits_for_method(threads.inside, self._gate.loop, self._gate.parked)

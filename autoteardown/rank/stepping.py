@@ -30,9 +30,9 @@ class Hooks:
     def __init__(self) -> None:
         """Hook torch, which is imported."""
         global _graph_task, _sequence
-        torch = sys.modules["torch"]
-        _graph_task = getattr(torch._C, "_current_graph_task_id", _graph_task)
-        _sequence = getattr(torch._C._autograd, "_get_sequence_nr", None)
+        core = getattr(sys.modules["torch"], "_C", None)
+        _graph_task = getattr(core, "_current_graph_task_id", _graph_task)
+        _sequence = getattr(getattr(core, "_autograd", None), "_get_sequence_nr", None)
         optimizer = sys.modules["torch.optim.optimizer"]
         self._handles = [
             optimizer.register_optimizer_step_post_hook(_after_step),

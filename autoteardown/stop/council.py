@@ -7,9 +7,9 @@ A rank says: `tell` (a dict: who is being evicted, and how long it has `left`), 
 owner]`), `plan_now`, `at` (`[iteration, round, numbers]`), `still` (`[whether it waits without progress, round,
 numbers]`), `ready` (round: it knows where to stop), `saving` (whether it saves), `arrived` (its device is idle at the
 agreed iteration), `halt`, `over` (the time of its application is), `wedged`, `quiet` (whether clean), `left`. Its
-connection says: `lost` (whether it is known to be dead), `back`, `bye`, `closed` (after `left`); the clock: `tick`,
-when `wake` has come. `numbers` are the sequence numbers of the groups' collectives where hosts run ahead of devices,
-else empty.
+connection says: `joined`, `lost` (whether it is known to be dead), `back`, `bye`, `closed` (after `left`); the clock:
+`tick`, when `wake` has come. `numbers` are the sequence numbers of the groups' collectives where hosts run ahead of
+devices, else empty.
 
 It is told: `notice`, `plan` (`{"stop": iteration or None, "owned": bool, "why": words}`), `more` (`{"round": n,
 "until": numbers}`: stop at the end of your next iteration that has got there), `even` (all are at the same one),
@@ -91,6 +91,11 @@ class Council:
     def _hear_closed(self, rank: int, _: Any) -> None:
         self._dead.add(rank)
 
+    def _hear_joined(self, rank: int, _: Any) -> None:
+        # For the first time, or in its next life: an elastic framework has made the group whole again.
+        self._left.discard(rank)
+        self._hear_back(rank, None)
+
     def _hear_back(self, rank: int, _: Any) -> None:
         self.lost.discard(rank)
         self._dead.discard(rank)
@@ -103,6 +108,8 @@ class Council:
 
     def _hear_answer(self, rank: int, value: Any) -> None:
         completed, cannot, owner = value
+        if completed is not None:
+            completed = _whole(completed)
         self._answers.setdefault(rank, (completed, bool(cannot), bool(owner)))
 
     def _hear_plan_now(self, rank: int, _: Any) -> None:
@@ -114,14 +121,14 @@ class Council:
             self._settled = self._now
             self._still.discard(rank)
             self._at.add(rank)
-            self._numbers[rank] = dict(numbers)
+            self._numbers[rank] = _numbers(numbers)
 
     def _hear_still(self, rank: int, value: Any) -> None:
         still, number, numbers = value
         if number == self._round.get(rank, 0):
             self._settled = self._now
             (self._still.add if still else self._still.discard)(rank)
-            self._numbers[rank] = dict(numbers)
+            self._numbers[rank] = _numbers(numbers)
 
     def _hear_ready(self, rank: int, number: Any) -> None:
         if number == self._round.get(rank, 0):
@@ -149,7 +156,7 @@ class Council:
         self._quiet.setdefault(rank, bool(clean))
 
     def _hear_left(self, rank: int, _: Any) -> None:
-        if not self._left:
+        if not self._left and "notice" in self._said:
             self._tell("departed", rank)
         self._left.add(rank)
 
@@ -237,8 +244,8 @@ class Council:
         if not steppers or not steppers <= self._at | self._still:
             return
         waiting = (self._still - self._at) & steppers
-        # Who has an optimizer, and has not stepped by the time that all the others are there, does not step at all.
-        idle = {rank for rank in waiting if not self._answers[rank][0]}
+        # Who has an optimizer, and has not stepped although the others went on for its sake, does not step at all.
+        idle = {rank for rank in waiting if not self._answers[rank][0] and rank in self._round}
         if idle and steppers - idle and steppers - idle <= self._at:
             self._steppers -= idle
             steppers, waiting = steppers - idle, waiting - idle
@@ -255,16 +262,16 @@ class Council:
         elif self._rounds == ROUNDS:
             self._halt("ranks wait for one another")
         else:
-            self._another_round(waiting, behind)
+            self._another_round(steppers, waiting, behind)
 
-    def _another_round(self, waiting: set[int], behind: set[int]) -> None:
+    def _another_round(self, steppers: set[int], waiting: set[int], behind: set[int]) -> None:
         """Those that are behind go on, and those that wait for them stop as soon as that lets them."""
         self._rounds += 1
         self._round.update(dict.fromkeys(behind | waiting, self._rounds))
         # Those that wait cannot move before those that are behind do: by then they must know where to stop.
         self._preparing = waiting
         self._out += [(rank, "more", {"round": self._rounds, "until": {}}) for rank in sorted(waiting)]
-        until = self._most(waiting | behind)
+        until = self._most(steppers)
         self._next = {rank: {"round": self._rounds, "until": until} for rank in sorted(behind)}
         self._at -= behind
         self._still -= waiting
@@ -283,3 +290,13 @@ class Council:
         return {
             r for r in steppers if any(number < most[group] for group, number in self._numbers[r].items())
         }
+
+
+def _whole(value: Any) -> int:
+    if not isinstance(value, int) or value < 0:
+        raise ValueError(value)
+    return value
+
+
+def _numbers(value: Any) -> dict[str, int]:
+    return {str(group): _whole(number) for group, number in value.items()}

@@ -17,7 +17,7 @@ from typing import Any, Callable, NoReturn, Optional
 from autoteardown import exits
 from autoteardown.boundary import guarded
 from autoteardown.primitives import allocate_lock, monotonic, sleep, start_new_thread
-from autoteardown.stop import collector, lastwords, protocol, report, terms
+from autoteardown.stop import abort_signal, collector, lastwords, protocol, report, terms
 from autoteardown.stop.fuse import Fuse
 from autoteardown.stop.hands import Hands
 from autoteardown.stop.story import Story, signal_name
@@ -57,6 +57,7 @@ class Teardown:
         self._finishing = allocate_lock()
         self._shown: dict[str, Any] = {"saving": False, "still": False}
         self._progress: Any = None
+        self._collective: Optional[dict[str, Any]] = None  # the one that does not end
         self._told = 0
         self._left_at = 0.0
         self._fuse = Fuse()
@@ -220,6 +221,8 @@ class Teardown:
 
     def _do_drain(self, _: Any) -> None:
         self.hands.mark(state="parked")
+        # From here on the process is sure to end, and with our exit code, not with that of a communicator's watchdog.
+        abort_signal.hold_off()
         self._work("drained", self._drain)
 
     def _drain(self) -> Any:
@@ -242,6 +245,11 @@ class Teardown:
 
     def _do_stacks(self, phase: str) -> None:
         self._work(None, lambda: self._take_stacks(f"{phase} timed out"))
+        if phase in ("step", "park", "drain"):
+            self._work(None, self._find_collective)
+
+    def _find_collective(self) -> None:
+        self._collective = self._collective or self.hands.stuck_collective()
 
     def _do_leave(self, soft: bool) -> None:
         self.hands.flush(_FLUSH)
@@ -307,6 +315,12 @@ class Teardown:
                 patience = max(_LAST_WORDS, min(_LONG_LAST_WORDS, left))
             story = self.story(final=True)
             lastwords.write(story, self.hands, patience, final=True)
+            if (
+                self.stop is not None
+                and self.stop.wedged
+                and self.now < self.hands.settings.hard - _LONG_LAST_WORDS
+            ):
+                lastwords.write_evidence(story, self.hands, _LAST_WORDS)
             self.say(story.summary(), event="done", outcome=story.outcome)
         finally:
             end(lambda: self.exit_code)
@@ -331,6 +345,7 @@ class Teardown:
             phases=phases,
             steps=stop.steps if stop is not None else None,
             stuck=list(self.stuck),
+            collective=self._collective,
             outcome=stop.outcome if stop is not None else "forced",
             why=stop.reason if stop is not None else "it ended before it could begin",
             exit_code=self.exit_code,

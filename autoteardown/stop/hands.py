@@ -88,6 +88,12 @@ class Hands(Protocol):
     def abort(self, done: Callable[[Problem], object]) -> None:
         """Abort them; `done` is called when that is over, which it may never be."""
 
+    def stuck_collective(self) -> Optional[dict[str, Any]]:
+        """Which collective does not end: `group`, `seq`, `op`; None if there is none, or nobody can tell."""
+
+    def evidence(self, path: str, collective: Optional[dict[str, Any]]) -> list[str]:
+        """Write what the communicators recorded, for a post-mortem, to files that begin so. May never return."""
+
     def is_stuck_outside(self) -> bool:
         """Whether a SystemExit would not end the process, because a framework waits for something that runs."""
 

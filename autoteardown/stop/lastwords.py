@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from autoteardown.primitives import allocate_lock, start_new_thread
@@ -39,17 +40,47 @@ def write(story: Story, hands: Hands, seconds: float, final: bool) -> None:
     written.acquire(timeout=seconds)
 
 
+def write_evidence(story: Story, hands: Hands, seconds: float) -> None:
+    """Last of all: what the communicators have recorded, next to the report.
+
+    torch reads it with the GIL held, and asks a driver that may be stuck: nothing may depend on its end.
+    """
+    folder = hands.settings.report_dir
+    if not folder:
+        return
+    written = allocate_lock()
+    written.acquire()
+
+    def run() -> None:
+        try:
+            path = os.path.join(folder, report.stamped(_name(story), story.as_dict()))
+            if hands.evidence(path.rpartition(".json")[0], story.collective) and story.collective is not None:
+                _write_report(story, hands)  # which operation it was is known by now
+        except BaseException as error:
+            hands.log.line(f"no evidence: {type(error).__name__}: {error}", story.seconds)
+        written.release()
+
+    start_new_thread(run, ())
+    written.acquire(timeout=seconds)
+
+
+def _name(story: Story) -> str:
+    return f"{story.identity['host']}-{story.identity['pid']}.json".replace("/", "_")
+
+
+def _write_report(story: Story, hands: Hands) -> None:
+    folder = hands.settings.report_dir
+    problem = report.write_report(folder, _name(story), story.as_dict()) if folder else None
+    if problem:
+        hands.log.line(problem, story.seconds)
+
+
 def _write(story: Story, hands: Hands, final: bool) -> None:
     settings = hands.settings
     if final:
         hands.unlist(story.outcome, story.exit_code)
     else:
         hands.mark(state="leaving", outcome=story.outcome, exit_code=story.exit_code)
-    if settings.report_dir:
-        about = story.identity
-        name = f"{about['host']}-{about['pid']}.json".replace("/", "_")
-        problem = report.write_report(settings.report_dir, name, story.as_dict())
-        if problem:
-            hands.log.line(problem, story.seconds)
+    _write_report(story, hands)
     if settings.termination_log:
         report.write_termination_log(settings.termination_log, story.text())

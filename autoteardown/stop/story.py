@@ -21,6 +21,7 @@ class Story(NamedTuple):
     phases: list[dict[str, Any]]
     steps: Optional[dict[str, Optional[int]]]
     stuck: list[dict[str, Any]]
+    collective: Optional[dict[str, Any]]  # which one did not end
     outcome: str
     why: str
     exit_code: int
@@ -28,7 +29,7 @@ class Story(NamedTuple):
 
     def as_dict(self) -> dict[str, Any]:
         """The JSON report, schema 2."""
-        why = {"why": self.why} if self.why else {}
+        optional = {"why": self.why or None, "collective": self.collective}
         return {
             **self.identity,
             "cause": self.cause,
@@ -40,7 +41,7 @@ class Story(NamedTuple):
             "steps": self.steps,
             "stuck": self.stuck,
             "outcome": self.outcome,
-            **why,
+            **{key: value for key, value in optional.items() if value is not None},
             "exit_code": self.exit_code,
         }
 

@@ -128,8 +128,9 @@ def _culprit(rank: Rank) -> str:
 
 
 def _clean(stop: Stop, clean: list[Rank], trouble: bool) -> str:
-    ready = sorted((_ready(rank), rank.rank or 0, rank) for rank in clean)
-    most, last, slowest = ready[len(ready) // 2][0], ready[-1][0], ready[-1][2]
+    ready = sorted(clean, key=_ready)
+    slowest = ready[-1]
+    most, last = _ready(ready[len(ready) // 2]), _ready(slowest)
     count = "It" if len(clean) == 1 else f"{'The other' if trouble else 'All'} {len(clean)} ranks"
     if len(clean) == 1 and trouble:
         count = _who(clean[0])

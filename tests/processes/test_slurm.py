@@ -132,7 +132,6 @@ def test_torchrun_dies_of_the_early_signal(cluster, tmp_path):
     assert process.wait(60) == -signal.SIGUSR1  # 138 for a shell
 
 
-@pytest.mark.xfail(strict=False, reason="where the guard does not tell the registry its job yet")
 def test_the_epilog_drains_the_jobs_ranks_and_nobody_elses(cluster, tmp_path, job):
     ours = cluster(sys.executable, PROGRAMS / "train.py", **world("4711"))
     theirs = cluster(sys.executable, PROGRAMS / "train.py", **world("4712"))

@@ -27,7 +27,13 @@ MAY_IMPORT = {
 
 # What runs in every process reaches into a room when something happens there, inside a function, so that a process
 # that is no rank never pays for it: a file, and the rooms that it may reach so.
-DOORS = {"finder": {"rank", "node", "frameworks"}, "startup": {"rank"}, "api": {"rank"}, "signals": {"rank", "channel"}}
+DOORS = {
+    "finder": {"rank", "node", "frameworks"},
+    "startup": {"rank"},
+    "api": {"rank"},
+    "signals": {"rank", "channel"},
+}
+
 
 def files() -> dict[str, Path]:
     """The package's files by module name without the package's own."""

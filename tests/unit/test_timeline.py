@@ -282,6 +282,13 @@ def test_a_wedged_rank_stands_out_and_tells_its_stacks(tmp_path: Path, world: in
     )  # the sentence; two stacks, in the lane's title and in the table
 
 
+def test_ranks_that_cannot_be_told_apart_are_no_trouble() -> None:
+    """Neither by their time nor by their number, which a report may lack."""
+    same = [Rank("a", outcome="clean"), Rank("b", outcome="clean")]
+    assert "All 2 ranks stopped and left cleanly" in story.sentence(Stop(same))
+    assert len(story.lanes(Stop(same * 10))) == 1
+
+
 @pytest.mark.parametrize(
     ("stuck", "where"),
     [
