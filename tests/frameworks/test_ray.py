@@ -17,7 +17,8 @@ import uuid
 from pathlib import Path
 
 import pytest
-from harness import AGENT, NONE, PROGRAMS, alive, environment, free_port, marked, stat, validate_report, wait_until
+from harness import AGENT, NONE, PROGRAMS, alive, environment, free_port, marked, stat, wait_until
+from schema import validate_report
 
 ray = pytest.importorskip("ray")
 sys.path.insert(0, str(PROGRAMS))
@@ -66,7 +67,7 @@ class Cluster:
 
     def report(self, pid):
         """The report of a worker; None if there is none."""
-        found = list(self.reports.glob(f"*-{pid}-*.json"))
+        found = list(self.reports.glob(f"*-{pid}-*Z.json"))
         return json.loads(found[0].read_text()) if found else None
 
     def log(self, pid):
