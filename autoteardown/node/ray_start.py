@@ -1,4 +1,4 @@
-"""`ray start --block` lets Ray react to SIGTERM at once, as without us, and has the node's ranks out before Ray kills them.
+"""`ray start --block`: Ray reacts to SIGTERM at once, as without us; the node's ranks are out before Ray kills them.
 
 On Kubernetes that process gets the pod's SIGTERM and the actors never do: raylet SIGKILLs them. Ray's handler
 (`ray/_private/node.py`, `Node._register_shutdown_hooks`) tells the cluster that the node is being preempted and until
@@ -11,9 +11,9 @@ ranks that Ray would kill; and if Ray is ready to kill them earlier (the drain w
 gone), that waits for the drain. The ranks leave as ranks of a node that everybody knows to be preempted.
 
 The handler is set with `signal.signal`, late, once; so in this one process, which is never a rank, a stand-in for
-that function wraps whatever handler SIGTERM gets. `kill_all_processes` is looked up when the signal comes: a Ray without
-it is drained in time all the same. Rejected: to drain first, which is what this module once did: Ray Train then saw
-ranks fail that nobody had told it were being preempted.
+that function wraps whatever handler SIGTERM gets. `kill_all_processes` is looked up when the signal comes: without it
+the node is drained in time all the same. Rejected: to drain first, which is what this module once did. Ray Train then
+saw ranks fail that nobody had told it were being preempted.
 """
 
 from __future__ import annotations
@@ -94,11 +94,11 @@ class NodeDrain:
 
     def begin(self) -> None:
         """Start the thread, and have Ray wait for it before it kills. Silent on a node without ranks."""
-        if not self._waiting():
+        waiting = self._waiting()
+        if not waiting:
             return
-        self._say(
-            f"SIGTERM: Ray drains this node; its {self._waiting()} rank(s) are drained in {self._notice:.0f}s at the latest"
-        )
+        when = f"in {self._notice:.0f}s at the latest" if self._notice else "now"
+        self._say(f"SIGTERM: Ray drains this node; its {waiting} rank(s) are drained {when}")
         primitives.start_new_thread(self._run, ())
         self._hold_back()
 
@@ -166,7 +166,8 @@ def times(found: Settings, environ: Any) -> tuple[float, float]:
     The least of what Ray, the pod and the ranks' own grace period give counts, less the longest wait for an iteration
     and for the device.
     """
-    total = min(found.grace, _seconds(environ.get(_PODS), found.grace))
+    pods = _seconds(environ.get(_PODS), found.grace)
+    total = min(found.grace, pods) if pods > 0 else found.grace
     patience = min(total, max(0.0, _seconds(environ.get(_RAYS_OWN), _RAYS_DEFAULT)))
     need = found.step_timeout + found.drain_timeout + _MARGIN
     return total, max(0.0, patience - need)

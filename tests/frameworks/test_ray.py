@@ -244,7 +244,7 @@ def test_concurrency_groups_at_once(cluster, world, tmp_path):
     os.kill(pids[0], signal.SIGTERM)
     for reference in running:
         assert isinstance(failure(reference), ray.exceptions.RayActorError)
-    assert outcomes(cluster, pids) == CLEAN
+    assert outcomes(cluster, pids) == ends("blocked", "idle")
 
 
 def test_one_actor_opts_out(cluster, world, tmp_path):
@@ -256,7 +256,7 @@ def test_one_actor_opts_out(cluster, world, tmp_path):
     assert isinstance(failure(running), ray.exceptions.RayActorError)
     gone(pids[0])
     report = cluster.report(pids[0])
-    assert (report["outcome"], report["exit_code"]) == ("clean", 0)
+    assert (report["outcome"], report["exit_code"]) == ("partial", 0)
     assert ray.get(actors[1].pid.remote(), timeout=60) == pids[1]
     assert cluster.report(pids[1]) is None
     assert "autoteardown" not in cluster.log(pids[1])
@@ -271,12 +271,14 @@ def test_drain_as_a_pre_stop_hook(cluster, world, tmp_path):
     command = [sys.executable, "-m", "autoteardown", "drain", "--json"]
     env = {**os.environ, "AUTOTEARDOWN_RUNTIME_DIR": str(cluster.folder / "runtime")}
     hook = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
-    assert (hook.returncode, hook.stderr) == (0, ""), hook
+    assert (hook.returncode, hook.stderr) == (1, ""), (
+        hook
+    )  # in time, but not clean: on gloo one was in a collective
     told = {rank["pid"]: (rank["outcome"], rank["signal"]) for rank in json.loads(hook.stdout)["ranks"]}
-    assert told == dict.fromkeys(pids, ("clean", signal.SIGTERM))
+    assert told == dict(zip(pids, [("aborted", signal.SIGTERM), ("partial", signal.SIGTERM)]))
     for reference in running:
         assert isinstance(failure(reference), ray.exceptions.RayActorError)
-    assert outcomes(cluster, pids) == [("signal", "clean", 0)] * 2
+    assert outcomes(cluster, pids) == [("signal", "aborted", 0), ("signal", "partial", 0)]
 
 
 @pytest.mark.parametrize("evicted, other", [("blocked", "busy"), ("busy", "blocked")])
@@ -289,7 +291,7 @@ def test_tasks(cluster, tmp_path, evicted, other):
     os.kill(pids[0], signal.SIGTERM)
     for reference in running:
         assert isinstance(failure(reference), ray.exceptions.WorkerCrashedError)
-    assert outcomes(cluster, pids) == CLEAN
+    assert outcomes(cluster, pids) == ends(evicted, other)
 
 
 def test_control_tasks(cluster, tmp_path):
@@ -403,7 +405,10 @@ def test_ray_train(cluster, job, tmp_path, what, max_failures):
         wait_in(tmp_path, "blocked", 0)
         (tmp_path / "blocked-0").rename(path)
     os.kill(pids[0], signal.SIGTERM)
-    assert outcomes(cluster, pids) == CLEAN
+    expected = (
+        [("signal", "clean", 0), ("peer", "clean", 143)] if what == "steps" else ends("blocked", "busy")
+    )
+    assert outcomes(cluster, pids) == expected
     steps = [cluster.report(pid)["steps"] for pid in pids]
     if what == "steps":
         assert steps[0]["stopped_at"] == steps[1]["stopped_at"] >= 5
