@@ -43,20 +43,35 @@ _MARGIN = 2.0  # seconds between the time that a teardown may need, and the end 
 _LAST = 0.5  # half of the second that every rank keeps free at the end of its grace period
 
 
-def is_ray_start(argv: Sequence[str] | None = None) -> bool:
-    """Whether this process, or one with that command line, is `ray start`."""
+def command(argv: Sequence[str] | None = None) -> list[str]:
+    """The command of `ray` that this process is, or one with that command line, and its arguments; else nothing."""
     words = program.command_line() if argv is None else list(argv)
     kind, name = program.parse(words)
     if not ((kind == "script" and os.path.basename(name) == "ray") or (kind == "-m" and name in _MODULES)):
-        return False
+        return []
     start = next(place for place, word in enumerate(words) if place and word.endswith(name))
-    rest = iter(words[start + 1 :])
-    for word in rest:
-        if not word.startswith("-"):
-            return word == "start"
-        if word in _WITH_VALUE:
-            next(rest, None)
-    return False
+    rest = words[start + 1 :]
+    while rest:
+        if not rest[0].startswith("-"):
+            return rest
+        rest = rest[2:] if rest[0] in _WITH_VALUE else rest[1:]
+    return []
+
+
+def is_ray_start(argv: Sequence[str] | None = None) -> bool:
+    """Whether this process, or one with that command line, is `ray start`."""
+    return command(argv)[:1] == ["start"]
+
+
+def serve(module: ModuleType) -> None:
+    """Do what this process needs if it is a command of Ray's that ends a node. `module` is `signal`."""
+    words = command()
+    if words[:1] == ["start"]:
+        install(module)
+    elif words[:1] == ["stop"]:
+        from autoteardown.node import ray_stop
+
+        ray_stop.drain_first(words[1:])
 
 
 class DrainBeside:
@@ -209,7 +224,7 @@ def _of_this_node() -> Any:
         __slots__ = ()
 
         def matches(self, record: Any) -> bool:
-            return super().matches(record) and procfs.is_below(record.pid, own)
+            return super().matches(record) and own in procfs.ancestors(record.pid)
 
     own = os.getpid()
     return drain.Which() if own == 1 or not procfs.is_ours() else OfThisNode()
