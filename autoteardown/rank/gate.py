@@ -260,10 +260,21 @@ class Gate:
         if state == _LEAVING:
             self.swallowed()
         self._threads[ident] = _PARKED
-        self._tell(("parked", ident))
+        if ident == self.thread or not self._trains_elsewhere():
+            self._tell(("parked", ident))
         while not self._exit_open:
             self._wait(ident)
         self.leave()
+
+    def _trains_elsewhere(self) -> bool:
+        """Whether another thread is known to train: that this one has parked says nothing of it.
+
+        The main thread of a Ray actor has nothing to do, and parks at once.
+        """
+        thread = self.thread
+        if thread is None or not threads.alive(thread):
+            return False
+        return self.begun or threads.place(thread) == "peers"
 
     def leave(self) -> None:
         """Have this thread leave with SystemExit, once the exit is open."""
