@@ -49,6 +49,9 @@ class Guard(Armed):
         self.tap.arm(self._on_signal, self.main.on_signal, self.identity.mark)
         self._finalize_multiprocessing()
         self.identity.joining()
+        if self.tap.late:
+            text = "armed off the main thread, which has yet to come by: a signal before that has its default action"
+            self.identity.log.line(text, level="debug")
 
     def _finalize_multiprocessing(self) -> None:
         # A forked child of multiprocessing leaves by os._exit: its finalizers are all the atexit that it has.

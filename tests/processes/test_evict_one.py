@@ -346,3 +346,17 @@ def test_a_normal_job_is_unchanged(job, how):
     assert seen[0] == seen[1]
     assert not list(job.reports.iterdir())
     assert not list(job.runtime.glob("*.json")), "a rank that has left is still in the registry"
+
+
+@pytest.mark.parametrize(
+    ("setting", "signum", "name"), [("SIGTERM,40", 40, "SIGRTMIN+6"), ("SIGRTMAX-4", 60, None)]
+)
+def test_real_time_signals(job, setting, signum, name):
+    """By number or by their distance from the first or last of them; 0.1 failed with an internal error, and "clean"."""
+    options = {"AUTOTEARDOWN_SIGNALS": setting, "AUTOTEARDOWN_EXIT_CODE": "signal"}
+    (rank,) = job.world("train.py", 1, fresh=True, **options)
+    rank.wait_for("step 3$")
+    assert rank.evict(signum=signum) == 128 + signum, rank.story()
+    report = rank.report()
+    assert report["outcome"] == "clean", rank.story()
+    assert report["signal"] == (name or f"SIGRTMIN+{signum - signal.SIGRTMIN}")
