@@ -44,8 +44,7 @@ def _tap_signals(module: "ModuleType") -> None:
     if words is None or any(word.rpartition("/")[2] in ("ray", "ray.scripts.scripts") for word in words):
         from autoteardown.node import ray_start as ray_node
 
-        if ray_node.is_ray_start():
-            ray_node.install(module)
+        ray_node.serve(module)
 
 
 def _hook_torch(module: "ModuleType") -> None:

@@ -110,6 +110,10 @@ class Tap:
 
     def set_handler(self, signalnum: "Any", handler: "Handler") -> "Handler":
         """What `signal.signal` does; raises what it raises."""
+        if self._slots is None and signalnum in self.signals and _is_exit_only(handler):
+            # Ray's worker: from here on its main thread is in C++, where it runs handlers but no bytecode. An async
+            # actor imports torch on another thread, and what only the main thread can do would never be done (F3).
+            self._prepare_early()
         slots = self._slots
         if slots is None or not isinstance(signalnum, int) or handler is self._trampoline:
             return self._signal(signalnum, handler)
@@ -151,7 +155,7 @@ class Tap:
     def application_owns(self, signum: int) -> bool:
         """Whether the handler in force is the application's and does more than to leave."""
         handler = self.handler_of(signum)
-        if (getattr(handler, "__module__", ""), getattr(handler, "__name__", "")) in _EXIT_ONLY:
+        if _is_exit_only(handler):
             return False
         if self._slots is not None and self._slots.has_c_handler(signum):
             return True
@@ -247,6 +251,13 @@ class Tap:
             self._slots = Slots(self._module, self.signals, self._handlers, self._trampoline, self.originals)
         self._slots.prepare()
 
+    def _prepare_early(self) -> None:
+        try:
+            if primitives.on_main_thread():
+                self.prepare()
+        except Exception as error:
+            _failed("to prepare", error)
+
     @property
     def late(self) -> bool:
         """Whether it still waits for the main thread to come by for that: a signal may find the default action."""
@@ -338,6 +349,10 @@ class Tap:
                 self._interrupt_main(False)
                 listener.forget()
                 self._slots.give_back(self._warn)
+
+
+def _is_exit_only(handler: "Any") -> bool:
+    return (getattr(handler, "__module__", ""), getattr(handler, "__name__", "")) in _EXIT_ONLY
 
 
 def _failed(what: str, error: BaseException) -> None:

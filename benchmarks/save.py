@@ -36,7 +36,8 @@ import autoteardown
 
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 for _ in range(int(sys.argv[1])):
-    print("took", timeit.timeit(autoteardown.stop_requested, timer=time.thread_time, number=200_000) / 200_000, flush=True)
+    seconds = timeit.timeit(autoteardown.stop_requested, timer=time.thread_time, number=200_000)
+    print("took", seconds / 200_000, flush=True)
 dist.destroy_process_group()
 """
 

@@ -48,6 +48,29 @@ def start_time(pid: int) -> int | None:
     return None if state in "ZXx" else started
 
 
+def ancestors(pid: int) -> list[int]:
+    """Parent, its parent and so on, as far as can be seen."""
+    found: list[int] = []
+    while len(found) < 64:
+        try:
+            stat = _read(f"/proc/{pid}/stat")
+            pid = int(stat[stat.rindex(b")") + 1 :].split()[1])
+        except (OSError, ValueError, IndexError):
+            break
+        if pid < 1:
+            break
+        found.append(pid)
+    return found
+
+
+def name(pid: int) -> str:
+    """The name of the program that a process executes, of at most 15 characters; empty if there is none."""
+    try:
+        return _read(f"/proc/{pid}/comm").decode("utf-8", "replace").strip()
+    except OSError:
+        return ""
+
+
 def image(pid: int) -> str:
     """Names what a process executes: where the kernel put its code and its stack, anew and at random with each exec.
 

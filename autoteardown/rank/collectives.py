@@ -82,7 +82,7 @@ def stuck_collective() -> Optional[dict[str, Any]]:
 
 
 def evidence(path: str, stuck: Optional[dict[str, Any]] = None) -> list[str]:
-    """Write the flight recorders' entries to files, for `torchfrtrace` or a reader; JSON if torch can.
+    """Write the flight recorders' entries to files, for `torchfrtrace` or a reader; JSON if torch can, else a pickle.
 
     May hang with the GIL held: call it last of all, with the process's end already sure.
 
@@ -104,8 +104,7 @@ def evidence(path: str, stuck: Optional[dict[str, Any]] = None) -> list[str]:
             continue
         if stuck is not None and stuck["op"] is None:
             stuck["op"] = _op_of(entries, stuck)
-        suffix = ".json" if data[:1] == b"{" else ".pickle"
-        target = f"{path}-{backend}{suffix}"
+        target = f"{path}-{backend}.trace"  # no `.json`: that is what reports are called
         unfinished = f"{target}.{os.getpid()}"
         with open(unfinished, "wb") as file:
             file.write(data)

@@ -264,10 +264,21 @@ class Gate:
         if state == _LEAVING:
             self.swallowed()
         self._threads[ident] = _PARKED
-        self._tell(("parked", ident))
+        if ident == self.thread or not self._trains_elsewhere():
+            self._tell(("parked", ident))
         while not self._exit_open:
             self._wait(ident)
         self.leave()
+
+    def _trains_elsewhere(self) -> bool:
+        """Whether another thread is known to train: that this one has parked says nothing of it.
+
+        The main thread of a Ray actor has nothing to do, and parks at once.
+        """
+        thread = self.thread
+        if thread is None or not threads.alive(thread):
+            return False
+        return self.begun or threads.place(thread) == "peers"
 
     def leave(self) -> None:
         """Have this thread leave with SystemExit, once the exit is open."""
@@ -300,7 +311,10 @@ class Gate:
             if self.is_exit(error):
                 return True
             error = error.__context__
-        return get_ident() == threads.main_ident() and not threads.alive(threads.main_ident())
+        if get_ident() == threads.main_ident() and not threads.alive(threads.main_ident()):
+            return True
+        # A finalizer that runs while the exception is on its way (a DataLoader's waits for its workers) sees none.
+        return threads.in_finalizer()
 
     def wait_for_exit(self) -> None:
         """Keep this thread, which has nothing left to run, until the exit."""
@@ -364,9 +378,10 @@ def _swallowed_exits_end_here(gate: Gate) -> None:
     others = sys.unraisablehook
 
     def unraisable(args: Any) -> None:
-        if gate.is_exit(args.exc_value):
+        if not gate.is_exit(args.exc_value):
+            others(args)
+        elif sys._getframe().f_back is not None:  # else it has ended a thread of a C++ runtime, as it should
             gate.swallowed()
-        others(args)
 
     sys.unraisablehook = unraisable
 

@@ -65,6 +65,8 @@ class MainThread:
             if self._not_over():
                 # A second one, or nobody to wait for: the application's at once.
                 if armed.tap.application_owns(signum):
+                    if self.handed and teardown is not None:
+                        teardown.also_signalled(signum, sure=True)
                     self.handed = True
                     return False
                 # It has put the default back, and the signal has come again: uvicorn raises it when it has shut down.

@@ -80,6 +80,21 @@ def place(ident: Optional[int]) -> str:
     return found
 
 
+_FINALIZERS = frozenset(
+    {"__del__", "__exit__", "__aexit__", "_run_finalizers", "_exit_function", "_shutdown"}
+)
+
+
+def in_finalizer() -> bool:
+    """Whether this thread is in code that runs as something ends."""
+    frame: Any = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name in _FINALIZERS:
+            return True
+        frame = frame.f_back
+    return False
+
+
 def in_exit_callback() -> bool:
     """On the main thread: whether it runs exit callbacks. Before them it waits for the program's other threads."""
     return not threading.main_thread().is_alive() and _first(sys._getframe()).co_name != "_shutdown"

@@ -27,7 +27,7 @@ _FLUSH = 0.2  # seconds for the last posts to get to the hub
 _LAST_WORDS = 0.4  # seconds for report and termination log, before the process is ended without them
 _LONG_LAST_WORDS = 2.0  # the same where there is time
 # Seconds after which a program that was sent out is looked at: does it still leave, or has it swallowed the exit?
-_SWALLOWS = 0.25
+_SWALLOWS = 0.5
 _PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
 
 
@@ -288,12 +288,15 @@ class Teardown:
         """The contract's, whichever way the process ends."""
         return self.hands.settings.exit_code_for(self.signum)
 
-    def also_signalled(self, signum: int) -> None:
+    def also_signalled(self, signum: int, sure: bool = False) -> None:
         """A peer's notice was faster than this rank's own signal: it still is a rank that got the signal.
 
-        Unless a peer has left by then: launchers send SIGTERM to the others when one of their ranks has.
+        Unless a peer has left by then: launchers send SIGTERM to the others when one of their ranks has. `sure`: it has
+        come to the application's own handler.
         """
         stop = self.stop
+        if stop is not None and not sure and any(phase.name == "yield" for phase in stop.phases):
+            return  # the application may have sent it to itself, as uvicorn does when it has shut down
         if self.signum is None and (stop is None or "departed" not in stop.heard):
             self.signum = signum
             self._light_fuse(self.hands.settings.hard)

@@ -411,6 +411,13 @@ class Stop(Machine):
         if self.heard.get("saving"):
             waits = True
             self._until(self._exit_by)
+        if self.blocked and not self.facts.accelerator and self.facts.joined:
+            # gloo releases it when the peer that it waits for is gone; then it can leave as a program does.
+            if "parked" in self.heard:
+                self.blocked = self.wedged = False
+            elif self._clock < self.phases[-1].start + COURTESY:
+                self._until(min(self.phases[-1].start + COURTESY, self._exit_by))
+                waits = True
         if waits and not self._due:
             return False
         self._end("ok", now)

@@ -78,7 +78,7 @@ def test_what_is_stuck(job, devices, tmp_path):
     stuck, written, found, cost = values(first, "stuck", "written", "found", "cost")
     assert stuck == {"op": None, "seq": 2, "group": group}
     assert found == {"op": "broadcast", "seq": 2, "group": group}
-    assert written == [f"{evidence}-simulated.json"]
+    assert written == [f"{evidence}-simulated.trace"]
     entries = json.loads(Path(written[0]).read_text())["entries"]
     assert [entry["state"] for entry in entries].count("completed") == len(entries) - 1
     assert max(cost) < 20_000, cost  # microseconds; a hundredth of that on a quiet machine

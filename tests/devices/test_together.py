@@ -102,7 +102,7 @@ def test_the_report_names_the_collective(ranks_on, devices, job):
     evict(world)
     text = json.dumps(world[0].report())
     assert '"allreduce"' in text or "allreduce" in text, text
-    assert list(job.reports.glob("*-simulated.json")), list(job.reports.iterdir())
+    assert list(job.reports.glob("*-simulated.trace")), list(job.reports.iterdir())
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""SIGTERM to `ray start --block`: the node's ranks first, then what Ray does."""
+"""SIGTERM to `ray start --block`: what Ray does, at once; the node's ranks beside it, before Ray kills them."""
 
 import contextlib
 import os
@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 from harness import AGENT, NONE, alive, environment, free_port, wait_until
 
+from autoteardown import settings
 from autoteardown.node import ray_start as ray_node
 
-# Has its handler put in as Ray does it: in Python, late, on the main thread.
+# Has its handler put in as Ray does it: in Python, late, on the main thread. Its Node is where Ray has it.
 NODE = """
-    import os, signal, sys, time
+    import os, signal, subprocess, sys, time, types
     from autoteardown.node import ray_start as ray_node
 
     runtime = os.environ["AUTOTEARDOWN_RUNTIME_DIR"]
@@ -26,22 +27,45 @@ NODE = """
     if "twice" in sys.argv:
         ray_node.install(signal)
     ray_node.install(signal)
+    began = False
+
+    def say(text):
+        os.write(1, f"{text}\\n".encode())  # it may come in the middle of a print
+
+    class Node:
+        def kill_all_processes(self):
+            say(f"Ray kills, {len(os.listdir(runtime))} left")
+            for rank in ranks:
+                rank.kill()
 
     def handler(signum, frame):
-        line = f"Ray's handler {signum} {frame is not None} {len(os.listdir(runtime))} left\\n"
-        os.write(1, line.encode())  # it may come in the middle of the print below
+        global began
+        if began:
+            return say("again")
+        began = True
+        say(f"Ray's handler {signum} {frame is not None} {len(os.listdir(runtime))} left")
+        time.sleep(float(os.environ.get("RAYS_TIME", "0")))
+        sys.modules["ray._private.node"].Node().kill_all_processes()
         sys.exit(1)
 
+    sys.modules["ray._private.node"] = types.ModuleType("ray._private.node")
+    sys.modules["ray._private.node"].Node = Node
     assert signal.signal(signal.SIGTERM, handler) is signal.SIG_DFL
     assert signal.getsignal(signal.SIGTERM) is handler
     assert signal.signal(signal.SIGTERM, handler) is handler
+    how = [each for each in sys.argv[1:] if each in ("clean", "stay", "ends")]
+    code = [sys.executable, "-c", os.environ["RANK_CODE"]]
+    ranks = [subprocess.Popen([*code, each], stdout=subprocess.PIPE) for each in how]
+    for rank in ranks:
+        assert rank.stdout.readline() == b"ready\\n"
+        print("rank", rank.pid)
     print("ready", flush=True)
     while True:
         time.sleep(1)
 """
 
 RANK = """
-    import os, signal, sys
+    import os, signal, sys, time
     from autoteardown.node import registry
 
     def leave(signum, frame):
@@ -53,6 +77,10 @@ RANK = """
     signal.signal(signal.SIGTERM, leave)
     entry = registry.enter(os.environ["AUTOTEARDOWN_RUNTIME_DIR"], {"rank": 0, "world_size": 1}, print)
     print("ready", flush=True)
+    if sys.argv[1] == "ends":
+        time.sleep(1)
+        entry.leave()
+        os._exit(0)
     while True:
         signal.pause()
 """
@@ -60,7 +88,10 @@ RANK = """
 
 @pytest.fixture
 def start(job):
+    """Start a node, with ranks below it as raylet's workers are; `NODE` says how each of them takes its signal."""
+
     def start(program, *args, **env):
+        env = {"RANK_CODE": textwrap.dedent(RANK), **env}
         process = job.start(program, *args, mode=NONE, fresh=True, **env)
         process.wait_for("^ready$")
         return process
@@ -69,17 +100,50 @@ def start(job):
 
 
 @pytest.mark.parametrize("twice", [(), ("twice",)])
-def test_the_ranks_go_first(start, twice):
-    rank = start(RANK, "clean")
-    node = start(NODE, *twice)
+def test_ray_reacts_at_once_and_kills_when_the_ranks_are_gone(start, twice):
+    node = start(NODE, "clean", *twice, AUTOTEARDOWN_GRACE=25)
     node.signal()
     assert node.wait() == 1
-    assert rank.wait() == 0
-    assert node.stdout.endswith(f"Ray's handler {signal.SIGTERM:d} True 0 left\n")
+    assert node.stdout.endswith(f"Ray's handler {signal.SIGTERM:d} True 1 left\nRay kills, 0 left\n")
     first, second, last = node.stderr.splitlines()
-    assert first == "autoteardown: ray start: SIGTERM: draining 1 rank(s) of this node"
-    assert second.startswith(f"autoteardown: ray start: rank=0/1 pid={rank.pid} -: clean, exit 0 (")
+    assert (
+        first
+        == "autoteardown: ray start: SIGTERM: Ray drains this node; its 1 rank(s) are drained in 10s at the latest"
+    )
+    pid = node.wait_for(r"^rank (\d+)$").group(1)
+    assert second.startswith(f"autoteardown: ray start: rank=0/1 pid={pid} -: clean, exit 0 (")
     assert last == "autoteardown: ray start: 1 of 1 left cleanly; Ray's own shutdown goes on"
+
+
+def test_the_ranks_are_drained_in_the_time_that_ray_gives(start):
+    """Ray is still waiting then: it is not needed for that."""
+    node = start(NODE, "clean", RAYS_TIME=8, AUTOTEARDOWN_GRACE=20, RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=16)
+    node.signal()
+    assert node.wait() == 1
+    assert node.stdout.endswith("1 left\nRay kills, 0 left\n")
+    seconds = float(re.search(r"drained in (\d+)s", node.stderr).group(1))
+    assert 0 <= seconds < 8
+    assert "1 of 1 left cleanly" in node.stderr
+
+
+def test_ranks_that_leave_by_themselves_are_not_signalled(start):
+    node = start(NODE, "ends", RAYS_TIME=3)
+    node.signal()
+    assert node.wait() == 1
+    assert "Ray kills, 0 left" in node.stdout
+    assert node.stderr.endswith("its ranks have left; Ray's own shutdown goes on\n")
+
+
+def test_the_ranks_of_another_node_are_left_alone(start):
+    """Several nodes, or other jobs, may share a machine and the registry."""
+    other, node = start(NODE, "clean"), start(NODE, "clean")
+    node.signal()
+    assert node.wait() == 1
+    assert "Ray kills, 1 left" in node.stdout
+    assert "1 of 1 left cleanly" in node.stderr
+    other.signal()
+    assert other.wait() == 1
+    assert "1 of 1 left cleanly" in other.stderr
 
 
 def test_a_node_without_ranks_is_as_without_us(start):
@@ -90,34 +154,30 @@ def test_a_node_without_ranks_is_as_without_us(start):
 
 
 def test_quiet_is_quiet(start):
-    start(RANK, "clean")
-    node = start(NODE, AUTOTEARDOWN_LOG="quiet")
+    node = start(NODE, "clean", AUTOTEARDOWN_LOG="quiet")
     node.signal()
     assert node.wait() == 1
+    assert "Ray kills, 0 left" in node.stdout
     assert node.stderr == ""
 
 
 def test_a_rank_that_stays_does_not_keep_ray(start):
-    rank = start(RANK, "stay")
-    node = start(NODE, AUTOTEARDOWN_GRACE=2)
+    node = start(NODE, "stay", AUTOTEARDOWN_GRACE=2)
     node.signal()
-    rank.wait_for("^got")
     assert node.wait() == 1
-    assert "Ray's handler" in node.stdout
+    assert "Ray kills, 1 left" in node.stdout
     assert "still running" in node.stderr
-    assert rank.running
 
 
-def test_a_second_signal_does_not_start_rays_part_early(start):
-    rank = start(RANK, "stay")
-    node = start(NODE)
+def test_a_second_signal_is_rays(start):
+    node = start(NODE, "stay", AUTOTEARDOWN_GRACE=4)
     node.signal()
-    rank.wait_for("^got")
+    node.wait_for("^Ray's handler")
     node.signal()
-    rank.signal(signal.SIGKILL)
     assert node.wait() == 1
-    assert node.stdout.count("Ray's handler") == 1
-    assert "died without a teardown" in node.stderr
+    assert node.stdout.count("again") == 1
+    assert node.stderr.count("draining") <= 1
+    assert "still running" in node.stderr
 
 
 def test_a_registry_that_cannot_be_trusted_stops_nothing(start, job):
@@ -131,8 +191,7 @@ def test_a_registry_that_cannot_be_trusted_stops_nothing(start, job):
     assert node.stderr.count("\n") == 1
 
 
-def test_a_log_that_nobody_reads_does_not_keep_ray(start, job):
-    rank = start(RANK, "clean")
+def test_a_log_that_nobody_reads_does_not_keep_ray(job):
     read, write = os.pipe()
     os.set_blocking(write, False)
     with contextlib.suppress(BlockingIOError):
@@ -140,14 +199,15 @@ def test_a_log_that_nobody_reads_does_not_keep_ray(start, job):
             os.write(write, b"x" * 4096)
     os.set_blocking(write, True)
     program = f"import os; os.dup2({write}, 2)\n{textwrap.dedent(NODE)}"
-    env = environment(NONE, job.mark, AUTOTEARDOWN_RUNTIME_DIR=job.runtime)
-    command = [sys.executable, "-c", program]
+    env = environment(NONE, job.mark, AUTOTEARDOWN_RUNTIME_DIR=job.runtime, RANK_CODE=textwrap.dedent(RANK))
+    command = [sys.executable, "-c", program, "clean"]
     with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True, pass_fds=[write]) as node:
-        assert node.stdout.readline() == "ready\n"
+        while node.stdout.readline() != "ready\n":
+            pass
         node.send_signal(signal.SIGTERM)
         assert "Ray's handler" in node.stdout.readline()
+        assert "Ray kills, 0 left" in node.stdout.readline()
     assert node.returncode == 1
-    assert rank.wait() == 0
     os.close(read)
     os.close(write)
 
@@ -157,8 +217,25 @@ def test_our_own_bugs_stop_nothing(start):
     node = start(program)
     node.signal()
     assert node.wait() == 1
-    assert "Ray's handler" in node.stdout
-    assert "the node was not drained" in node.stderr
+    assert "Ray kills" in node.stdout
+    assert "the node is not drained" in node.stderr
+
+
+@pytest.mark.parametrize(
+    "environ, total, notice",
+    [
+        ({}, 25, 10),
+        ({"TERMINATION_GRACE_PERIOD_SECONDS": "20"}, 20, 5),
+        ({"TERMINATION_GRACE_PERIOD_SECONDS": "62"}, 25, 10),
+        ({"AUTOTEARDOWN_GRACE": "120"}, 120, 15),
+        ({"AUTOTEARDOWN_GRACE": "120", "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "110"}, 120, 95),
+        ({"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}, 25, 0),
+        ({"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "x", "TERMINATION_GRACE_PERIOD_SECONDS": "nan"}, 25, 10),
+    ],
+)
+def test_the_least_of_what_everybody_gives(environ, total, notice):
+    found, _ = settings.load(environ)
+    assert ray_node.times(found, environ) == (total, notice)
 
 
 PYTHON = "/usr/bin/python3"
@@ -281,6 +358,7 @@ def test_actors_in_a_collective_are_torn_down_when_ray_start_is_stopped(job, sto
     assert {rank: report["pid"] for rank, report in reports.items()} == dict(enumerate(pids))
     for report in reports.values():
         assert (report["cause"], report["signal"], report["exit_code"]) == ("signal", "SIGTERM", 0)
+        assert report["phases"][-1]["end"] < 8
         said = f"pid={report['pid']} .*: {report['outcome']}, exit 0 "
         assert re.search(said, node.stderr), node.story()
     wait_until(lambda: driver.stdout.count("actor error") == 2, driver.story())

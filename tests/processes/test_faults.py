@@ -7,7 +7,7 @@ import re
 import signal
 
 import pytest
-from harness import AGENT, GRACE, HANDWRITTEN, SHORT, wait_until
+from harness import AGENT, HANDWRITTEN, SHORT, wait_until
 
 ALONE = {"AUTOTEARDOWN_PEERS": "off"}
 
@@ -111,7 +111,7 @@ def test_a_wedged_rank_and_a_drained_one(job):
     assert events(idle, "drained")
     assert not events(idle, "abort")
     assert not events(idle, "destroy"), "a destroy would wait for the rank that has aborted"
-    assert idle.report()["outcome"] == "clean"
+    assert idle.report()["outcome"] == "partial"  # its peer was wedged
 
 
 def test_every_group_is_aborted_at_once(job):
@@ -137,12 +137,13 @@ def test_every_initialised_device_is_drained(job):
 
 def test_nobody_leaves_before_all_are_quiet(job):
     """Promise 6: with accelerators a rank destroys and leaves only when every rank's device is quiet."""
-    slow, quick = job.world("faulty.py", 2, "train", each={0: {"FAULTS": "slow"}})
+    # The device takes a second: not longer than a drain may take.
+    slow, quick = job.world("faulty.py", 2, "train", each={0: {"FAULTS": "slow"}}, AUTOTEARDOWN_GRACE=12)
     for rank in (slow, quick):
         rank.wait_for("step 2")
     quick.signal()
-    assert quick.outlast(GRACE) == 0, quick.story()
-    assert slow.outlast(GRACE) == 143, slow.story()
+    assert quick.outlast(12) == 0, quick.story()
+    assert slow.outlast(12) == 143, slow.story()
     last_drained = max(at for _, at in events(slow, "drained"))
     assert min(at for _, at in events(quick, "drained")) < last_drained, "the test is to have a slow device"
     for rank in (slow, quick):
@@ -162,7 +163,7 @@ def test_a_silent_board_costs_its_time_out_and_no_more(job):
     assert first.evict() == 0, first.story()
     assert events(first, "drained")
     assert not events(first, "abort")
-    assert first.report()["outcome"] == "clean"
+    assert first.report()["outcome"] == "partial"
 
 
 def test_time_outs_longer_than_the_grace_period(job):

@@ -117,7 +117,8 @@ def test_a_handler_put_away_and_the_signal_raised_again(job, where):
     assert [rank.outlast(30) for rank in reversed(ranks)] == [0, 143], ranks[1].story()
     assert "shut down" in ranks[1].stdout
     reports = job.all_reports()
-    assert {report["outcome"] for report in reports.values()} == {"clean"}, reports
+    # What happens when the application has put its handler away is not at the end of an iteration any more.
+    assert {report["outcome"] for report in reports.values()} <= {"clean", "partial"}, reports
     assert len({report["steps"]["stopped_at"] for report in reports.values()}) == 1, reports
     assert ranks[1].phase("yield")["outcome"] == "ok"
 

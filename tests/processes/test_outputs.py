@@ -55,7 +55,7 @@ def test_report(job, program):
     for index, rank in enumerate(ranks):
         report = rank.report()
         assert set(report) >= FIELDS
-        assert report["schema"] == 1
+        assert report["schema"] == 2
         assert (report["host"], report["pid"]) == (socket.gethostname(), rank.pid)
         assert (report["rank"], report["local_rank"], report["world_size"]) == (index, index, 2)
         assert report["backend"] == "gloo"
@@ -84,7 +84,7 @@ def test_report(job, program):
     assert not [
         path.name
         for path in job.reports.iterdir()
-        if not re.fullmatch(r".+-\d+-\d{8}T\d{6}Z\.json", path.name)
+        if not re.fullmatch(r".+-\d+-\d{8}T\d{6}Z(\.json|-gloo\.trace)", path.name)
     ]
 
 

@@ -13,7 +13,6 @@ import tempfile
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
 from harness import AGENT, LOG_LINE, NONE, environment, free_port
 
 from autoteardown.stop import report
@@ -313,7 +312,8 @@ def test_another_user_and_a_rank(job, others):
     run = as_user(NOBODY, ATTACK, runtime, entry.name, rank.pid)
     assert (run.stdout, run.stderr) == ("", "")
     for command in ("ps", "drain"):
-        code = f"sys.exit({command}.run(argparse.Namespace(json=False, timeout=None)))"
+        options = "json=False, timeout=None, job=None, pid=[], dry_run=False"
+        code = f"sys.exit({command}.run(argparse.Namespace({options})))"
         run = as_user(NOBODY, code, AUTOTEARDOWN_RUNTIME_DIR=runtime)
         assert (run.returncode, run.stdout) == (1, "")
         assert "not used" in run.stderr and run.stderr.count("\n") == 1
@@ -395,7 +395,7 @@ def test_hostile_names(job):
     assert not [line for line in story if line.startswith("4711")]
     drawn = subprocess.run([*command, "timeline", "reports"], cwd=job.folder, capture_output=True, text=True)
     assert (drawn.returncode, drawn.stderr) == (0, "")
-    assert len(lines_of(drawn.stdout)) == 2
+    assert len(lines_of(drawn.stdout)) == 3
     page = (job.folder / "timeline.html").read_text()
     assert "\x1b" not in page and "\u202e" not in page
 
@@ -436,43 +436,38 @@ def test_hostile_settings(job):
     assert len(lines_of(run.stderr)) == 1
 
 
-# -- what is on the store ------------------------------------------------------------------------------------------
+# -- what another rank says ----------------------------------------------------------------------------------------
 
-TELL = "import os; print('board', dist.distributed_c10d._get_default_store().get('autoteardown').decode(), "
-TELL += "os.environ['MASTER_PORT'])"
-
-
-def board_of(ranks):
-    """Puts something on the board of a world of two, as whoever reaches the store can."""
-    for rank in ranks:
-        rank.wait_for("ready")
-    name, port = ranks[0].wait_for(r"^board (\S+) (\d+)$").groups()
-    store = dist.TCPStore("127.0.0.1", int(port), is_master=False, wait_for_workers=False)
-    return lambda key, value: store.set(f"autoteardown/{name}/2/0/{key}", value)
-
-
+# Who has the group's token can say anything. This program says one thing, as a rank would.
+SAYS = """
+import os, json
+if dist.get_rank() == 1:
+    from autoteardown.rank import guard
+    channel = guard.guard.channel
+    while not channel.connected:
+        time.sleep(0.01)
+    channel.post(*json.loads(os.environ["SAYS"]))
+print("said", flush=True)
+while True:
+    time.sleep(0.01)
+"""
 NOTICES = {
-    "empty": b"",
-    "no text": b"\xff\xfe",
-    "cut off": b'{"rank": 0, "ho',
-    "null": b"null",
-    "list": b'["rank"]',
-    "text": b'"\\u001b[2J"',
-    "deep": b"[" * 100_000,
-    "digits": b'{"rank": ' + b"9" * 5000 + b"}",
-    "wrong types": b'{"rank": "0", "host": ["x"], "pid": {}, "left": "soon"}',
-    "no numbers": b'{"rank": NaN, "host": null, "pid": 1e999, "left": NaN}',
-    "no time": b'{"left": -1e9}',
-    "for ever": b'{"left": Infinity}',
-    "hostile": json.dumps({"rank": 10**30, "host": HOSTILE * 999, "pid": True, "more": HOSTILE}).encode(),
+    "nothing": None,
+    "number": 7,
+    "list": ["rank"],
+    "text": "\x1b[2J",
+    "deep": [[[[[[[[[[]]]]]]]]]],
+    "wrong types": {"rank": "0", "host": ["x"], "pid": {}, "left": "soon"},
+    "no time": {"left": -1e9},
+    "for ever": {"left": 1e300},
+    "hostile": {"rank": 10**30, "host": HOSTILE * 99, "pid": True, "more": HOSTILE},
 }
 
 
 @pytest.mark.parametrize("notice", NOTICES.values(), ids=NOTICES)
 def test_a_notice_that_makes_no_sense(job, notice):
     """It stops the ranks, as any notice does: cleanly, in time, and what it says forges nothing."""
-    ranks = job.world(program(after=TELL))
-    board_of(ranks)("notice", notice)
+    ranks = job.world(program(after=f"exec({SAYS!r})"), SAYS=json.dumps(["tell", notice]))
     for rank in ranks:
         assert rank.outlast() == 143, rank.story()
         assert all(LOG_LINE.match(line) for line in lines_of(rank.stderr)), rank.stderr
@@ -484,25 +479,24 @@ def test_a_notice_that_makes_no_sense(job, notice):
     assert not [line for line in reports.read(job.reports)[1] if "left out" in line or "drawn" in line]
 
 
-ELSEWHERE = [
-    ("plan", b""),
-    ("plan", b"\xff"),
-    ("plan", b"stop:x:y"),
-    ("plan", b"stop:-3:2"),
-    ("plan", b"stop:999999999999999999999999:2"),
-    ("answers", b"x,y\n,"),
-    ("next", b"\x1b[2J"),
-    ("end", b"\xff"),
-    ("gone", b""),
-    ("rank0", b"\x1b[2J"),
+NONSENSE = [
+    ("answer", None),
+    ("answer", ["x", {}, []]),
+    ("answer", [-3, False, False]),
+    ("at", [9, "0", []]),
+    ("still", [True, 0, {"g": "x"}]),
+    ("no_such_kind", HOSTILE),
+    ("ready", HOSTILE),
+    ("saving", HOSTILE),
 ]
 
 
-@pytest.mark.parametrize(("key", "value"), ELSEWHERE, ids=lambda each: repr(each)[:20])
-def test_other_nonsense_on_the_board(job, key, value):
-    """Every rank is out in time with the right code, whatever is where the protocol expects something else."""
-    ranks = job.world(program(after=TELL))
-    board_of(ranks)(key, value)
+@pytest.mark.parametrize(("kind", "value"), NONSENSE, ids=lambda each: ascii(each)[:20])
+def test_other_nonsense(job, kind, value):
+    """Every rank is out in time with the right code, whatever one says where the protocol expects something else."""
+    ranks = job.world(program(after=f"exec({SAYS!r})"), SAYS=json.dumps([kind, value]))
+    for rank in ranks:
+        rank.wait_for("said")
     assert ranks[0].evict() == 0, ranks[0].story()
     ranks[1].signalled = ranks[0].signalled
     assert ranks[1].outlast() == 143, ranks[0].story() + ranks[1].story()

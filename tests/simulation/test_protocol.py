@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autoteardown.stop.protocol import CONNECTING, LOOK, RECONNECTING, SKEW, Stop
+from autoteardown.stop.protocol import CONNECTING, COURTESY, LOOK, RECONNECTING, SKEW, Stop
 from autoteardown.stop.terms import Facts, Limits
 
 LIMITS = Limits()  # 8 s for the step, 5 drain, 5 destroy, 3 abort, 3 exit: 24 in all
@@ -419,9 +419,20 @@ def test_a_blocked_gloo_rank_is_dropped_with_its_process():
     on(1.0, "steps", (7, False))
     on(1.0, "halt")
     did = on(6.0, "tick")
-    assert did == [("stacks", "park"), ("quiet", False), "left", ("leave", False), "die"]
+    assert did == [("stacks", "park"), ("quiet", False), "left"]
+    assert on.stop.wake == 6.0 + COURTESY
+    assert on(6.0 + COURTESY, "tick") == [("leave", False), "die"]
     assert on.phases[-2:] == [("abort", "skipped"), ("exit", "ok")]
     assert on.stop.outcome == "aborted"
+
+
+def test_a_blocked_gloo_rank_that_its_peers_end_releases_leaves_by_itself():
+    on = Script().to("step")
+    on(1.0, "steps", (7, False))
+    on(1.0, "halt")
+    on(6.0, "tick")
+    assert on(6.1, "parked") == [("leave", True)]
+    assert on.stop.outcome == "partial"
 
 
 def test_what_was_heard_counts_before_what_time_it_is():

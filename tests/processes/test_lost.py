@@ -1,0 +1,92 @@
+"""Promise 13: a rank that vanishes without a word frees its peers, and an elastic program that heals is left alone."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+# Ranks 1 and 2 wait for each other in two groups, in collectives that do not involve rank 0: as in an NCCL job, nothing
+# tells them that a rank is gone.
+BLOCKED = """
+    import torch, torch.distributed as dist
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    groups = [dist.new_group([1, 2]), dist.new_group([1, 2])]
+    dist.barrier()
+    print("ready", flush=True)
+    if rank in (1, 2):
+        dist.all_reduce(torch.ones(1), group=groups[rank - 1])
+    import time
+    while True:
+        time.sleep(0.01)
+"""
+
+
+@pytest.mark.parametrize("victim", [0, 3])
+def test_a_rank_is_killed(job, victim):
+    """Rank 0 is the hub, rank 3 is not."""
+    ranks = job.world(BLOCKED, 4, AUTOTEARDOWN_LOST=2, AUTOTEARDOWN_GRACE=25)
+    for rank in ranks:
+        rank.wait_for("ready")
+    for rank in ranks[1:3]:
+        rank.wait_blocked("ready")
+    ranks[victim].signal(signal.SIGKILL)
+    for rank in ranks[1:3]:
+        assert rank.wait() == 143, rank.story()
+        report = rank.report()
+        assert (report["cause"], report["signal"], report["origin"]["rank"]) == ("lost", None, victim)
+        assert report["outcome"] in ("aborted", "partial")
+    other = ranks[3 - victim]
+    assert other.running, "it is not blocked: an elastic framework may heal"
+    assert other.evict(25) == 0, other.story()
+
+
+def test_not_where_it_is_off(job):
+    ranks = job.world(BLOCKED, 4, AUTOTEARDOWN_LOST="off", AUTOTEARDOWN_GRACE=25)
+    for rank in ranks:
+        rank.wait_for("ready")
+    ranks[3].signal(signal.SIGKILL)
+    ranks[3].wait()
+    with pytest.raises(AssertionError, match="waited 8 s"):
+        ranks[1].wait(8)
+
+
+def test_a_program_that_heals_is_left_alone(job):
+    """It catches the collective's error, destroys its group, and makes one without the rank that is gone."""
+    ranks = job.world(
+        """
+        import os, time
+        import torch, torch.distributed as dist
+        dist.init_process_group("gloo")
+        rank = dist.get_rank()
+        dist.barrier()
+        print("ready", flush=True)
+        try:
+            while True:
+                dist.all_reduce(torch.ones(1))
+                time.sleep(0.01)
+        except RuntimeError:
+            pass
+        dist.destroy_process_group()
+        os.environ.update(WORLD_SIZE="2", MASTER_PORT=str(int(os.environ["MASTER_PORT"]) + 1))
+        dist.init_process_group("gloo")
+        for step in range(400):
+            dist.all_reduce(torch.ones(1))
+            time.sleep(0.01)
+        print("healed", flush=True)
+        while True:
+            time.sleep(0.01)
+        """,
+        3,
+        AUTOTEARDOWN_LOST=1,
+        AUTOTEARDOWN_GRACE=25,
+    )
+    for rank in ranks:
+        rank.wait_for("ready")
+    ranks[2].signal(signal.SIGKILL)
+    for rank in ranks[:2]:
+        rank.wait_for("healed")
+        assert rank.said == [], rank.story()
+    ranks[0].signal()
+    assert [rank.outlast(25) for rank in ranks[:2]] == [0, 143]
