@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any, Callable
+from typing import Any, Callable, Optional
 
 from autoteardown import startup
 from autoteardown.boundary import guarded
@@ -110,22 +110,25 @@ def stop_requested() -> bool:
     the group is alive: it may save collectively. Costs less than 0.1 us. False while nothing happens, and where the
     agent is off. The calls are the iterations of a program that makes them, whether it has optimizers or not.
     """
-    module = _gate_module
-    if module is None:
-        module = _find_gate()
-        if module is None:
+    poll = _poll
+    if poll is None:
+        if not startup._active:
             return False
-    return bool(module.poll())
+        poll = _find_poll()
+    return poll()
 
 
-_gate_module: Any = None
+_poll: Optional[Callable[[], bool]] = None
 
 
-def _find_gate() -> Any:
-    global _gate_module
-    if startup.active():
-        _gate_module = sys.modules.get("autoteardown.rank.gate")
-    return _gate_module
+def _find_poll() -> Callable[[], bool]:
+    global _poll
+    gate = sys.modules.get("autoteardown.rank.gate")
+    if gate is None:
+        return bool
+    found: Callable[[], bool] = gate.poll
+    _poll = found
+    return found
 
 
 def on_teardown(callback: Callable[[], object]) -> Callable[[], object]:

@@ -11,6 +11,7 @@ from benchmarks.common import machine
 BENCHMARKS = {
     "startup": "a Python start, without and with the agent, beside other start-up hooks",
     "step": "an optimizer step, a DDP loop, an init",
+    "save": "what it costs to be able to save at an eviction, beside a flag that is all-reduced in each step",
     "footprint": "memory, descriptors and threads of an armed rank",
     "teardown": "from the signal to the last exit, and to the last peer free",
     "channel": "the channel with up to 4,096 ranks",

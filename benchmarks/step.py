@@ -63,7 +63,7 @@ dist.destroy_process_group()
 
 def hook(rounds: int) -> None:
     """The hook beside a hook that does nothing, in nanoseconds a call."""
-    from autoteardown.rank import training
+    from autoteardown.rank import stepping
 
     def empty(optimizer: object, args: object, kwargs: object) -> None:
         pass
@@ -71,7 +71,7 @@ def hook(rounds: int) -> None:
     calls = 20_000
     found: dict[str, list[float]] = {"a hook that does nothing": [], "the agent's hook": []}
     for _ in range(rounds):
-        for name, function in zip(found, (empty, training.step_hook)):
+        for name, function in zip(found, (empty, stepping._after_step)):
             seconds = timeit.timeit(lambda function=function: function(None, (), {}), number=calls)  # type: ignore[misc]
             found[name].append(seconds / calls * 1e9)
     table(["call", "ns: median (quartiles)"], [[name, middle(values, 0)] for name, values in found.items()])

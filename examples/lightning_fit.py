@@ -14,7 +14,7 @@ import torch
 
 
 class Batches:
-    """Stands in for a loader that knows its place (torchdata's `StatefulDataLoader`): Lightning keeps that, too."""
+    """Stands in for a data loader that knows its place (`StatefulDataLoader`): Lightning keeps that too."""
 
     def __init__(self) -> None:
         self.next = 0

@@ -149,6 +149,7 @@ class Job:
             launcher_code=self._launcher.returncode,
             checkpoint=look_at_checkpoint(self.folder / "checkpoint.pt") if trains else None,
             compares_steps=self.scenario.stage == "step",
+            kept=self.ranks[0].kept if self.ranks[0].saved else None,
             log=self.log,
         )
         if self.state == "failed":

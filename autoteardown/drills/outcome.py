@@ -101,6 +101,7 @@ class Outcome:
     launcher_code: int | None = None
     checkpoint: str | None = None  # WHOLE, CUT or NO_CHECKPOINT; None: the scenario comes before the first
     compares_steps: bool = False
+    kept: int | None = None  # the step of the last checkpoint
     reports: list[dict[str, Any]] = field(default_factory=list)
     stops: list[Stop] = field(default_factory=list)
     log: list[str] = field(default_factory=list)  # what the agent said
@@ -159,6 +160,13 @@ class Outcome:
         return len(set(self.steps)) == 1 if self.steps else None
 
     @property
+    def steps_lost(self) -> int | None:
+        """How many steps a job that is started again has to do once more; None: there is nothing to compare."""
+        if not self.steps or self.kept is None or self.checkpoint != WHOLE:
+            return None
+        return max(self.steps) - self.kept
+
+    @property
     def wrong(self) -> list[str]:
         """Everything that is wrong, a line each."""
         found = list(self.problems)
@@ -199,6 +207,7 @@ class Outcome:
             "sigkilled": self.sigkilled,
             "checkpoint": self.checkpoint,
             "same_step": self.same_step,
+            "steps_lost": self.steps_lost,
             "launcher_exit_code": self.launcher_code,
             "ranks": [
                 {

@@ -21,6 +21,7 @@ class Rank:
         self.steps = 0
         self.saving = False
         self.saved = False
+        self.kept = 0  # the step of its last checkpoint
         self.signalled = self.lost = self.sigkilled = self.hanging = False
         self.code: int | None = None
         self.out: float | None = None  # when it was seen to be gone
@@ -39,7 +40,8 @@ class Rank:
             elif what == "joining":
                 self.backend = value
             self.saving = what == "saving"
-            self.saved = self.saved or what == "saved"
+            if what == "saved":
+                self.saved, self.kept = True, int(value)
             if what not in ("saving", "saved"):
                 self.stage = what
 

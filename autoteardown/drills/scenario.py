@@ -28,7 +28,7 @@ class Scenario(NamedTuple):
 
     def victim(self, ranks: int) -> int:
         """The rank that gets the signal where only one does."""
-        return ranks - 1 if self.name == "train" else 0
+        return ranks - 1 if self.name in ("train", "save") else 0
 
     def lost(self, ranks: int) -> int | None:
         """The rank that is SIGKILLed beforehand."""
@@ -58,6 +58,7 @@ SCENARIOS = {
             least=2,
         ),
         Scenario("train", "one rank gets SIGTERM in the middle of training"),
+        Scenario("save", "the same, and the job has given on_teardown() a function that saves"),
         Scenario(
             "pod",
             "torchrun gets SIGTERM while rank 0 writes a checkpoint, and passes it on to all ranks",

@@ -10,11 +10,12 @@ from autoteardown.drills.outcome import Outcome
 from autoteardown.drills.scenario import AGENT
 from autoteardown.timeline.stops import seconds
 
-HEAD = ("scenario", "protection", "verdict", "peers", "gone", "killed", "steps", "exit codes")
+HEAD = ("scenario", "protection", "verdict", "peers", "gone", "steps", "lost", "exit codes")
 LEGEND = (
     "Peers: how long until the ranks without a signal were free; gone: all of them.",
-    "Killed: SIGKILLed at the end of the grace period. Steps: where they stopped; one",
-    "number is right. Exit codes by rank; TERM or KILL: ended by that signal.",
+    "Steps: where they stopped; one number is right. Lost: steps since the last",
+    "checkpoint. Exit codes by rank; TERM or KILL: ended by that signal, KILL at the",
+    "end of the grace period.",
 )
 
 
@@ -76,8 +77,8 @@ def _cells(outcome: Outcome) -> list[Cell]:
         Cell("clean" if outcome.clean else "not clean", not outcome.clean),
         Cell("-" if not outcome.peers else "never" if freed is None else seconds(freed), outcome.hanging > 0),
         Cell("never" if lasted is None else seconds(lasted), lasted is None or lasted > outcome.grace),
-        Cell(str(outcome.sigkilled), outcome.sigkilled > 0),
         Cell("-" if not steps else str(steps[0]) if len(steps) == 1 else "differ", len(steps) > 1),
+        Cell("-" if outcome.steps_lost is None else str(outcome.steps_lost)),
         Cell(_codes(outcome), wrong),
     ]
 

@@ -105,8 +105,25 @@ def train(scenario: str, folder: Path) -> None:
     model = DistributedDataParallel(torch.nn.Sequential(*layers).to(device))
     optimizer: Any = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     steps = itertools.count(1)
+    done = 0
+
+    def stepped(*_: object) -> None:
+        nonlocal done
+        done = next(steps)
+        note("step", done)
+
+    def save() -> None:
+        note("saving", done)
+        with SlowDisk(folder / "checkpoint.pt", "w") as file:
+            torch.save({"step": done, "model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+        note("saved", done)
+
+    if scenario == "save" and rank == 0:
+        import autoteardown
+
+        autoteardown.on_teardown(save)
     # In the optimizer's own hook: whoever is stopped right after a step has noted it before.
-    optimizer.register_step_post_hook(lambda *_: note("step", next(steps)))
+    optimizer.register_step_post_hook(stepped)
     end = time.monotonic() + LIFETIME
     for step, (images, labels) in enumerate(batches(dist.get_world_size(), rank), 1):
         loss = torch.nn.functional.cross_entropy(model(images.to(device)), labels.to(device))
@@ -114,12 +131,7 @@ def train(scenario: str, folder: Path) -> None:
         loss.backward()
         optimizer.step()
         if step % CHECKPOINT_STEPS == 0 and rank == 0:
-            note("saving", step)
-            with SlowDisk(folder / "checkpoint.pt", "w") as file:
-                torch.save(
-                    {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}, file
-                )
-            note("saved", step)
+            save()
         if scenario == "stuck" and step == CHECKPOINT_STEPS:
             stick(note, rank, device)
         if time.monotonic() > end:

@@ -47,6 +47,9 @@ class Gate:
         self.times: deque[float] = deque(maxlen=9)  # of the last ends of iterations
         self.devices: dict[str, int] = {}  # the current ones of the training thread when it stopped
         self.thread: Optional[int] = None  # the thread that steps; else the one that called init
+        self.calm = (
+            True  # nobody has held, resumed or closed it: all that a poll in a healthy program looks at
+        )
         self.holding = False
         self.closed = False
         self.requested = False  # what `stop_requested()` returns
@@ -122,7 +125,7 @@ class Gate:
     def hold(self) -> None:
         """From now on, whoever comes to the end of an iteration waits there."""
         self.clock.frozen = True
-        self.holding = True
+        self.holding, self.calm = True, False
 
     def let_run_to(self, count: int) -> None:
         """The last iteration is known: threads that wait go on, up to its end."""
@@ -139,7 +142,8 @@ class Gate:
         if delivery is not None:
             self._delivery.append(delivery)
         self.requested = requested
-        self.holding, self._resumed = False, True
+        self.calm = self.holding = False
+        self._resumed = True
         self._wake()
 
     def deliver(self) -> None:
@@ -158,7 +162,7 @@ class Gate:
 
     def close(self) -> None:
         """Whoever comes to a stopping place from now on is parked there."""
-        self.closed = True
+        self.closed, self.calm = True, False
         self._wake()
 
     def open_exit(self, code: int) -> None:
@@ -401,6 +405,8 @@ def poll() -> bool:
     """What `autoteardown.stop_requested()` does."""
     g = gate
     g.polls += 1
+    if g.calm:
+        return False
     if g.holding or g.closed:
         g.end_of_poll()
     return g.requested

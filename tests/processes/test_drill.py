@@ -102,6 +102,7 @@ WORDS = {
         "clean: all out",
         "scenario  protection",
     ),
+    "save": ("SIGTERM to rank 1 (pid ", "clean: all out"),
     "pod": ("which passes it on to its ranks; rank 0 is writing a checkpoint",),
     "stuck": ("rank 0 waits in an all_reduce that nobody joins",),
     "init": ("the ranks wait in init_process_group",),
@@ -109,6 +110,7 @@ WORDS = {
 }
 SIGNALLED = {
     "train": [False, True],
+    "save": [False, True],
     "pod": [True, True],
     "stuck": [True, False],
     "init": [True, True],
@@ -133,6 +135,8 @@ def test_the_agent_comes_out_clean(start, tmp_path, name):
     assert 0 < found["seconds"] < GRACE
     assert found["checkpoint"] == (None if name == "init" else WHOLE)
     assert found["same_step"] is (None if name in ("stuck", "init") else True)
+    if name == "save":
+        assert found["steps_lost"] == 0
     ranks = found["ranks"]
     assert [rank["signalled"] for rank in ranks] == SIGNALLED[name]
     codes = {rank["pid"]: rank["exit_code"] for rank in ranks}
@@ -141,7 +145,7 @@ def test_the_agent_comes_out_clean(start, tmp_path, name):
     else:
         assert {report["pid"]: report["exit_code"] for report in found["reports"]} == codes
         for rank in ranks:
-            alone = rank["signalled"] and name in ("train", "stuck")
+            alone = rank["signalled"] and name in ("train", "save", "stuck")
             assert rank["exit_code"] in ({0} if alone else {0, 143}), codes
     for words in WORDS[name]:
         assert words in drill.stderr
@@ -288,7 +292,10 @@ def test_a_job_that_does_not_get_going(start):
     [
         ("--ranks 0", "argument --ranks: '0' is not a whole number from 1 to 64"),
         ("--ranks two", "argument --ranks: 'two' is not a whole number from 1 to 64"),
-        ("--scenario quake", "argument --scenario: 'quake' is none of stuck, train, pod, init, peer-lost"),
+        (
+            "--scenario quake",
+            "argument --scenario: 'quake' is none of stuck, train, save, pod, init, peer-lost",
+        ),
         ("--scenario train,", "argument --scenario: '' is none of stuck"),
         ("--scenario stuck --ranks 1", "--ranks 1: the scenario stuck needs at least 2"),
         ("--scenario all --ranks 1", "--ranks 1: the scenario stuck needs at least 2"),
@@ -441,6 +448,7 @@ def test_the_table_fits_into_80_columns():
     for each in wide:
         each.scenario, each.compares_steps = "peer-lost", True
         each.ranks[0].step, each.ranks[1].step = 123456, 123457
+        each.checkpoint, each.kept = WHOLE, 122457
     assert max(map(len, [*table.lines(wide), *table.LEGEND])) <= 80
 
 
