@@ -402,7 +402,7 @@ class Job:
 
     def all_reports(self):
         """Reports by rank."""
-        reports = [json.loads(path.read_text()) for path in self.reports.glob("*.json")]
+        reports = [json.loads(path.read_text()) for path in self.reports.glob("*Z.json")]
         return {report["rank"]: report for report in reports}
 
     def close(self):

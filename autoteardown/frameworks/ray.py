@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import signal
 import sys
 import threading
@@ -14,7 +15,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from typing import Any
 
+_PACKAGE = os.path.join(os.path.dirname(os.path.dirname(__file__)), "")
 _METHODS_ARE_CALLED_IN = "/ray/_private/function_manager.py"
+# Ray Train's thread for the training function reports whatever comes out of it, a SystemExit too, as an error of the
+# program's: then it would be no preemption, and the retry not free.
+_TRAINING_IS_CALLED_IN = "/ray/train/v2/_internal/execution/worker_group/thread_runner.py"
+_MAIN_LOOP = "/ray/_private/worker.py"
+_PRIVATE = "/ray/_private/"
+_WORKER = 1  # `ray.WORKER_MODE`
 
 
 def _is_ray() -> bool:
@@ -32,8 +40,47 @@ def call_abort_off() -> None:
         signal.alarm(0)
 
 
+def exit_code_in_method(code: int) -> int:
+    """With which code the SystemExit is raised that a worker's own method leaves with.
+
+    0 out of a method is an intended exit to Ray, but only there: out of an idle actor, an async one or one that is
+    stuck it cannot be had. So it is none anywhere, or what restarts actors would depend on luck. The process itself
+    ends with `code`.
+    """
+    return 143 if code == 0 and _is_worker() else code
+
+
+def _is_worker() -> bool:
+    worker = getattr(sys.modules.get("ray._private.worker"), "global_worker", None)
+    return getattr(worker, "mode", None) == _WORKER
+
+
+def _outside_method() -> bool:
+    """Whether the main thread of a worker is in no task's code.
+
+    A SystemExit that comes up in Ray's own part of a call is lost there, and fails a check in C++: SIGABRT.
+    """
+    if not _is_worker():
+        return False
+    frame: Any = sys._current_frames().get(primitives.main_ident() or 0)
+    above = None
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "main_loop" and code.co_filename.endswith(_MAIN_LOOP):
+            if above is None:
+                return True
+            file = above.f_code.co_filename
+            if file.endswith(_METHODS_ARE_CALLED_IN):
+                return False
+            return _PRIVATE in file or file.startswith(_PACKAGE)
+        above, frame = frame, frame.f_back
+    return False
+
+
 def waits_for_method(inside: Callable[[str], list[int]], loop: Any, parked: Iterable[int] = ()) -> bool:
-    """Whether a SystemExit would not end the process: Ray waits for the methods of an actor that still run.
+    """Whether a SystemExit would not end the process as it should: then it ends without.
+
+    Ray waits for the methods of an actor that still run, and does not expect it everywhere.
 
     Those on the main thread and on parked threads leave by themselves.
 
@@ -45,6 +92,8 @@ def waits_for_method(inside: Callable[[str], list[int]], loop: Any, parked: Iter
     asyncio = sys.modules.get("asyncio")
     if not _is_ray():
         return False
+    if inside(_TRAINING_IS_CALLED_IN) or _outside_method():
+        return True
     # Those of threaded actors and concurrency groups are on threads of a pool.
     if set(inside(_METHODS_ARE_CALLED_IN)).difference(parked, [primitives.main_ident()]):
         return True

@@ -7,8 +7,8 @@ retries that are free. It leaves the actors running for up to `RAY_GRACEFUL_SHUT
 nobody uses the node, then kills every process (`Node.kill_all_processes`) and exits with 1.
 
 So beside that handler a thread waits with it. When the time that is left is what a teardown may need, it drains the
-ranks that Ray would kill; and if Ray is ready to kill them earlier (the drain was rejected, is turned off, or raylet is
-gone), that waits for the drain. The ranks leave as ranks of a node that everybody knows to be preempted.
+ranks that Ray would kill. The deadline that Ray tells is a little before that: Ray Train stops its workers by then. If
+Ray is ready to kill earlier (the drain was rejected, is turned off, or raylet is gone), that waits for the drain.
 
 The handler is set with `signal.signal`, late, once; so in this one process, which is never a rank, a stand-in for
 that function wraps whatever handler SIGTERM gets. `kill_all_processes` is looked up when the signal comes: without it
@@ -39,7 +39,10 @@ _WITH_VALUE = ("--logging-level", "--logging-format")  # options of `ray` itself
 _RAYS_OWN = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
 _RAYS_DEFAULT = 30.0
 _PODS = "TERMINATION_GRACE_PERIOD_SECONDS"
-_MARGIN = 2.0  # seconds between the time that a teardown may need, and the end of the time that there is
+_MARGIN = 2.0  # seconds that a teardown may need beside the time for an iteration
+# Seconds between the deadline that Ray is told and the drain. Ray Train looks every 2 s, and takes a worker that ends
+# before that deadline for a failed one; at the deadline it stops its workers itself, and its retry is free.
+_LEAD = 4.0
 _LAST = 0.5  # half of the second that every rank keeps free at the end of its grace period
 
 
@@ -102,6 +105,7 @@ class NodeDrain:
         self._settings, _ = settings.load(os.environ)
         self._started = primitives.monotonic()
         self._total, self._notice = times(self._settings, os.environ)
+        self._told = 0.0  # the deadline that Ray was given by us
         self._hurry = primitives.allocate_lock()
         self._over = primitives.allocate_lock()
         self._hurry.acquire()
@@ -116,6 +120,15 @@ class NodeDrain:
         self._say(f"SIGTERM: Ray drains this node; its {waiting} rank(s) are drained {when}")
         primitives.start_new_thread(self._run, ())
         self._hold_back()
+        self._tell_deadline()
+
+    def _tell_deadline(self) -> None:
+        """Have Ray tell the cluster a deadline that is true: that of the drain, not that of its own processes."""
+        constants = sys.modules.get("ray._private.ray_constants")
+        theirs, told = getattr(constants, _RAYS_OWN, None), self._notice - _LEAD
+        if isinstance(theirs, (int, float)) and theirs > told >= 1:
+            setattr(constants, _RAYS_OWN, told)
+            self._told = told
 
     def _run(self) -> None:
         try:
@@ -165,7 +178,8 @@ class NodeDrain:
 
     def finish(self) -> None:
         """Drain now, and wait until that is over; at most while there is time."""
-        if self._hurry.locked():
+        early = primitives.monotonic() < self._started + self._told - _LAST or not self._told
+        if early and self._hurry.locked():
             self._hurry.release()
         if self._over.acquire(timeout=max(0.0, self._left()) + _LAST / 2):
             self._over.release()
@@ -178,13 +192,12 @@ class NodeDrain:
 def times(found: Settings, environ: Any) -> tuple[float, float]:
     """How long the node has from the signal on, and when its ranks are to be drained, in seconds.
 
-    The least of what Ray, the pod and the ranks' own grace period give counts, less the longest wait for an iteration
-    and for the device.
+    The least of what Ray, the pod and the ranks' own grace period give counts, less the longest wait for an iteration.
     """
     pods = _seconds(environ.get(_PODS), found.grace)
     total = min(found.grace, pods) if pods > 0 else found.grace
     patience = min(total, max(0.0, _seconds(environ.get(_RAYS_OWN), _RAYS_DEFAULT)))
-    need = found.step_timeout + found.drain_timeout + _MARGIN
+    need = found.step_timeout + _MARGIN
     return total, max(0.0, patience - need)
 
 

@@ -148,7 +148,7 @@ class RankHands:
 
     def leave(self, exit_code: int) -> None:
         """See `stop.hands.Hands`."""
-        self._gate.open_exit(exit_code)
+        self._gate.open_exit(ray.exit_code_in_method(exit_code))
         if threads.main_ident() not in self._gate.parked:
             self._armed.tap.on_main(self._main.stop)
 
