@@ -57,6 +57,10 @@ class Clock:
             Whether it ends an iteration.
         """
         index, self._index = self._index, self._index + 1
+        if who == self._anchor and self._period == 1 and not self._since and self.learned:
+            self._last[who] = index  # most programs: one optimizer, and each of its steps is an iteration
+            self.count += 1
+            return True
         before = self._last.get(who)
         self._last[who] = index
         if before is None:
