@@ -60,7 +60,7 @@ def cluster(tmp_path, job):
             "SLURM_SUBMIT_DIR": str(tmp_path),
             "SCONTROL_LOG": str(tmp_path / "scontrol"),
             "AUTOTEARDOWN_RUNTIME_DIR": str(job.runtime),
-            "HARNESS_MARK": job.mark,
+            "TEST_MARK": job.mark,
             **environ,
         }
         with (tmp_path / "out").open("ab") as out:
