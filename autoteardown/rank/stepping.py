@@ -34,10 +34,10 @@ class Hooks:
         _graph_task = getattr(core, "_current_graph_task_id", _graph_task)
         _sequence = getattr(getattr(core, "_autograd", None), "_get_sequence_nr", None)
         optimizer = sys.modules["torch.optim.optimizer"]
-        self._handles = [
-            optimizer.register_optimizer_step_post_hook(_after_step),
-            optimizer.register_optimizer_step_pre_hook(_before_step),
-        ]
+        self._handles = [optimizer.register_optimizer_step_post_hook(_after_step)]
+        before = getattr(optimizer, "register_optimizer_step_pre_hook", None)
+        if before is not None:
+            self._handles.append(before(_before_step))
 
     def remove(self) -> None:
         """Off again."""

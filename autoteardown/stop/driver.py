@@ -159,6 +159,10 @@ class Teardown:
             return
         self.committed = committed
         if committed:
+            # The process is sure to end (the fuse burns), and with our exit code, not with that of a communicator's
+            # watchdog. An application that ends by itself may have an abort of its own.
+            if not self._owner:
+                abort_signal.hold_off()
             # A collection would run finalizers of the program on our threads, and those take locks.
             collector.pause()
             self.hands.mark(state="stopping")
@@ -222,8 +226,6 @@ class Teardown:
 
     def _do_drain(self, _: Any) -> None:
         self.hands.mark(state="parked")
-        # From here on the process is sure to end, and with our exit code, not with that of a communicator's watchdog.
-        abort_signal.hold_off()
         self._work("drained", self._drain)
 
     def _drain(self) -> Any:

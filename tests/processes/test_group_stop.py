@@ -226,7 +226,7 @@ def test_blocked_peer_is_released(job):
     ranks[2].signal()
     all_out(ranks, victims=[2])
     # On gloo the exit of a peer may release it before it counts as wedged.
-    assert ranks[0].report()["outcome"] in ("aborted", "clean")
+    assert ranks[0].report()["outcome"] in ("aborted", "partial", "clean")
     assert ranks[0].report()["cause"] == "peer"
     assert "all_reduce" in str(ranks[0].report()["stuck"])
 

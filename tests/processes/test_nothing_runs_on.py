@@ -134,7 +134,10 @@ def test_a_program_that_catches_its_end(job, where, stop_at):
     assert [rank.outlast(12) for rank in ranks] == [0, 143], ranks[0].story()
     for rank in ranks:
         report = rank.report()
-        if report["outcome"] == "aborted" and stop_at == "now":  # blocked in a collective with the other
+        if (
+            stop_at == "now" and "stopped\n" not in rank.stdout
+        ):  # it was blocked in a collective with the other
+            assert report["outcome"] in ("aborted", "partial"), rank.story()
             continue
         ran = [line for line in after_the_stop(rank) if not line.startswith("caught")]
         assert ran == [], rank.story()

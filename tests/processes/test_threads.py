@@ -83,7 +83,9 @@ def test_the_right_thread_stops(job, case):
     assert [ranks[0].evict(25), ranks[1].outlast(25)] == [0, 143], ranks[0].story()
     assert "the program goes on" not in ranks[0].stdout
     for rank in ranks:
-        assert rank.report()["outcome"] == "clean", rank.story()
+        # Where rank 0 was blocked in a collective, neither says that all was well.
+        expected = ("partial", "aborted") if "blocked" in case else ("clean",)
+        assert rank.report()["outcome"] in expected, rank.story()
         assert rank.phase("exit")["outcome"] == "ok", rank.story()
 
 

@@ -218,7 +218,7 @@ def test_the_flight_recorder(torch, tmp_path, dumps):
     assert stuck == {"op": None, "seq": 5, "group": "0"}
     kind = "json" if "_json" in dumps else "pickle"
     written = backends.evidence(str(tmp_path / "report"), stuck)
-    assert written == [str(tmp_path / f"report-nccl.{kind}")] == [str(path) for path in tmp_path.iterdir()]
+    assert written == [str(tmp_path / "report-nccl.trace")] == [str(path) for path in tmp_path.iterdir()]
     assert stuck["op"] == "_all_gather_base"
 
 
