@@ -53,8 +53,9 @@ def install(module: "ModuleType") -> "Tap":
             from autoteardown import settings
 
             signals = settings.load(os.environ)[0].signals
-        tap = Tap(module, signals)
-        standins.put(tap, module)
+        found = Tap(module, signals)
+        standins.put(found, module)
+        tap = found  # not without its stand-ins: the trampoline would be seen
     return tap
 
 
@@ -101,6 +102,10 @@ class Tap:
 
     # -- behind the stand-ins -----------------------------------------------------------------------------------------
 
+    def seen(self, signalnum: "Any", handler: "Handler") -> "Handler":
+        """When all else has failed: nobody gets to see the trampoline."""
+        return self._handlers.get(int(signalnum), self._default) if handler is self._trampoline else handler
+
     def handler_of(self, signalnum: "Any") -> "Handler":
         """What `signal.getsignal` would return without us."""
         handler = self._getsignal(signalnum)
@@ -135,10 +140,13 @@ class Tap:
             elif hears:
                 del self._handlers[signum]
             raise
-        slots.replaced(signum)
-        if not hears:
-            self._handlers.pop(signum, None)
-            slots.prepare_one(signum)
+        try:
+            slots.replaced(signum)
+            if not hears:
+                self._handlers.pop(signum, None)
+                slots.prepare_one(signum)
+        except Exception as error:  # the application's handler is set: that is what it asked for
+            _failed("signal.signal", error)
         return old
 
     def wakeup_fd_set(self, old: int, new: int, warn: bool) -> int:

@@ -67,7 +67,7 @@ def put(tap: "Tap", module: "Any") -> None:
         except Exception as error:
             problem = error
         # If it was not us, the original raises it again: as itself, and without a traceback of ours.
-        old = real_signal(signalnum, handler)
+        old = tap.seen(signalnum, real_signal(signalnum, handler))
         tap.failed("signal.signal", problem)
         return old
 
@@ -77,7 +77,7 @@ def put(tap: "Tap", module: "Any") -> None:
             return tap.handler_of(signalnum)
         except Exception as error:
             problem = error
-        handler = real_getsignal(signalnum)
+        handler = tap.seen(signalnum, real_getsignal(signalnum))
         tap.failed("signal.getsignal", problem)
         return handler
 

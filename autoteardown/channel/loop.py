@@ -179,7 +179,7 @@ class Loop:
                 except Exception as problem:
                     failed("to say that the loop is deaf", problem)
         finally:
-            self.forget()
+            _safely(self.forget)
             self._ended.release()
 
     def _turn(self) -> None:

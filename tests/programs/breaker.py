@@ -20,17 +20,17 @@ WITHIN = {
     "boundary:guarded.safe",
     "finder:_Finder.find_spec",
     "finder:_serve",
-    "listener:Listener._run",
-    "relay:Relay.__del__",
+    "loop:Loop._run",
+    "loop:_safely",
     "signals:Tap._on_main_thread",
-    "signals:Tap.patch.getsignal",
-    "signals:Tap.patch.set_wakeup_fd",
-    "signals:Tap.patch.signal",
+    "standins:put.getsignal",
+    "standins:put.set_wakeup_fd",
+    "standins:put.signal",
     "startup:_at_exit",
     "switch:say",
     "startup:start",
     "driver:Teardown._finish",
-    "training:step_hook",
+    "stepping:_after_step",
 }
 # And these do nothing of their own that could fail: they call the host's code, and ours through such a guard.
 NEVER = {

@@ -216,7 +216,6 @@ def test_the_flight_recorder(torch, tmp_path, dumps):
     assert first != backends.progress()
     stuck = backends.stuck_collective()
     assert stuck == {"op": None, "seq": 5, "group": "0"}
-    kind = "json" if "_json" in dumps else "pickle"
     written = backends.evidence(str(tmp_path / "report"), stuck)
     assert written == [str(tmp_path / "report-nccl.trace")] == [str(path) for path in tmp_path.iterdir()]
     assert stuck["op"] == "_all_gather_base"
