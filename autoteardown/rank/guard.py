@@ -175,7 +175,7 @@ class Guard(Armed):
                 # A daemon thread that trains can still get to its iteration; if it has ended, too, `look` notices.
                 if self.gate.thread in (None, get_ident()):
                     self.events.put(("ended", None))
-                self.gate.wait_for_exit()
+                self.gate.parking.wait_for_exit()
             teardown.ended()
         self._close_channel()
         self.identity.unlist()
