@@ -70,7 +70,7 @@ class Guard(Armed):
         self.joined = True
         self.identity.joined(world)
         if self._hooks is None:
-            self._hooks = stepping.Hooks()
+            self._hooks = stepping.Hooks(self.tap.look_again)
         callbacks.prepare(self.settings.on_teardown, self.identity.log.line)
         loop = self.tap.loop
         if self.settings.peers and world.size > 1 and loop is not None:
