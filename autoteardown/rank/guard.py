@@ -22,6 +22,7 @@ from autoteardown.rank.lost import Watch
 from autoteardown.rank.main_thread import MainThread
 from autoteardown.stop.council import Council
 from autoteardown.stop.driver import Teardown, end
+from autoteardown.stop.fuse import Fuse
 
 _GOODBYE = 0.2  # seconds for the others to hear that this rank has left by itself
 _LAST = 3.0  # seconds that the hub stays for the others when its application has ended by itself
@@ -38,6 +39,7 @@ class Guard(Armed):
         self._gone.acquire()
         self._watch: Optional[Watch] = None
         self._finalized = False
+        self._fuse = Fuse()
         self._hooks: Optional[stepping.Hooks] = None
 
     # -- the life of a rank -----------------------------------------------------------------------------------------
@@ -139,10 +141,13 @@ class Guard(Armed):
     def _on_signal(self, signum: int) -> bool:
         """On the loop thread; whether the application's handler is to be called later, and not now."""
         try:
-            ray.call_abort_off()
             if self.teardown is not None:
+                ray.call_abort_off()
                 self.teardown.also_signalled(signum)
             elif self._begun.acquire(False):
+                # Before anything else: on a starved machine this thread may not get the GIL again for long.
+                self._fuse.light(self.settings.hard, self.settings.exit_code_for(signum))
+                ray.call_abort_off()
                 self.signum = signum
                 own = {"rank": self.identity.rank, "host": self.identity.host, "pid": os.getpid()}
                 self._begin("signal", signum, own)
@@ -160,7 +165,9 @@ class Guard(Armed):
         if cause == "peer" and self.settings.handlers == "alone":
             owner = False
         hands = RankHands(self, self.main, owner)
-        self.teardown = Teardown(hands, cause, signum, _origin(origin) if cause == "peer" else origin)
+        self.teardown = Teardown(
+            hands, cause, signum, _origin(origin) if cause == "peer" else origin, self._fuse
+        )
         if self.channel is not None and not self.channel.connected:
             self.events.put(("down", self.channel.why))
         self.teardown.begin()

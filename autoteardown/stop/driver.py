@@ -39,9 +39,12 @@ class Teardown:
         cause: `signal`, `peer` or `lost`.
         signum: the eviction signal, if this rank got one.
         origin: rank, host and pid of the rank that was signalled first, and how much time it has `left`.
+        fuse: of this process; may burn already.
     """
 
-    def __init__(self, hands: Hands, cause: str, signum: Optional[int], origin: dict[str, Any]) -> None:
+    def __init__(
+        self, hands: Hands, cause: str, signum: Optional[int], origin: dict[str, Any], fuse: Fuse
+    ) -> None:
         self.hands = hands
         self.started = monotonic()
         self._account = Account(hands, cause, signum, _without_time(origin))
@@ -56,7 +59,7 @@ class Teardown:
         self._progress: Any = None
         self._told = 0
         self._left_at = 0.0
-        self._fuse = Fuse()
+        self._fuse = fuse
 
     def begun_by(self, origin: dict[str, Any]) -> None:
         """Who was signalled first."""
