@@ -60,7 +60,9 @@ def test_a_handler_in_c(job, when):
     rank = job.start(FAULTHANDLER, when, **IMPATIENT)
     rank.wait_for("ready")
     assert rank.evict(8) == 0, rank.story()
-    assert rank.stderr.count("Current thread") == (0 if when in ("unregistered", "noticed") else 1), rank.story()
+    assert rank.stderr.count("Current thread") == (0 if when in ("unregistered", "noticed") else 1), (
+        rank.story()
+    )
     assert rank.report()["outcome"] in ("clean", "partial"), rank.story()
     yielded = rank.phase("yield")
     assert (yielded is not None and yielded["outcome"] == "timeout") == (when in ("before", "after"))
