@@ -176,6 +176,16 @@ class Guard(Armed):
 
     def at_exit(self) -> None:
         """Last of all atexit callbacks."""
+        self.main.over = True
+        self._leave_to_the_stop()
+        if self.teardown is not None:
+            self.events.put(("exits", None))
+        self._close_channel()  # which may take a while, and a stop may begin meanwhile
+        self._leave_to_the_stop()
+        self.identity.unlist()
+        channels.close_all()
+
+    def _leave_to_the_stop(self) -> None:
         teardown = self.teardown
         if teardown is not None and teardown.committed:
             if not teardown.leaving:
@@ -184,9 +194,6 @@ class Guard(Armed):
                     self.events.put(("ended", None))
                 self.gate.parking.wait_for_exit()
             teardown.ended()
-        self._close_channel()
-        self.identity.unlist()
-        channels.close_all()
 
 
 def _origin(notice: Any) -> dict[str, Any]:
