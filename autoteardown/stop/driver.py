@@ -28,6 +28,9 @@ _LAST_WORDS = 0.4  # seconds for report and termination log, before the process 
 _LONG_LAST_WORDS = 2.0  # the same where there is time
 # Seconds after which a program that was sent out is looked at: does it still leave, or has it swallowed the exit?
 _SWALLOWS = 0.5
+_FREE = 0.5  # seconds before whoever drains the node kills that the process is gone by
+_LEAST = 1.0  # seconds for a stop, however late its drain is
+_AGAIN = 1.0  # seconds between looks at the hard deadline, which a drain may have moved
 _PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
 
 
@@ -61,6 +64,8 @@ class Teardown:
         self._told = 0
         self._left_at = 0.0
         self._fuse = Fuse()
+        self.hard = hands.settings.hard
+        """Seconds after the signal when the process is gone."""
 
     def begun_by(self, origin: dict[str, Any]) -> None:
         """Who was signalled first."""
@@ -70,7 +75,7 @@ class Teardown:
 
     def begin(self) -> None:
         """Start the threads; on a thread that has nothing else to do, as it is the fallback."""
-        self._light_fuse(self.hands.settings.hard)
+        self._light_fuse(self.hard)
         try:
             start_new_thread(self._deadline, ())
             start_new_thread(self._drive, ())
@@ -79,7 +84,8 @@ class Teardown:
 
     def _deadline(self) -> None:
         try:
-            sleep(max(0.0, self.hands.settings.hard - 0.1 - self.now))
+            while (left := self.hard - 0.1 - self.now) > 0:
+                sleep(min(left, _AGAIN))
             if self.stop is not None:
                 self.stop.forced = True
             self.say("hard deadline: ending the process")
@@ -88,6 +94,7 @@ class Teardown:
 
     def _drive(self) -> None:
         try:
+            self._shorten()
             facts = self.hands.facts(self.cause)
             self._owner = facts.owner
             stop = self.stop = protocol.Stop(self._limits(), facts)
@@ -109,6 +116,13 @@ class Teardown:
             self.say(problem)
         finally:
             self._finish()
+
+    def _shorten(self) -> None:
+        """A drain of the node may be over before this rank's own grace period is: then it is killed."""
+        left = self.hands.time_left() if self.signum is not None else None
+        if left is not None and self.now + left - _FREE < self.hard:
+            self.hard = max(_LEAST, self.now + left - _FREE)
+            self._light_fuse(self.hard)
 
     @property
     def now(self) -> float:
@@ -173,8 +187,8 @@ class Teardown:
     def _limits(self) -> terms.Limits:
         s = self.hands.settings
         return terms.Limits(
-            hard=s.hard - _LAST_WORDS - 0.1,
-            yield_=s.yield_seconds,
+            hard=self.hard - _LAST_WORDS - 0.1,
+            yield_=s.yield_within(self.hard),
             step=s.step_timeout,
             drain=s.drain_timeout,
             destroy=s.destroy_timeout,
@@ -198,9 +212,10 @@ class Teardown:
                 f"rank {self.origin.get('rank')} is lost, and this one has waited {settings.lost:g}s for it"
             )
         name = signal_name(self.signum) if self.signum else "?"
-        if self._owner and settings.yield_seconds:
-            return f"{name}: the application ends by itself, and has {settings.yield_seconds:g}s"
-        return f"{name}: tearing down, hard deadline at {settings.hard:g}s"
+        seconds = settings.yield_within(self.hard)
+        if self._owner and seconds:
+            return f"{name}: the application ends by itself, and has {round(seconds, 1):g}s"
+        return f"{name}: tearing down, hard deadline at {round(self.hard, 1):g}s"
 
     # -- what the protocol asks for -------------------------------------------------------------------------------
 
@@ -301,10 +316,11 @@ class Teardown:
             return  # the application may have sent it to itself, as uvicorn does when it has shut down
         if self.signum is None and (stop is None or "departed" not in stop.heard):
             self.signum = signum
-            self._light_fuse(self.hands.settings.hard)
+            self._light_fuse(self.hard)
+            self._work(None, self._shorten)
 
     def _light_fuse(self, at: float) -> None:
-        self._fuse.light(min(at, self.hands.settings.hard) - 0.02 - self.now, self.exit_code)
+        self._fuse.light(min(at, self.hard) - 0.02 - self.now, self.exit_code)
 
     def ended(self) -> None:
         """On the main thread, last of all atexit callbacks, when the program is over."""
@@ -317,19 +333,20 @@ class Teardown:
             sleep(3600)
         try:
             if patience is None:
-                left = self.hands.settings.hard - _LAST_WORDS - self.now
+                left = self.hard - _LAST_WORDS - self.now
                 patience = max(_LAST_WORDS, min(_LONG_LAST_WORDS, left))
             story = self.story(final=True)
             lastwords.write(story, self.hands, patience, final=True)
-            if (
-                self.stop is not None
-                and self.stop.wedged
-                and self.now < self.hands.settings.hard - _LONG_LAST_WORDS
-            ):
+            if self.stop is not None and self.stop.wedged and self.now < self.hard - _LONG_LAST_WORDS:
                 lastwords.write_evidence(story, self.hands, _LAST_WORDS)
             self.say(story.summary(), event="done", outcome=story.outcome)
         finally:
             end(lambda: self.exit_code)
+
+    @property
+    def _grace(self) -> float:
+        usual = self.hands.settings
+        return usual.grace if self.hard == usual.hard else round(self.hard + 1.0, 2)
 
     def story(self, final: bool = False) -> Story:
         """What this stop has come to."""
@@ -347,7 +364,7 @@ class Teardown:
             signum=self.signum,
             origin=self.origin,
             received_at=self.received_at,
-            grace=self.hands.settings.grace,
+            grace=self._grace,
             phases=phases,
             steps=stop.steps if stop is not None else None,
             stuck=list(self.stuck),
