@@ -69,14 +69,17 @@ RANK = """
     import os, signal, sys, time
     from autoteardown.node import registry
 
+    runtime = os.environ["AUTOTEARDOWN_RUNTIME_DIR"]
+
     def leave(signum, frame):
-        print("got", signum, flush=True)
+        with open(runtime + ".told", "a") as told:
+            print(entry.time_left(), file=told)
         if sys.argv[1] == "clean":
             entry.leave("clean", 0)
             os._exit(0)
 
     signal.signal(signal.SIGTERM, leave)
-    entry = registry.enter(os.environ["AUTOTEARDOWN_RUNTIME_DIR"], {"rank": 0, "world_size": 1}, print)
+    entry = registry.enter(runtime, {"rank": 0, "world_size": 1}, print)
     print("ready", flush=True)
     if sys.argv[1] == "ends":
         time.sleep(1)
@@ -116,14 +119,16 @@ def test_ray_reacts_at_once_and_kills_when_the_ranks_are_gone(start, twice):
     assert last == "autoteardown: ray start: 1 of 1 left cleanly; Ray's own shutdown goes on"
 
 
-def test_the_ranks_are_drained_in_the_time_that_ray_gives(start):
-    """Ray is still waiting then: it is not needed for that."""
+def test_the_ranks_are_drained_in_the_time_that_ray_gives(start, job):
+    """Ray is still waiting then: it is not needed for that. They hear how little time is left by then."""
     node = start(NODE, "clean", RAYS_TIME=12, AUTOTEARDOWN_GRACE=20, RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=16)
     node.signal()
     assert node.wait() == 1
     assert node.stdout.endswith("1 left\nRay kills, 0 left\n")
     seconds = float(re.search(r"drained in (\d+)s", node.stderr).group(1))
     assert 0 <= seconds < 11
+    left = float(job.runtime.with_name("runtime.told").read_text())
+    assert 20 - seconds - 3 < left < 20 - seconds
     assert "1 of 1 left cleanly" in node.stderr
 
 
