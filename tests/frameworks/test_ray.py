@@ -301,7 +301,9 @@ def test_drain_as_a_pre_stop_hook(cluster, world, tmp_path):
     assert told == dict(zip(pids, [(Released(), signal.SIGTERM), ("partial", signal.SIGTERM)]))
     for reference in running:
         assert isinstance(failure(reference), ray.exceptions.RayActorError)
-    assert outcomes(cluster, pids) == [("signal", Released(), 0), ("signal", "partial", 0)]
+    # Whichever came first to each of them: its own signal, or word of the other's.
+    said = [(outcome, code) for _, outcome, code in outcomes(cluster, pids)]
+    assert said == [(Released(), 0), ("partial", 0)]
 
 
 @pytest.mark.parametrize("evicted, other", [("blocked", "busy"), ("busy", "blocked")])
@@ -427,11 +429,11 @@ def test_a_driver_that_is_a_rank(cluster, job, order, mode):
     port = free_port()
     where = {"WORLD_SIZE": 2, "MASTER_PORT": port, "fresh": True}
     driver = job.start(
-        "ray_driver.py", cluster.address, order, mode=mode, RANK=0, AUTOTEARDOWN_GRACE=16, **where
+        "ray_driver.py", cluster.address, order, mode=mode, RANK=0, AUTOTEARDOWN_GRACE=25, **where
     )
     job.start("bystander.py", mode=NONE, RANK=1, **where)
     driver.wait_blocked("^ready$")
-    code = driver.evict(16)
+    code = driver.evict(25)
     if mode == NONE:
         assert code == -signal.SIGABRT, driver.story()
         return
