@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import _queue
 import os
-from datetime import datetime, timezone
 from typing import Any, Callable, NoReturn, Optional
 
 from autoteardown import exits
 from autoteardown.boundary import guarded
 from autoteardown.primitives import allocate_lock, monotonic, sleep, start_new_thread
-from autoteardown.stop import abort_signal, collector, lastwords, protocol, report, terms
+from autoteardown.stop import abort_signal, collector, lastwords, protocol, terms
+from autoteardown.stop.account import Account
 from autoteardown.stop.fuse import Fuse
 from autoteardown.stop.hands import Hands
-from autoteardown.stop.story import Story, signal_name
+from autoteardown.stop.orders import Orders
+from autoteardown.stop.story import Story
 
 _POLL = 0.02  # seconds between looks at what sends no event
 _FLUSH = 0.2  # seconds for the last posts to get to the hub
@@ -31,7 +32,6 @@ _SWALLOWS = 0.5
 _FREE = 0.5  # seconds before whoever drains the node kills that the process is gone by
 _LEAST = 1.0  # seconds for a stop, however late its drain is
 _AGAIN = 1.0  # seconds between looks at the hard deadline, which a drain may have moved
-_PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
 
 
 class Teardown:
@@ -42,40 +42,37 @@ class Teardown:
         cause: `signal`, `peer` or `lost`.
         signum: the eviction signal, if this rank got one.
         origin: rank, host and pid of the rank that was signalled first, and how much time it has `left`.
+        fuse: of this process; may burn already.
     """
 
-    def __init__(self, hands: Hands, cause: str, signum: Optional[int], origin: dict[str, Any]) -> None:
+    def __init__(
+        self, hands: Hands, cause: str, signum: Optional[int], origin: dict[str, Any], fuse: Fuse
+    ) -> None:
         self.hands = hands
-        self.cause = cause
-        self.signum = signum
-        self.begun_by(origin)
         self.started = monotonic()
-        self.received_at = datetime.now(timezone.utc).isoformat()
+        self._account = Account(hands, cause, signum, _without_time(origin))
+        self._orders = Orders(hands, self._account, self.say)
         self.committed = False  # from here on the agent ends the process
         self.leaving = False  # the program is asked to leave with SystemExit
-        self.stuck: list[dict[str, Any]] = []
         self.stop: Optional[protocol.Stop] = None
         self._notice = origin
         self._owner = False
         self._finishing = allocate_lock()
         self._shown: dict[str, Any] = {"saving": False, "still": False}
         self._progress: Any = None
-        self._collective: Optional[dict[str, Any]] = None  # the one that does not end
         self._told = 0
         self._left_at = 0.0
-        self._fuse = Fuse()
-        self.hard = hands.settings.hard
-        """Seconds after the signal when the process is gone."""
+        self._fuse = fuse
 
     def begun_by(self, origin: dict[str, Any]) -> None:
         """Who was signalled first."""
-        self.origin = {key: value for key, value in origin.items() if key != "left"}
+        self._account.origin = _without_time(origin)
 
     # -- the two threads ------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
         """Start the threads; on a thread that has nothing else to do, as it is the fallback."""
-        self._light_fuse(self.hard)
+        self._light_fuse(self._account.hard)
         try:
             start_new_thread(self._deadline, ())
             start_new_thread(self._drive, ())
@@ -84,7 +81,7 @@ class Teardown:
 
     def _deadline(self) -> None:
         try:
-            while (left := self.hard - 0.1 - self.now) > 0:
+            while (left := self._account.hard - 0.1 - self.now) > 0:
                 sleep(min(left, _AGAIN))
             if self.stop is not None:
                 self.stop.forced = True
@@ -95,11 +92,11 @@ class Teardown:
     def _drive(self) -> None:
         try:
             self._shorten()
-            facts = self.hands.facts(self.cause)
+            facts = self.hands.facts(self._account.cause)
             self._owner = facts.owner
             stop = self.stop = protocol.Stop(self._limits(), facts)
             self._open()
-            if self.cause == "peer":
+            if self._account.cause == "peer":
                 self._take(stop, "notice", self._notice)
             self._take(stop, "begin", None)
             while stop.state != "done":
@@ -119,10 +116,11 @@ class Teardown:
 
     def _shorten(self) -> None:
         """A drain of the node may be over before this rank's own grace period is: then it is killed."""
-        left = self.hands.time_left() if self.signum is not None else None
-        if left is not None and self.now + left - _FREE < self.hard:
-            self.hard = max(_LEAST, self.now + left - _FREE)
-            self._light_fuse(self.hard)
+        account = self._account
+        left = self.hands.time_left() if account.signum is not None else None
+        if left is not None and self.now + left - _FREE < account.hard:
+            account.hard = max(_LEAST, self.now + left - _FREE)
+            self._light_fuse(account.hard)
 
     @property
     def now(self) -> float:
@@ -137,7 +135,12 @@ class Teardown:
     def _take(self, stop: protocol.Stop, event: str, value: Any) -> None:
         for action in stop.on(event, value, self.now):
             self._commit(stop)
-            self._do(action)
+            if action.do == "leave":
+                self._leave(action.value)
+            elif action.do != "die":  # the driver ends with it, and the process with the driver
+                if action.do in ("park", "deliver"):
+                    self._shown["still"] = False  # it is looked at anew
+                self._orders.carry_out(action)
         self._commit(stop)
         for phase in stop.phases[self._told :]:
             if phase.end is None:
@@ -187,8 +190,8 @@ class Teardown:
     def _limits(self) -> terms.Limits:
         s = self.hands.settings
         return terms.Limits(
-            hard=self.hard - _LAST_WORDS - 0.1,
-            yield_=s.yield_within(self.hard),
+            hard=self._account.hard - _LAST_WORDS - 0.1,
+            yield_=self._account.yields,
             step=s.step_timeout,
             drain=s.drain_timeout,
             destroy=s.destroy_timeout,
@@ -197,79 +200,14 @@ class Teardown:
         )
 
     def _open(self) -> None:
-        self.hands.log.first(self.opening(), self.now)
-        self._work(None, lambda: self._take_stacks("at the signal"))
+        self.hands.log.first(self._account.opening(self._owner), self.now)
+        self._orders.start(None, lambda: self._account.take_stacks("at the signal"))
         if self.hands.alone:
             self.say(f"peers are not told: {self.hands.alone}")
 
-    def opening(self) -> str:
-        """Why this is happening, in words."""
-        settings = self.hands.settings
-        if self.cause == "peer":
-            return f"a peer is being evicted: rank {self.origin.get('rank')} on {self.origin.get('host')}"
-        if self.cause == "lost":
-            return (
-                f"rank {self.origin.get('rank')} is lost, and this one has waited {settings.lost:g}s for it"
-            )
-        name = signal_name(self.signum) if self.signum else "?"
-        seconds = settings.yield_within(self.hard)
-        if self._owner and seconds:
-            return f"{name}: the application ends by itself, and has {round(seconds, 1):g}s"
-        return f"{name}: tearing down, hard deadline at {round(self.hard, 1):g}s"
+    # -- the end --------------------------------------------------------------------------------------------------
 
-    # -- what the protocol asks for -------------------------------------------------------------------------------
-
-    def _do(self, action: terms.Action) -> None:
-        do, value, hands = action.do, action.value, self.hands
-        special = getattr(self, "_do_" + do, None)
-        if special is not None:
-            special(value)
-        elif do in ("park", "deliver"):
-            self._shown["still"] = False  # it is looked at anew
-            getattr(hands, do)()
-        elif do in ("stop_at", "go_on"):
-            getattr(hands, do)(value)
-        else:
-            hands.post(do, value)
-
-    def _do_tell(self, left: float) -> None:
-        self.hands.post("tell", {**self.origin, "left": left})
-
-    def _do_hold(self, _: Any) -> None:
-        self.hands.hold()  # first the flag, then the count: see Gate
-        self.hands.events.put(("steps", self.hands.steps()))
-
-    def _do_drain(self, _: Any) -> None:
-        self.hands.mark(state="parked")
-        self._work("drained", self._drain)
-
-    def _drain(self) -> Any:
-        problem = self.hands.drain()
-        # Asked again: some turn out to be when they are waited for.
-        unwaitable = self.hands.facts(self.cause).unwaitable
-        if unwaitable:
-            self.hands.events.put(("unwaitable", unwaitable))
-            self.hands.events.put(("fault", f"nobody can wait for this device: {unwaitable}"))
-        return problem
-
-    def _do_callbacks(self, budget: float) -> None:
-        self._work("called", lambda: self.hands.call_back(self.say))
-
-    def _do_destroy(self, _: Any) -> None:
-        self._work("destroyed", self.hands.destroy)
-
-    def _do_abort(self, _: Any) -> None:
-        self.hands.abort(lambda problem: self.hands.events.put(("aborted", problem)))
-
-    def _do_stacks(self, phase: str) -> None:
-        self._work(None, lambda: self._take_stacks(f"{phase} timed out"))
-        if phase in ("step", "park", "drain"):
-            self._work(None, self._find_collective)
-
-    def _find_collective(self) -> None:
-        self._collective = self._collective or self.hands.stuck_collective()
-
-    def _do_leave(self, soft: bool) -> None:
+    def _leave(self, soft: bool) -> None:
         self.hands.flush(_FLUSH)
         if not soft:
             return
@@ -282,28 +220,10 @@ class Teardown:
         self.leaving, self._left_at = True, self.now
         self.hands.leave(self.exit_code)
 
-    def _do_die(self, _: Any) -> None:
-        pass  # the driver ends, and with it the process
-
-    def _work(self, event: Optional[str], function: Callable[[], Any]) -> None:
-        """Run something that may never return."""
-
-        def run() -> None:
-            try:
-                problem = function()
-            except BaseException as error:
-                problem = f"{type(error).__name__}: {error}"
-            if event is not None:
-                self.hands.events.put((event, problem))
-
-        start_new_thread(run, ())
-
-    # -- the end --------------------------------------------------------------------------------------------------
-
     @property
     def exit_code(self) -> int:
         """The contract's, whichever way the process ends."""
-        return self.hands.settings.exit_code_for(self.signum)
+        return self._account.exit_code
 
     def also_signalled(self, signum: int, sure: bool = False) -> None:
         """A peer's notice was faster than this rank's own signal: it still is a rank that got the signal.
@@ -314,13 +234,13 @@ class Teardown:
         stop = self.stop
         if stop is not None and not sure and any(phase.name == "yield" for phase in stop.phases):
             return  # the application may have sent it to itself, as uvicorn does when it has shut down
-        if self.signum is None and (stop is None or "departed" not in stop.heard):
-            self.signum = signum
-            self._light_fuse(self.hard)
-            self._work(None, self._shorten)
+        if self._account.signum is None and (stop is None or "departed" not in stop.heard):
+            self._account.signum = signum
+            self._light_fuse(self._account.hard)
+            self._orders.start(None, self._shorten)
 
     def _light_fuse(self, at: float) -> None:
-        self._fuse.light(min(at, self.hard) - 0.02 - self.now, self.exit_code)
+        self._fuse.light(min(at, self._account.hard) - 0.02 - self.now, self.exit_code)
 
     def ended(self) -> None:
         """On the main thread, last of all atexit callbacks, when the program is over."""
@@ -333,57 +253,32 @@ class Teardown:
             sleep(3600)
         try:
             if patience is None:
-                left = self.hard - _LAST_WORDS - self.now
+                left = self._account.hard - _LAST_WORDS - self.now
                 patience = max(_LAST_WORDS, min(_LONG_LAST_WORDS, left))
             story = self.story(final=True)
             lastwords.write(story, self.hands, patience, final=True)
-            if self.stop is not None and self.stop.wedged and self.now < self.hard - _LONG_LAST_WORDS:
+            if (
+                self.stop is not None
+                and self.stop.wedged
+                and self.now < self._account.hard - _LONG_LAST_WORDS
+            ):
                 lastwords.write_evidence(story, self.hands, _LAST_WORDS)
             self.say(story.summary(), event="done", outcome=story.outcome)
         finally:
             end(lambda: self.exit_code)
 
-    @property
-    def _grace(self) -> float:
-        usual = self.hands.settings
-        return usual.grace if self.hard == usual.hard else round(self.hard + 1.0, 2)
-
     def story(self, final: bool = False) -> Story:
         """What this stop has come to."""
-        stop = self.stop
-        phases = [phase.as_dict() for phase in stop.phases] if stop is not None else []
-        if phases and (phases[-1]["end"] is None or (final and phases[-1]["name"] == "exit")):
-            last = phases[-1]
-            if last["end"] is None:
-                last["outcome"] = "timeout" if stop is not None and stop.forced else "ok"
-            last["end"] = self.now  # the program's own way out was part of it
-        return Story(
-            identity=self.hands.identity(),
-            opening=self.opening(),
-            cause=self.cause,
-            signum=self.signum,
-            origin=self.origin,
-            received_at=self.received_at,
-            grace=self._grace,
-            phases=phases,
-            steps=stop.steps if stop is not None else None,
-            stuck=list(self.stuck),
-            collective=self._collective,
-            outcome=stop.outcome if stop is not None else "forced",
-            why=stop.reason if stop is not None else "it ended before it could begin",
-            exit_code=self.exit_code,
-            seconds=self.now,
-        )
-
-    def _take_stacks(self, when: str) -> None:
-        for entry in report.stacks():
-            if not entry["frames"][-1].startswith(_PACKAGE):
-                self.stuck.append({"when": when, **entry})
+        return self._account.story(self.stop, self._owner, self.now, final)
 
     @guarded
     def say(self, text: str, event: str = "message", outcome: Optional[str] = None) -> None:
         """One line on stderr."""
         self.hands.log.line(text, self.now, event=event, outcome=outcome)
+
+
+def _without_time(origin: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in origin.items() if key != "left"}
 
 
 def end(code: Callable[[], int]) -> NoReturn:
