@@ -100,9 +100,15 @@ class Pod:
         words += """ --resources='{"away": 100}'"""
         launcher = [*in_pid_namespace(), "bash", "-c", FORMS[form].format(ray=words)]
         env = {"AUTOTEARDOWN_GRACE": GRACE, "RAY_enable_metrics_collection": "0", **env}
-        # The rest of the command line becomes bash's $0 and so on, which nobody looks at.
-        self.process = job.start("bystander.py", fresh=True, mode=mode, launcher=launcher, **env)
-        self.process.wait_for("block forever", 120)
+        for _ in range(3):
+            # The rest of the command line becomes bash's $0 and so on, which nobody looks at.
+            self.process = job.start("bystander.py", fresh=True, mode=mode, launcher=launcher, **env)
+            try:
+                self.process.wait_for("block forever", 120)
+                break
+            except AssertionError:  # Ray gives its own processes 30 s, which a busy machine may need
+                if "timed out during startup" not in self.process.stderr:
+                    raise
         self.node = wait_until(self._node, "the node", 60)
 
     def _node(self):

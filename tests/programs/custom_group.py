@@ -43,9 +43,9 @@ def main(role, number, port, what, engines="1"):
         dist.all_reduce(ones, group=group)
         assert ones.item() == size
     print("status", json.dumps(autoteardown.status()), flush=True)
-    model = torch.nn.Linear(2, 1)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     if role == "trainer":
+        model = torch.nn.Linear(2, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
         dist.barrier()
     print("ready", flush=True)
     if what == "blocked":
