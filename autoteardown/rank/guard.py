@@ -31,7 +31,7 @@ _LAST = 3.0  # seconds that the hub stays for the others when its application ha
 class Guard(Armed):
     """The guard of this process."""
 
-    def __init__(self, real_destroy: Callable[[], object]) -> None:
+    def __init__(self, real_destroy: Callable[..., object]) -> None:
         super().__init__(real_destroy)
         self.main = MainThread(self)
         self._begun = allocate_lock()
@@ -65,17 +65,17 @@ class Guard(Armed):
             util.Finalize(None, guarded(at_exit), exitpriority=-(10**6))
 
     def join(self) -> None:
-        """After torch's init: the world is known."""
+        """After torch's init, or that of a group without it: the world is known."""
         world = backends.world()
         if world is None:
             return
-        self.joined = True
+        self.joined, self.unshared = True, world.alone
         self.identity.joined(world)
         if self._hooks is None:
             self._hooks = stepping.Hooks(self.tap.look_again)
         callbacks.prepare(self.settings.on_teardown, self.identity.log.line)
         loop = self.tap.loop
-        if self.settings.peers and world.size > 1 and loop is not None:
+        if self.settings.peers and world.size > 1 and loop is not None and not world.alone:
             self.channel = channels.Channel.open(
                 world.store, world.rank, world.size, loop, guarded(self._hear), lambda: Council(world.size)
             )
@@ -217,7 +217,7 @@ guard: Optional[Guard] = None
 """The process's guard, once an init has been seen."""
 
 
-def of_process(real_destroy: Callable[[], object]) -> Guard:
+def of_process(real_destroy: Callable[..., object]) -> Guard:
     """The process's guard, made when first asked for."""
     global guard
     if guard is None:

@@ -29,6 +29,8 @@ class Account:
         self.cause = cause
         self.signum = signum
         self.origin = origin
+        self.hard = hands.settings.hard
+        """Seconds after the signal when the process is gone; a drain of the node may leave less than usual."""
         self._received_at = datetime.now(timezone.utc).isoformat()
         self._stuck: list[dict[str, Any]] = []
         self._collective: Optional[dict[str, Any]] = None  # the one that does not end
@@ -37,6 +39,16 @@ class Account:
     def exit_code(self) -> int:
         """The contract's, whichever way the process ends."""
         return self._hands.settings.exit_code_for(self.signum)
+
+    @property
+    def yields(self) -> float:
+        """Seconds that an application with a handler of its own has."""
+        return self._hands.settings.yield_within(self.hard)
+
+    @property
+    def _grace(self) -> float:
+        usual = self._hands.settings
+        return usual.grace if self.hard == usual.hard else round(self.hard + 1.0, 2)
 
     def opening(self, owner: bool) -> str:
         """Why this is happening, in words; `owner`: the application may end by itself."""
@@ -47,9 +59,9 @@ class Account:
         if self.cause == "lost":
             return f"rank {rank} is lost, and this one has waited {settings.lost:g}s for it"
         name = signal_name(self.signum) if self.signum else "?"
-        if owner and settings.yield_seconds:
-            return f"{name}: the application ends by itself, and has {settings.yield_seconds:g}s"
-        return f"{name}: tearing down, hard deadline at {settings.hard:g}s"
+        if owner and self.yields:
+            return f"{name}: the application ends by itself, and has {round(self.yields, 1):g}s"
+        return f"{name}: tearing down, hard deadline at {round(self.hard, 1):g}s"
 
     def take_stacks(self, when: str) -> None:
         """Keep what the program's threads are doing."""
@@ -83,7 +95,7 @@ class Account:
             signum=self.signum,
             origin=self.origin,
             received_at=self._received_at,
-            grace=self._hands.settings.grace,
+            grace=self._grace,
             phases=phases,
             steps=stop.steps if stop is not None else None,
             stuck=list(self._stuck),

@@ -29,6 +29,9 @@ _LAST_WORDS = 0.4  # seconds for report and termination log, before the process 
 _LONG_LAST_WORDS = 2.0  # the same where there is time
 # Seconds after which a program that was sent out is looked at: does it still leave, or has it swallowed the exit?
 _SWALLOWS = 0.5
+_FREE = 0.5  # seconds before whoever drains the node kills that the process is gone by
+_LEAST = 1.0  # seconds for a stop, however late its drain is
+_AGAIN = 1.0  # seconds between looks at the hard deadline, which a drain may have moved
 
 
 class Teardown:
@@ -69,7 +72,7 @@ class Teardown:
 
     def begin(self) -> None:
         """Start the threads; on a thread that has nothing else to do, as it is the fallback."""
-        self._light_fuse(self.hands.settings.hard)
+        self._light_fuse(self._account.hard)
         try:
             start_new_thread(self._deadline, ())
             start_new_thread(self._drive, ())
@@ -78,7 +81,8 @@ class Teardown:
 
     def _deadline(self) -> None:
         try:
-            sleep(max(0.0, self.hands.settings.hard - 0.1 - self.now))
+            while (left := self._account.hard - 0.1 - self.now) > 0:
+                sleep(min(left, _AGAIN))
             if self.stop is not None:
                 self.stop.forced = True
             self.say("hard deadline: ending the process")
@@ -87,6 +91,7 @@ class Teardown:
 
     def _drive(self) -> None:
         try:
+            self._shorten()
             facts = self.hands.facts(self._account.cause)
             self._owner = facts.owner
             stop = self.stop = protocol.Stop(self._limits(), facts)
@@ -108,6 +113,14 @@ class Teardown:
             self.say(problem)
         finally:
             self._finish()
+
+    def _shorten(self) -> None:
+        """A drain of the node may be over before this rank's own grace period is: then it is killed."""
+        account = self._account
+        left = self.hands.time_left() if account.signum is not None else None
+        if left is not None and self.now + left - _FREE < account.hard:
+            account.hard = max(_LEAST, self.now + left - _FREE)
+            self._light_fuse(account.hard)
 
     @property
     def now(self) -> float:
@@ -177,8 +190,8 @@ class Teardown:
     def _limits(self) -> terms.Limits:
         s = self.hands.settings
         return terms.Limits(
-            hard=s.hard - _LAST_WORDS - 0.1,
-            yield_=s.yield_seconds,
+            hard=self._account.hard - _LAST_WORDS - 0.1,
+            yield_=self._account.yields,
             step=s.step_timeout,
             drain=s.drain_timeout,
             destroy=s.destroy_timeout,
@@ -223,10 +236,11 @@ class Teardown:
             return  # the application may have sent it to itself, as uvicorn does when it has shut down
         if self._account.signum is None and (stop is None or "departed" not in stop.heard):
             self._account.signum = signum
-            self._light_fuse(self.hands.settings.hard)
+            self._light_fuse(self._account.hard)
+            self._orders.start(None, self._shorten)
 
     def _light_fuse(self, at: float) -> None:
-        self._fuse.light(min(at, self.hands.settings.hard) - 0.02 - self.now, self.exit_code)
+        self._fuse.light(min(at, self._account.hard) - 0.02 - self.now, self.exit_code)
 
     def ended(self) -> None:
         """On the main thread, last of all atexit callbacks, when the program is over."""
@@ -239,14 +253,14 @@ class Teardown:
             sleep(3600)
         try:
             if patience is None:
-                left = self.hands.settings.hard - _LAST_WORDS - self.now
+                left = self._account.hard - _LAST_WORDS - self.now
                 patience = max(_LAST_WORDS, min(_LONG_LAST_WORDS, left))
             story = self.story(final=True)
             lastwords.write(story, self.hands, patience, final=True)
             if (
                 self.stop is not None
                 and self.stop.wedged
-                and self.now < self.hands.settings.hard - _LONG_LAST_WORDS
+                and self.now < self._account.hard - _LONG_LAST_WORDS
             ):
                 lastwords.write_evidence(story, self.hands, _LAST_WORDS)
             self.say(story.summary(), event="done", outcome=story.outcome)
