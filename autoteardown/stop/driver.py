@@ -30,6 +30,7 @@ _LONG_LAST_WORDS = 2.0  # the same where there is time
 # Seconds after which a program that was sent out is looked at: does it still leave, or has it swallowed the exit?
 _SWALLOWS = 0.5
 _FREE = 0.5  # seconds before whoever drains the node kills that the process is gone by
+_READING = 0.2  # seconds for the file in which a drain says when
 _LEAST = 1.0  # seconds for a stop, however late its drain is
 _AGAIN = 1.0  # seconds between looks at the hard deadline, which a drain may have moved
 
@@ -116,8 +117,21 @@ class Teardown:
 
     def _shorten(self) -> None:
         """A drain of the node may be over before this rank's own grace period is: then it is killed."""
-        account = self._account
-        left = self.hands.time_left() if account.signum is not None else None
+        account, looked = self._account, allocate_lock()
+        if account.signum is None:
+            return
+        found: list[Optional[float]] = []
+        looked.acquire()
+
+        def look() -> None:
+            try:
+                found.append(self.hands.time_left())
+            finally:
+                looked.release()
+
+        self._orders.start(None, look)  # it is in a file, and a disk may be dead
+        looked.acquire(timeout=_READING)
+        left = found[0] if found else None
         if left is not None and self.now + left - _FREE < account.hard:
             account.hard = max(_LEAST, self.now + left - _FREE)
             self._light_fuse(account.hard)
