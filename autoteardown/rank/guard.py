@@ -86,7 +86,9 @@ class Guard(Armed):
         if self.teardown is not None and self.teardown.committed:
             return
         self._close_channel()
-        self.tap.disarm()
+        # In an eviction that it has heard of from a peer, its own signal may be yet to come: not to be killed by then.
+        if self.teardown is None:
+            self.tap.disarm()
         if self._hooks is not None:
             self._hooks.remove()
             self._hooks = None

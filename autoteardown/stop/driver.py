@@ -15,9 +15,10 @@ from typing import Any, Callable, NoReturn, Optional
 
 from autoteardown import exits
 from autoteardown.boundary import guarded
-from autoteardown.primitives import allocate_lock, monotonic, sleep, start_new_thread
+from autoteardown.primitives import allocate_lock, sleep, start_new_thread
 from autoteardown.stop import abort_signal, collector, lastwords, protocol, terms
 from autoteardown.stop.account import Account
+from autoteardown.stop.deadline import Deadline
 from autoteardown.stop.fuse import Fuse
 from autoteardown.stop.hands import Hands
 from autoteardown.stop.orders import Orders
@@ -29,10 +30,6 @@ _LAST_WORDS = 0.4  # seconds for report and termination log, before the process 
 _LONG_LAST_WORDS = 2.0  # the same where there is time
 # Seconds after which a program that was sent out is looked at: does it still leave, or has it swallowed the exit?
 _SWALLOWS = 0.5
-_FREE = 0.5  # seconds before whoever drains the node kills that the process is gone by
-_READING = 0.2  # seconds for the file in which a drain says when
-_LEAST = 1.0  # seconds for a stop, however late its drain is
-_AGAIN = 1.0  # seconds between looks at the hard deadline, which a drain may have moved
 
 
 class Teardown:
@@ -50,8 +47,8 @@ class Teardown:
         self, hands: Hands, cause: str, signum: Optional[int], origin: dict[str, Any], fuse: Fuse
     ) -> None:
         self.hands = hands
-        self.started = monotonic()
-        self._account = Account(hands, cause, signum, _without_time(origin))
+        self._deadline = Deadline(hands.settings.hard, fuse)
+        self._account = Account(hands, cause, signum, _without_time(origin), self._deadline)
         self._orders = Orders(hands, self._account, self.say)
         self.committed = False  # from here on the agent ends the process
         self.leaving = False  # the program is asked to leave with SystemExit
@@ -63,7 +60,6 @@ class Teardown:
         self._progress: Any = None
         self._told = 0
         self._left_at = 0.0
-        self._fuse = fuse
 
     def begun_by(self, origin: dict[str, Any]) -> None:
         """Who was signalled first."""
@@ -73,17 +69,16 @@ class Teardown:
 
     def begin(self) -> None:
         """Start the threads; on a thread that has nothing else to do, as it is the fallback."""
-        self._light_fuse(self._account.hard)
+        self._deadline.light(self.exit_code)
         try:
-            start_new_thread(self._deadline, ())
+            start_new_thread(self._at_deadline, ())
             start_new_thread(self._drive, ())
         except RuntimeError:  # no thread to be had
             self._drive()
 
-    def _deadline(self) -> None:
+    def _at_deadline(self) -> None:
         try:
-            while (left := self._account.hard - 0.1 - self.now) > 0:
-                sleep(min(left, _AGAIN))
+            self._deadline.wait()
             if self.stop is not None:
                 self.stop.forced = True
             self.say("hard deadline: ending the process")
@@ -116,30 +111,13 @@ class Teardown:
             self._finish()
 
     def _shorten(self) -> None:
-        """A drain of the node may be over before this rank's own grace period is: then it is killed."""
-        account, looked = self._account, allocate_lock()
-        if account.signum is None:
-            return
-        found: list[Optional[float]] = []
-        looked.acquire()
-
-        def look() -> None:
-            try:
-                found.append(self.hands.time_left())
-            finally:
-                looked.release()
-
-        self._orders.start(None, look)  # it is in a file, and a disk may be dead
-        looked.acquire(timeout=_READING)
-        left = found[0] if found else None
-        if left is not None and self.now + left - _FREE < account.hard:
-            account.hard = max(_LEAST, self.now + left - _FREE)
-            self._light_fuse(account.hard)
+        if self._account.signum is not None:
+            self._deadline.shorten(self.hands.time_left, self.exit_code)
 
     @property
     def now(self) -> float:
         """Seconds since the signal."""
-        return monotonic() - self.started
+        return self._deadline.now
 
     @property
     def delivers(self) -> bool:
@@ -204,7 +182,7 @@ class Teardown:
     def _limits(self) -> terms.Limits:
         s = self.hands.settings
         return terms.Limits(
-            hard=self._account.hard - _LAST_WORDS - 0.1,
+            hard=self._deadline.hard - _LAST_WORDS - 0.1,
             yield_=self._account.yields,
             step=s.step_timeout,
             drain=s.drain_timeout,
@@ -228,7 +206,8 @@ class Teardown:
         # From here on the program's own code decides how the process ends: it may call os._exit, or free what cannot
         # be freed. So the report is written before, and the fuse made shorter.
         lastwords.write(self.story(), self.hands, _LAST_WORDS, final=False)
-        self._light_fuse(self.now + self.hands.settings.exit_timeout + _LONG_LAST_WORDS + _LAST_WORDS)
+        latest = self.now + self.hands.settings.exit_timeout + _LONG_LAST_WORDS + _LAST_WORDS
+        self._deadline.light(self.exit_code, latest)
         if self.hands.is_stuck_outside():
             self._finish()
         self.leaving, self._left_at = True, self.now
@@ -250,11 +229,8 @@ class Teardown:
             return  # the application may have sent it to itself, as uvicorn does when it has shut down
         if self._account.signum is None and (stop is None or "departed" not in stop.heard):
             self._account.signum = signum
-            self._light_fuse(self._account.hard)
+            self._deadline.light(self.exit_code)
             self._orders.start(None, self._shorten)
-
-    def _light_fuse(self, at: float) -> None:
-        self._fuse.light(min(at, self._account.hard) - 0.02 - self.now, self.exit_code)
 
     def ended(self) -> None:
         """On the main thread, last of all atexit callbacks, when the program is over."""
@@ -267,14 +243,14 @@ class Teardown:
             sleep(3600)
         try:
             if patience is None:
-                left = self._account.hard - _LAST_WORDS - self.now
+                left = self._deadline.hard - _LAST_WORDS - self.now
                 patience = max(_LAST_WORDS, min(_LONG_LAST_WORDS, left))
             story = self.story(final=True)
             lastwords.write(story, self.hands, patience, final=True)
             if (
                 self.stop is not None
                 and self.stop.wedged
-                and self.now < self._account.hard - _LONG_LAST_WORDS
+                and self.now < self._deadline.hard - _LONG_LAST_WORDS
             ):
                 lastwords.write_evidence(story, self.hands, _LAST_WORDS)
             self.say(story.summary(), event="done", outcome=story.outcome)
