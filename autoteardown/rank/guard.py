@@ -10,6 +10,7 @@ import os
 import sys
 from typing import Any, Callable, Optional
 
+from autoteardown import native
 from autoteardown.boundary import failed, guarded
 from autoteardown.channel import channel as channels
 from autoteardown.frameworks import ray
@@ -25,6 +26,7 @@ from autoteardown.stop.driver import Teardown, end
 from autoteardown.stop.fuse import Fuse
 
 _GOODBYE = 0.2  # seconds for the others to hear that this rank has left by itself
+_SETTLE = 2.0  # seconds at exit for what our threads do in C++
 _LAST = 3.0  # seconds that the hub stays for the others when its application has ended by itself
 
 
@@ -186,6 +188,7 @@ class Guard(Armed):
         self._leave_to_the_stop()
         self.identity.unlist()
         channels.close_all()
+        native.settle(_SETTLE)
 
     def _leave_to_the_stop(self) -> None:
         teardown = self.teardown

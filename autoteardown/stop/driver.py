@@ -13,7 +13,7 @@ import _queue
 import os
 from typing import Any, Callable, NoReturn, Optional
 
-from autoteardown import exits
+from autoteardown import exits, native
 from autoteardown.boundary import guarded
 from autoteardown.primitives import allocate_lock, sleep, start_new_thread
 from autoteardown.stop import abort_signal, collector, lastwords, protocol, terms
@@ -30,6 +30,7 @@ _LAST_WORDS = 0.4  # seconds for report and termination log, before the process 
 _LONG_LAST_WORDS = 2.0  # the same where there is time
 # Seconds after which a program that was sent out is looked at: does it still leave, or has it swallowed the exit?
 _SWALLOWS = 0.5
+_FOR_EVER = 3600.0  # longer than any process of ours still has
 
 
 class Teardown:
@@ -88,7 +89,7 @@ class Teardown:
     def _drive(self) -> None:
         try:
             self._shorten()
-            facts = self.hands.facts(self._account.cause)
+            facts = native.call(lambda: self.hands.facts(self._account.cause))
             self._owner = facts.owner
             stop = self.stop = protocol.Stop(self._limits(), facts)
             self._open()
@@ -102,6 +103,8 @@ class Teardown:
                 except _queue.Empty:
                     event, value = "tick", None
                 self._take(stop, event, value)
+        except native.Over:  # the application has ended by itself
+            sleep(_FOR_EVER)
         except BaseException as error:  # ours: it may cost the teardown, not the exit code
             problem = f"internal error: {type(error).__name__}: {error}"
             if self.stop is not None:
@@ -144,7 +147,7 @@ class Teardown:
 
     def _look(self, stop: protocol.Stop) -> None:
         """Notice what sends no event."""
-        shown = self.hands.look(self.committed)
+        shown = native.call(lambda: self.hands.look(self.committed))
         if shown.ended and "ended" not in stop.heard and (self.committed or not self._owner):
             self._take(stop, "ended", None)
         for what in ("saving", "still"):
@@ -240,7 +243,7 @@ class Teardown:
     def _finish(self, patience: Optional[float] = None) -> None:
         """End the process. Whoever comes first does it; the others wait for the end, but for the deadline."""
         if not self._finishing.acquire(False) and patience is None:
-            sleep(3600)
+            sleep(_FOR_EVER)
         try:
             if patience is None:
                 left = self._deadline.hard - _LAST_WORDS - self.now
