@@ -33,7 +33,7 @@ _LAST = 3.0  # seconds that the hub stays for the others when its application ha
 class Guard(Armed):
     """The guard of this process."""
 
-    def __init__(self, real_destroy: Callable[..., object]) -> None:
+    def __init__(self, real_destroy: Callable[[], object]) -> None:
         super().__init__(real_destroy)
         self.main = MainThread(self)
         self._begun = allocate_lock()
@@ -222,7 +222,7 @@ guard: Optional[Guard] = None
 """The process's guard, once an init has been seen."""
 
 
-def of_process(real_destroy: Callable[..., object]) -> Guard:
+def of_process(real_destroy: Callable[[], object]) -> Guard:
     """The process's guard, made when first asked for."""
     global guard
     if guard is None:
