@@ -183,10 +183,10 @@ class Connection:
         else:
             self._dial = dial
 
-    def _hello(self, card: Card) -> tuple[int, int, str, int, int]:
+    def _hello(self, card: Card) -> tuple[int, int, str, int, int, int]:
         self._attempts += 1
         heard = self._heard if card.name == self._session else 0
-        return self._rank, self._world, self._member, self._attempts, heard
+        return self._rank, self._world, self._member, self._attempts, heard, int(card.near)
 
     def _dialed(self, link: Optional[Link], seen: int, lines: list[list[Any]], why: str) -> None:
         self._dial = None

@@ -27,7 +27,10 @@ GUESTS = 32
 """So many connections more than ranks that are missing may be there without having shown the token."""
 GUEST_SECONDS = 10.0
 BACK_WITHIN = 2.0
-"""Seconds that a rank has to come back after its connection has ended, before it counts as lost."""
+"""Seconds that a rank has to come back after it has heard that its connection has ended, before it counts as lost."""
+DEAD_AFTER = 10.0
+"""Seconds after which a rank of another host whose connection was closed counts as dead: one that could not reach this
+host for half of them has tried again, and is back."""
 _MANY = 128  # ranks whose connections are not to take the low numbers
 _ACCEPTS = 64  # in a row, before it is the others' turn
 _FULL, _UNREAD = 1 << 16, 1 << 20  # bytes that wait: no more messages are added; it is given up
@@ -55,6 +58,7 @@ class Member:
         self.peer: Optional[Peer] = None
         self.attempt = 0
         self.seen = 0  # number of its last post
+        self.near = False  # it is on this host
         self.left = False
         self.lost = False
         self.mourn: Optional[Timer] = None
@@ -205,12 +209,12 @@ class Hub:
 
     def _admit(self, peer: Peer, line: list[Any]) -> None:
         """A guest's first line."""
-        if len(line) != 7 or line[0] != "hello":
+        if len(line) != 8 or line[0] != "hello":
             raise Malformed("no hello")
         rank, world, name = whole(line[1], 1), whole(line[2], 1), name_of(line[3])
-        attempt, heard = whole(line[4], 1), whole(line[5])
-        said = (rank, world, name, attempt, heard)
-        if not proven(line[6], proof(self._card.token, "hello", *said)):
+        attempt, heard, near = whole(line[4], 1), whole(line[5]), whole(line[6], 0, 1)
+        said = (rank, world, name, attempt, heard, near)
+        if not proven(line[7], proof(self._card.token, "hello", *said)):
             self._note_once("the hub has hung up on somebody without this group's token")
             raise Ended("no token")
         if world != self._card.world or rank >= world:
@@ -240,7 +244,7 @@ class Hub:
             member.mourn.cancel()
         member.peer, peer.member = peer, member
         self._here += 1
-        member.attempt = attempt
+        member.attempt, member.near = attempt, bool(near)
         peer.told = min(heard, self._said.last)
         peer.put(encode("welcome", member.seen, proof(self._card.token, "welcome", *said)))
         if born:
@@ -299,10 +303,12 @@ class Hub:
             if why:
                 self._note_once(f"the hub has hung up on {why}")
         elif not member.left and not self._closed:
-            # A live process whose line drops comes back at once: the kernel has closed a dead one's. Of one that is
-            # only silent nobody knows.
-            dead = why in _GONE
-            member.mourn = self._loop.at(BACK_WITHIN, lambda: self._count_lost(member, dead))
+            # A live process whose line drops comes back at once: the kernel has closed a dead one's. What lies between
+            # two hosts (a firewall, a proxy) can close one, too, and keep a live rank away. Of one that is only silent
+            # nobody knows, and it may not know yet that its line is gone.
+            gone = why in _GONE
+            wait = BACK_WITHIN if gone else sockets.IDLE + BACK_WITHIN
+            member.mourn = self._loop.at(wait, lambda: self._count_lost(member, gone))
         elif member.left and not self._closed:
             self._happened(member.rank, "closed", None)
             self._tell_soon()
@@ -316,8 +322,11 @@ class Hub:
         self._crowd.unwatch(peer.fd)
         peer.close()
 
-    def _count_lost(self, member: Member, dead: bool) -> None:
-        if member.peer is None and not member.left and not member.lost:
+    def _count_lost(self, member: Member, gone: bool) -> None:
+        if member.peer is None and not member.left:
+            dead = gone and (member.near or member.lost)
+            if gone and not dead:
+                member.mourn = self._loop.at(DEAD_AFTER - BACK_WITHIN, lambda: self._count_lost(member, gone))
             member.lost = True
             self._happened(member.rank, "lost", dead)
             self._tell_soon()
