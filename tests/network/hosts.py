@@ -126,9 +126,13 @@ class Host:
             f"chain i {{ {_INPUT} iifname != lo {some}; }}", f"chain o {{ {_OUTPUT} oifname != lo {some}; }}"
         )
 
-    def close_port(self, port, verdict="drop"):
-        """A policy for what other hosts send to that port: `drop`, or `reject with tcp reset`."""
-        self.nft(f"chain i {{ {_INPUT} iifname != lo tcp dport {port} {verdict}; }}")
+    def close_port(self, port, verdict="drop", new=False):
+        """A policy for what other hosts send to that port: `drop`, or `reject with tcp reset`.
+
+        `new`: only for what opens a connection.
+        """
+        opens = "tcp flags & (syn | ack) == syn" if new else ""
+        self.nft(f"chain i {{ {_INPUT} iifname != lo tcp dport {port} {opens} {verdict}; }}")
 
 
 def split(end):

@@ -154,8 +154,8 @@ def test_a_live_rank_behind_a_firewall_is_not_known_to_be_dead(net, talk):
     hosts = [net.host(number) for number in (1, 2)]
     ranks = spread(talk, hosts)
     (local, remote), *_ = hosts[1].lines(ranks[1].pid)
-    hosts[0].close_port(split(remote)[1], "reject with tcp reset")
-    hosts[0].reset((remote, local))
+    hosts[0].close_port(split(remote)[1], "reject with tcp reset", new=True)
+    hosts[1].reset((local, remote))
     ranks[0].expect("heard", "lost", [1, False])
     time.sleep(hub.DEAD_AFTER / 2 - hub.BACK_WITHIN)
     hosts[0].nft()
