@@ -17,8 +17,8 @@ from jobs_on_hosts import hub_port, train
 ACTIVITIES = ("step", "step", "all_reduce", "idle", "checkpoint", "threads", "gc")
 SIGNALS = ("one", "one", "twice", "some", "all")
 # What the ranks do not notice; what cuts some of them off for a while or for good; and what ends one of them.
-WHOLE = ("nothing", "reset", "forgotten", "loss")
-CUTS = ("moment", "cable", "closed port", "refused port")
+WHOLE = ("nothing", "reset", "loss")
+CUTS = ("forgotten", "moment", "cable", "closed port", "refused port")
 ENDS = ("killed", "frozen", "dark")
 GRACE = 10.0
 SLACK = 4.0  # for a machine that runs many jobs at once; beyond it a process is past its deadline
