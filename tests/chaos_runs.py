@@ -11,7 +11,7 @@ from harness import AGENT, ForkServer, Job
 class Eviction:
     """One job, one eviction, and what was wrong with it. A subclass says how, in `_run`.
 
-    Its `random` decides everything; `kind` is what it is counted under.
+    Its `random` decides everything; `kind` is what it is counted under, and so are the `outcomes` of its ranks.
     """
 
     kind = ()
@@ -21,6 +21,7 @@ class Eviction:
         self.seed = seed
         self.folder = folder
         self.wrong = []
+        self.outcomes = Counter()
         self.job = Job(folder, server)
 
     def __str__(self):
@@ -47,7 +48,7 @@ def run_evictions(make, folder, capsys, runs):
     runs = int(os.environ.get("CHAOS_RUNS", runs))
     first = int(os.environ.get("CHAOS_SEED", random.randrange(10**9)))
     seeds = iter(range(first, first + runs))
-    done, failed = Counter(), []
+    done, failed, outcomes = Counter(), [], Counter()
 
     def work():
         server = ForkServer(AGENT)
@@ -57,6 +58,8 @@ def run_evictions(make, folder, capsys, runs):
             eviction = make(seed, own, lambda mode: server)
             eviction.run()
             done[eviction.kind] += 1
+            for outcome, ranks in eviction.outcomes.items():
+                outcomes[eviction.kind[0], outcome or "no report"] += ranks
             if eviction.wrong:
                 failed.append(eviction)
                 with capsys.disabled():
@@ -75,6 +78,7 @@ def run_evictions(make, folder, capsys, runs):
             each = [
                 f"{' '.join(kind[1:])} {count}" for kind, count in sorted(done.items()) if kind[0] == name
             ]
-            print(f"  {name:12} {', '.join(each)}")
+            ends = [f"{end} {ranks}" for (kind, end), ranks in sorted(outcomes.items()) if kind == name]
+            print(f"  {name:12} {', '.join(each)}; ranks: {', '.join(ends)}")
     assert sum(done.values()) == runs
     assert not failed, [str(eviction) for eviction in failed]

@@ -22,6 +22,7 @@ from autoteardown.rank.lost import Watch
 from autoteardown.rank.main_thread import MainThread
 from autoteardown.stop.council import Council
 from autoteardown.stop.driver import Teardown, end
+from autoteardown.stop.fuse import Fuse
 
 _GOODBYE = 0.2  # seconds for the others to hear that this rank has left by itself
 _LAST = 3.0  # seconds that the hub stays for the others when its application has ended by itself
@@ -38,6 +39,7 @@ class Guard(Armed):
         self._gone.acquire()
         self._watch: Optional[Watch] = None
         self._finalized = False
+        self._fuse = Fuse()
         self._hooks: Optional[stepping.Hooks] = None
 
     # -- the life of a rank -----------------------------------------------------------------------------------------
@@ -70,7 +72,7 @@ class Guard(Armed):
         self.joined = True
         self.identity.joined(world)
         if self._hooks is None:
-            self._hooks = stepping.Hooks()
+            self._hooks = stepping.Hooks(self.tap.look_again)
         callbacks.prepare(self.settings.on_teardown, self.identity.log.line)
         loop = self.tap.loop
         if self.settings.peers and world.size > 1 and loop is not None:
@@ -139,10 +141,13 @@ class Guard(Armed):
     def _on_signal(self, signum: int) -> bool:
         """On the loop thread; whether the application's handler is to be called later, and not now."""
         try:
-            ray.call_abort_off()
             if self.teardown is not None:
+                ray.call_abort_off()
                 self.teardown.also_signalled(signum)
             elif self._begun.acquire(False):
+                # Before anything else: on a starved machine this thread may not get the GIL again for long.
+                self._fuse.light(self.settings.hard, self.settings.exit_code_for(signum))
+                ray.call_abort_off()
                 self.signum = signum
                 own = {"rank": self.identity.rank, "host": self.identity.host, "pid": os.getpid()}
                 self._begin("signal", signum, own)
@@ -160,7 +165,9 @@ class Guard(Armed):
         if cause == "peer" and self.settings.handlers == "alone":
             owner = False
         hands = RankHands(self, self.main, owner)
-        self.teardown = Teardown(hands, cause, signum, _origin(origin) if cause == "peer" else origin)
+        self.teardown = Teardown(
+            hands, cause, signum, _origin(origin) if cause == "peer" else origin, self._fuse
+        )
         if self.channel is not None and not self.channel.connected:
             self.events.put(("down", self.channel.why))
         self.teardown.begin()
@@ -175,7 +182,7 @@ class Guard(Armed):
                 # A daemon thread that trains can still get to its iteration; if it has ended, too, `look` notices.
                 if self.gate.thread in (None, get_ident()):
                     self.events.put(("ended", None))
-                self.gate.wait_for_exit()
+                self.gate.parking.wait_for_exit()
             teardown.ended()
         self._close_channel()
         self.identity.unlist()

@@ -88,16 +88,16 @@ class MainThread:
         """Park this thread if it is time to, or have it leave if it is time for that."""
         armed, gate, ident = self._armed, self._armed.gate, get_ident()
         # It waits below this frame, and looks for itself. What is raised here would not come out of that wait.
-        if ident in gate.waiting or ident in gate.held:
+        if ident in gate.waits.inside or ident in gate.held:
             return
-        if ident in gate.parked:
-            if gate.left(ident) and not gate.on_way_out():
-                gate.swallowed()
+        if ident in gate.parking:
+            if gate.parking.left(ident) and not gate.parking.on_way_out():
+                gate.parking.swallowed()
             return
         # An exception in an exit callback would be printed, and cut it short. Ours is the last of them, and waits.
         if ident != gate.thread and threads.in_exit_callback():
             return
         if armed.teardown is not None and armed.teardown.leaving:
-            gate.leave()
+            gate.parking.leave()
         if gate.closed and not gate.shielded(ident):
             gate.park()

@@ -65,6 +65,7 @@ class NetworkChaos(Eviction):
         for rank in chosen:
             self._judge(rank, rank.outlast(GRACE + SLACK), self._codes_of_signalled(chosen))
         self._rest([rank for rank in self.ranks if rank not in chosen and rank is not self.gone])
+        self.outcomes.update(report["outcome"] for report in self.job.all_reports().values())
         if self.fault in WHOLE and not (self.fault == "loss" or self.gone):
             self._same_iteration()
         if self.job.survivors():

@@ -41,3 +41,22 @@ def test_without_it(job):
     """The control."""
     rank = job.start(PROGRAM.format(held=False, main=False, c=True), mode=NONE)
     assert rank.wait() == -signal.SIGABRT, rank.story()
+
+
+def test_whatever_our_own_code_waits_for(job):
+    """The fuse burns before anything else is done: on a starved machine any hand-over of the GIL may be the last."""
+    rank = job.start(
+        """
+        import time
+        import torch.distributed as dist
+        from autoteardown.frameworks import ray
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        ray.call_abort_off = lambda: time.sleep(3600)
+        print("ready", flush=True)
+        time.sleep(3600)
+        """,
+        AUTOTEARDOWN_GRACE=4,
+    )
+    rank.wait_for("ready")
+    assert rank.evict(grace=8) == 0, rank.story()
+    assert rank.said == [], rank.story()  # nobody got to say anything

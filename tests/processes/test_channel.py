@@ -10,7 +10,7 @@ import pytest
 from harness import free_port, stat, wait_until
 from talkers import Talk, expect_lost
 
-from autoteardown.channel import connection, hub, messages, rendezvous
+from autoteardown.channel import connection, door, hub, messages, rendezvous
 
 
 @pytest.fixture
@@ -508,7 +508,7 @@ def test_silent_connections_are_few(talk):
         socks.append(call_on(card))
         if len(socks) > min(2000, soft // 2):
             socks.pop(0).close()
-    assert ranks[0].ask("count")[0] - before <= hub.GUESTS + 2
+    assert ranks[0].ask("count")[0] - before <= door.GUESTS + 2
     ranks[1].tell("do", CUT)
     ranks[1].expect("heard", "up")
     ranks[1].tell("post", "after", None)
@@ -524,7 +524,7 @@ def test_a_guest_has_little_time(talk):
     with call_on(card_of(talk)) as sock:
         start = time.monotonic()
         until_closed(sock)
-        assert time.monotonic() - start < 2 * hub.GUEST_SECONDS + 5
+        assert time.monotonic() - start < 2 * door.GUEST_SECONDS + 5
 
 
 def test_a_member_that_does_not_read(talk):

@@ -11,6 +11,7 @@ import time
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from chaos_runs import Eviction, run_evictions
 
 ACTIVITIES = [
@@ -27,7 +28,11 @@ ACTIVITIES = [
         "import",
     ),
     *("everything", "rendezvous", "stuck", "reinit"),
+    *("pieces", "shards", "uneven", "adversarial", "swallow", "flag", "poll"),
 ]
+OWN_CODE = 3  # of an application that ends by itself
+OWNERS = ("flag", "poll")
+UNSTEADY = ("rendezvous", "stuck", "reinit")  # no iterations to compare
 EVENTS = ("one", "some", "all", "twice", "killed", "frozen")
 GRACE = 8.0
 SLACK = 4.0  # for a machine that runs many jobs at once; beyond it a process is past its deadline
@@ -47,7 +52,10 @@ class Chaos(Eviction):
         size = self.random.choice((2, 2, 3))
         missing = (size - 1,) if self.activity == "rendezvous" else ()
         args = (self.folder, self.activity, self.seed)
-        ranks = self.job.world("chaos.py", size, *args, missing=missing, AUTOTEARDOWN_GRACE=GRACE)
+        settings = {"AUTOTEARDOWN_GRACE": GRACE}
+        if self.activity not in OWNERS:
+            settings["AUTOTEARDOWN_ON_TEARDOWN"] = "__main__:stopped"
+        ranks = self.job.world("chaos.py", size, *args, missing=missing, **settings)
         for rank in ranks:
             rank.wait_for("going")
         time.sleep(self.random.uniform(0.0, 0.4))
@@ -55,7 +63,8 @@ class Chaos(Eviction):
         for rank in ranks:
             code = rank.outlast(GRACE + SLACK)
             self._judge(rank, rank in chosen, code)
-        self._look_around()
+        self._read_trails(ranks)
+        self._look_around(len(ranks))
 
     def _signal(self, ranks):
         shuffled = self.random.sample(ranks, len(ranks))
@@ -95,19 +104,45 @@ class Chaos(Eviction):
             allowed.add(1)
         if self.activity == "reinit":
             allowed |= {1, -signal.SIGTERM}
+        if (
+            self.activity in OWNERS
+        ):  # a rank that is lost, or out of reach, keeps the others from their iteration
+            allowed = {OWN_CODE} if self.event not in ("killed", "frozen") else allowed | {OWN_CODE}
         if code == -signal.SIGKILL:
             self.wrong.append(f"SIGKILL needed: {rank.story()}")
         elif code not in allowed:
             self.wrong.append(f"exit code {code}, not {allowed}: {rank.story()}")
 
-    def _look_around(self):
-        for path in self.folder.glob("checkpoint*"):
-            try:
-                torch.load(path, weights_only=True)
-            except Exception as error:
-                # One that was being written by a rank that the test itself has killed may be torn.
-                if self.dead is None:
-                    self.wrong.append(f"torn checkpoint {path.name}: {error}")
+    def _read_trails(self, ranks):
+        """Nothing ran on after the stop, and where all say that it was clean, all stopped after the same iteration."""
+        last, clean = {}, self.dead is None
+        for number, rank in enumerate(ranks):
+            path = self.folder / f"trail{number}"
+            if rank is self.dead or not path.exists():
+                continue
+            before, _, after = path.read_text().partition("stopped\n")
+            if after:
+                self.wrong.append(f"ran on: {after.split()} {rank.story()}")
+            lines = [line for line in before.splitlines() if line.startswith(("step", "own"))]
+            last[number] = lines[-1] if lines else ""
+            outcome = rank.report()["outcome"] if self._has_report(rank) else None
+            self.outcomes[outcome] += 1
+            clean = clean and outcome in ("clean", None)
+        if self.activity not in UNSTEADY and clean and len(set(last.values())) > 1:
+            self.wrong.append(f"different iterations: {last} " + "".join(rank.story() for rank in ranks))
+
+    @staticmethod
+    def _has_report(rank):
+        return any(rank.folder.parent.glob(f"reports/*-{rank.pid}-*Z.json"))
+
+    def _look_around(self, size):
+        if (
+            self.dead is None
+        ):  # one that was being written by a rank that the test itself has killed may be torn
+            for name in ("checkpoint", "pieces"):
+                for rank in range(size):
+                    self._look_at(sorted(self.folder.glob(f"{name}{rank}*")))
+            self._look_at_shards(size)
         entries = list(self.job.runtime.glob("*.json"))
         if entries and self.dead is None and self.activity != "reinit":
             self.wrong.append(f"leftover registry entries: {entries}")
@@ -120,9 +155,36 @@ class Chaos(Eviction):
         if self.job.survivors() and not loads:
             self.wrong.append(f"orphans: {self.job.survivors()}")
 
+    def _look_at(self, paths):
+        """Files of one checkpoint: each is whole, and every element of all of them is of the same iteration."""
+        found = set()
+        for path in paths:
+            try:
+                if not path.name.endswith(".tmp"):
+                    found.update(torch.load(path, weights_only=True)["padding"].unique().tolist())
+                else:
+                    self.wrong.append(f"left behind: {path.name}")
+            except Exception as error:
+                self.wrong.append(f"torn checkpoint {path.name}: {error}")
+        if len(found) > 1:
+            self.wrong.append(f"a checkpoint of several iterations {found}: {[path.name for path in paths]}")
+
+    def _look_at_shards(self, size):
+        folder = self.folder / "shards"
+        if not (folder / ".metadata").exists():
+            return
+        parts = {f"part{rank}": torch.zeros(1 << 16) for rank in range(size)}
+        try:
+            dcp.load(parts, checkpoint_id=folder, no_dist=True)
+            found = {value for part in parts.values() for value in part.unique().tolist()}
+            if len(found) > 1:
+                self.wrong.append(f"a sharded checkpoint of several iterations: {found}")
+        except Exception as error:
+            self.wrong.append(f"torn sharded checkpoint: {error}")
+
 
 @pytest.mark.chaos
 @pytest.mark.timeout(7200)
 def test_chaos(tmp_path, capsys):
-    """Issue 6: no SIGKILL needed, no wrong exit code, no torn checkpoint, no orphan, no leftover, nobody late."""
+    """No SIGKILL, wrong code, uneven stop, step or save after it, torn checkpoint, orphan, leftover; nobody late."""
     run_evictions(Chaos, tmp_path, capsys, 1000)

@@ -1,7 +1,9 @@
 """Under torchrun. The first attempt does not end by itself; a later one trains five steps.
 
 `attempts.py blocked`: at the first, rank 0 waits in a collective that the others never join. `attempts.py apart`: ranks
-1 and 2 wait for each other, which rank 0 has no part in. `attempts.py steps`: all train. Prints `attempt A rank R of W pid P`, after the first barrier, and `attempt A rank R trained`.
+1 and 2 wait for each other, which rank 0 has no part in. `attempts.py steps`: all train.
+
+Prints `attempt A rank R of W pid P`, after the first barrier, and `attempt A rank R trained`.
 """
 
 import os
