@@ -96,6 +96,7 @@ def test_torchrun_restarts_what_a_lost_rank_has_ended(job):
     more = {**OWN_STORE, **PATIENT, "AUTOTEARDOWN_LOST": 1}
     launcher = job.torchrun("attempts.py", "apart", ranks=3, nodes=RESTARTS, **more)
     first = pids(launcher, world=3)
+    wait_until(lambda: launcher.stdout.count("apart") == 3, "the groups of their own")
     launcher.signal(signal.SIGSTOP)
     os.kill(first[0], signal.SIGKILL)
     reports = wait_until(lambda: len(job.all_reports()) == 2 and job.all_reports(), "the ends of the others")

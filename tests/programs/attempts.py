@@ -26,6 +26,7 @@ if attempt == 0 and sys.argv[1] == "blocked":
         time.sleep(0.01)
 if attempt == 0 and sys.argv[1] == "apart":
     groups = [dist.new_group([1, 2]), dist.new_group([1, 2])]
+    os.write(1, f"rank {rank} apart\n".encode())
     if rank:
         dist.all_reduce(torch.ones(1), group=groups[rank - 1])
     while True:
