@@ -54,9 +54,9 @@ network-chaos: $(VENV)/.has-test
 unchanged: $(VENV)/.has-test
 	$(BIN)/python -m pytest -n 2 -m "slow or not slow" tests/processes/test_unchanged.py $(TEST)
 
-# By file: the Ray tests share one cluster.
+# By file: the Ray tests share one cluster. The slow ones, an hour of them: TEST='-m "frameworks and slow"'.
 frameworks: $(VENV)/.has-frameworks
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m frameworks $(TEST)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "frameworks and not slow" $(TEST)
 
 # A machine with a GPU has a torch of its own, and often no network: nothing is installed there, and the agent is injected.
 gpu:

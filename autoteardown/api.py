@@ -61,7 +61,7 @@ def _arm() -> bool:
 
     instrument.disarmed = False
     c10d = sys.modules.get("torch.distributed.distributed_c10d")
-    if c10d is not None and c10d.is_initialized():
+    if c10d is not None and (c10d.is_initialized() or c10d._world.pg_names):
         instrument.adopt()
     return True
 

@@ -11,7 +11,13 @@ from __future__ import annotations
 import sys
 from typing import Any, Callable, NamedTuple
 
-from autoteardown.rank.collectives import evidence, progress, sequence_numbers, stuck_collective
+from autoteardown.rank.collectives import (
+    comparable_numbers,
+    evidence,
+    progress,
+    sequence_numbers,
+    stuck_collective,
+)
 from autoteardown.rank.devices import (
     Problem,
     accelerators,
@@ -27,6 +33,7 @@ __all__ = [
     "abort",
     "accelerators",
     "can_abort",
+    "comparable_numbers",
     "current_devices",
     "destroy",
     "devices_of",
@@ -41,7 +48,7 @@ __all__ = [
 ]
 
 from autoteardown import primitives
-from autoteardown.rank import afterwards
+from autoteardown.rank import afterwards, custom_groups
 
 # Their abort does nothing: a blocked operation stays blocked until the peer's socket closes.
 _WITHOUT_ABORT = frozenset({"gloo", "mpi", "ucc", "fake"})
@@ -50,12 +57,13 @@ _kept: list[Any] = []
 
 
 class World(NamedTuple):
-    """The default process group, as this rank sees it."""
+    """The default process group, as this rank sees it; where there is none, the first that was made without."""
 
     rank: int
     size: int
     backend: str
     store: Any
+    alone: str = ""  # why its ranks are not told of each other's evictions
 
 
 def _c10d() -> Any:
@@ -63,9 +71,12 @@ def _c10d() -> Any:
 
 
 def world() -> World | None:
-    """The default process group; None if there is none."""
+    """The process group that this rank is guarded for; None if there is none."""
     c10d = _c10d()
     if not c10d.is_initialized():
+        for group in list(c10d._world.pg_names):
+            backend = str(c10d._world.pg_map[group][0])
+            return World(group.rank(), group.size(), backend, None, custom_groups.ALONE)
         return None
     try:
         store = c10d._get_default_store()
@@ -144,13 +155,15 @@ def abort(done: Callable[[Problem], object]) -> None:
         primitives.start_new_thread(run, (function,))
 
 
-def destroy(real: Callable[[], object]) -> Problem:
+def destroy(real: Callable[..., object]) -> Problem:
     """Release the default process group and all others. May never return: call it on a thread.
 
     Args:
         real: torch's own `destroy_process_group`.
     """
-    if not _c10d().is_initialized():
+    # Without a default group torch's function takes them one by one.
+    each: list[tuple[Any, ...]] = [()] if _c10d().is_initialized() else [(group,) for group in groups()]
+    if not each:
         return None  # the program was faster
     # The last reference to a gloo group must not go in what the program unwinds on its way out: the destructor can
     # deadlock, with the GIL held.
@@ -159,8 +172,10 @@ def destroy(real: Callable[[], object]) -> Problem:
         afterwards.release(_c10d())
     except Exception:  # torch has changed: its own errors, then
         pass
-    try:
-        real()
-    except Exception as error:
-        return line(error)
-    return None
+    problems = []
+    for arguments in each:
+        try:
+            real(*arguments)
+        except Exception as error:
+            problems.append(line(error))
+    return "; ".join(problems) or None

@@ -10,6 +10,7 @@ import os
 import sys
 from typing import Any, Callable, Optional
 
+from autoteardown import native
 from autoteardown.boundary import failed, guarded
 from autoteardown.channel import channel as channels
 from autoteardown.frameworks import ray
@@ -25,13 +26,14 @@ from autoteardown.stop.driver import Teardown, end
 from autoteardown.stop.fuse import Fuse
 
 _GOODBYE = 0.2  # seconds for the others to hear that this rank has left by itself
+_SETTLE = 2.0  # seconds at exit for what our threads do in C++
 _LAST = 3.0  # seconds that the hub stays for the others when its application has ended by itself
 
 
 class Guard(Armed):
     """The guard of this process."""
 
-    def __init__(self, real_destroy: Callable[[], object]) -> None:
+    def __init__(self, real_destroy: Callable[..., object]) -> None:
         super().__init__(real_destroy)
         self.main = MainThread(self)
         self._begun = allocate_lock()
@@ -65,17 +67,17 @@ class Guard(Armed):
             util.Finalize(None, guarded(at_exit), exitpriority=-(10**6))
 
     def join(self) -> None:
-        """After torch's init: the world is known."""
+        """After torch's init, or that of a group without it: the world is known."""
         world = backends.world()
         if world is None:
             return
-        self.joined = True
+        self.joined, self.unshared = True, world.alone
         self.identity.joined(world)
         if self._hooks is None:
             self._hooks = stepping.Hooks(self.tap.look_again)
         callbacks.prepare(self.settings.on_teardown, self.identity.log.line)
         loop = self.tap.loop
-        if self.settings.peers and world.size > 1 and loop is not None:
+        if self.settings.peers and world.size > 1 and loop is not None and not world.alone:
             self.channel = channels.Channel.open(
                 world.store, world.rank, world.size, loop, guarded(self._hear), lambda: Council(world.size)
             )
@@ -86,7 +88,9 @@ class Guard(Armed):
         if self.teardown is not None and self.teardown.committed:
             return
         self._close_channel()
-        self.tap.disarm()
+        # In an eviction that it has heard of from a peer, its own signal may be yet to come: not to be killed by then.
+        if self.teardown is None:
+            self.tap.disarm()
         if self._hooks is not None:
             self._hooks.remove()
             self._hooks = None
@@ -176,6 +180,17 @@ class Guard(Armed):
 
     def at_exit(self) -> None:
         """Last of all atexit callbacks."""
+        self.main.over = True
+        self._leave_to_the_stop()
+        if self.teardown is not None:
+            self.events.put(("exits", None))
+        self._close_channel()  # which may take a while, and a stop may begin meanwhile
+        self._leave_to_the_stop()
+        self.identity.unlist()
+        channels.close_all()
+        native.settle(_SETTLE)
+
+    def _leave_to_the_stop(self) -> None:
         teardown = self.teardown
         if teardown is not None and teardown.committed:
             if not teardown.leaving:
@@ -184,9 +199,6 @@ class Guard(Armed):
                     self.events.put(("ended", None))
                 self.gate.parking.wait_for_exit()
             teardown.ended()
-        self._close_channel()
-        self.identity.unlist()
-        channels.close_all()
 
 
 def _origin(notice: Any) -> dict[str, Any]:
@@ -210,7 +222,7 @@ guard: Optional[Guard] = None
 """The process's guard, once an init has been seen."""
 
 
-def of_process(real_destroy: Callable[[], object]) -> Guard:
+def of_process(real_destroy: Callable[..., object]) -> Guard:
     """The process's guard, made when first asked for."""
     global guard
     if guard is None:

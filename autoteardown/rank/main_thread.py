@@ -19,6 +19,7 @@ class MainThread:
         self._owner: dict[str, bool] = {}
         self._seen = 0  # signals that Python's handler was called for
         self._waits = False
+        self.over = False  # it has nothing left to run but our own exit callback
         self.handed = False  # the application's handler has been called for this eviction
 
     def owner(self, signum: int) -> bool:
@@ -87,6 +88,8 @@ class MainThread:
     def stop(self) -> None:
         """Park this thread if it is time to, or have it leave if it is time for that."""
         armed, gate, ident = self._armed, self._armed.gate, get_ident()
+        if self.over:
+            return
         # It waits below this frame, and looks for itself. What is raised here would not come out of that wait.
         if ident in gate.waits.inside or ident in gate.held:
             return

@@ -83,7 +83,8 @@ class Chaos(Eviction):
                     os.kill(chosen[0].pid, signal.SIGTERM)
             elif self.event == "killed":
                 # With the host of the store the notice may be lost, and ranks that do not communicate never hear.
-                spared = ranks[:1] if self.activity == "stuck" else []
+                # One that catches all errors of its collectives is not blocked in any, and makes progress for ever.
+                spared = ranks[:1] if self.activity in ("stuck", "swallow") else []
                 self.dead = next((rank for rank in others if rank not in spared), None)
                 if self.dead is not None:
                     os.kill(self.dead.pid, signal.SIGKILL)
@@ -104,10 +105,12 @@ class Chaos(Eviction):
             allowed.add(1)
         if self.activity == "reinit":
             allowed |= {1, -signal.SIGTERM}
+        if self.activity == "rendezvous" and not rank.stderr:
+            allowed.add(-signal.SIGTERM)  # it has not come to init yet
         if (
             self.activity in OWNERS
-        ):  # a rank that is lost, or out of reach, keeps the others from their iteration
-            allowed = {OWN_CODE} if self.event not in ("killed", "frozen") else allowed | {OWN_CODE}
+        ):  # a rank that is lost or out of reach keeps the others from their iteration
+            allowed = {OWN_CODE} if self.event not in ("killed", "frozen") else {OWN_CODE, 0, 143, 1}
         if code == -signal.SIGKILL:
             self.wrong.append(f"SIGKILL needed: {rank.story()}")
         elif code not in allowed:
