@@ -72,10 +72,14 @@ class Card(NamedTuple):
         """Where to try, best first: loopback leads to the hub on its own host, and to a stranger on any other."""
         near = [each for each in self.hosts if is_loopback(each[0])]
         far = [each for each in self.hosts if each not in near]
-        where = addresses.here()
-        if not where or not self.here:
+        if not addresses.here() or not self.here:
             return far + near
-        return near + far if where == self.here else far
+        return near + far if self.near else far
+
+    @property
+    def near(self) -> bool:
+        """Whether the hub is known to be on this host, in this network."""
+        return bool(self.here) and self.here == addresses.here()
 
 
 class NoCard(Exception):
