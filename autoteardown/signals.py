@@ -196,12 +196,13 @@ class Tap:
 
     def deliver(self, signum: int) -> None:
         """On the main thread: have the application handle the signal as if it had come now."""
-        slots = self._slots
+        slots, forwarded = self._slots, False
         if slots is not None:
-            self._forward(slots, bytes([signum]))
+            forwarded = self._forward(slots, bytes([signum]))
             slots.chain(signum)
         handler = self.handler_of(signum)
-        if callable(handler):
+        # To uvloop it would be a second signal: it may be reading its wake-up fd just now, beneath this frame.
+        if callable(handler) and not (forwarded and _is_uvloops(handler)):
             handler(signum, sys._getframe(1))
 
     def on_main(self, errand: "Callable[[], object]") -> bool:
@@ -210,7 +211,16 @@ class Tap:
         Returns:
             False if it cannot be asked (see `Doorbell.ask`).
         """
-        return self._slots is not None and self._slots.doorbell.ask(errand)
+        slots = self._slots
+        if slots is None or not slots.doorbell.ask(errand):
+            return False
+        if slots.app_fd != -1:
+            # uvloop waits in C for its wake-up fd alone, whatever signals come. A zero byte is no signal to any loop.
+            try:
+                os.write(slots.app_fd, b"\0")
+            except OSError:  # full, so it is about to wake; or closed
+                pass
+        return True
 
     def on_main_soon(self, errand: "Callable[[], object]") -> bool:
         """In a healthy process: have the main thread call `errand` when it comes by, without a signal."""
@@ -232,10 +242,10 @@ class Tap:
                 slots.chain(signum)
         self._forward(slots, bytes(signum for signum in signums if signum not in deferred))
 
-    def _forward(self, slots: "Slots", signums: bytes) -> None:
-        """To the wake-up fd of the application."""
+    def _forward(self, slots: "Slots", signums: bytes) -> bool:
+        """To the wake-up fd of the application; whether it has one that takes them."""
         if slots.app_fd == -1 or not signums:
-            return
+            return False
         try:
             os.write(slots.app_fd, signums)
         except OSError as error:
@@ -243,6 +253,8 @@ class Tap:
                 from autoteardown.rank import unraisable
 
                 unraisable.wakeup_write_failed(error)
+            return False
+        return True
 
     def _deaf(self, error: Exception) -> None:
         """On the listener thread: it must not keep what event loops wait for."""
@@ -361,6 +373,10 @@ class Tap:
 
 def _is_exit_only(handler: "Any") -> bool:
     return (getattr(handler, "__module__", ""), getattr(handler, "__name__", "")) in _EXIT_ONLY
+
+
+def _is_uvloops(handler: "Any") -> bool:
+    return type(getattr(handler, "__self__", None)).__module__.startswith("uvloop")
 
 
 def _failed(what: str, error: BaseException) -> None:

@@ -16,9 +16,9 @@ from autoteardown.boundary import guarded
 from autoteardown.primitives import allocate_lock, get_ident, monotonic
 from autoteardown.rank import savers, threads
 from autoteardown.rank.clock import Clock
+from autoteardown.rank.delivery import Delivery
 
 _LOOK = 0.1  # seconds between two looks of a waiting thread at what it waits for, in case nobody wakes it
-_DELIVERY = 5.0  # seconds that a training thread waits for the application's handler on the main thread
 
 _PARKED, _LEAVING = "parked", "leaving"
 
@@ -59,14 +59,13 @@ class Gate:
         )  # threads in a wait of ours: below a handler that comes now, and looks then
         self.exit_code = 0
         self.loop: Any = None  # the event loop of that thread
-        self.applications: Optional[BaseException] = None  # raised by its handler: not ours to catch
+        self.delivery = Delivery(self._wake)
         self.saves = savers.Saves()
         self._tell = tell
         self._numbers, self._devices = numbers, devices
         self._last: Optional[int] = None
         self._until: dict[str, int] = {}
         self._resumed = False
-        self._delivery: list[Callable[[], object]] = []
         self._threads: dict[int, str] = {}  # who is parked here, and who has left from here with SystemExit
         self._exits: list[SystemExit] = []
         self._exit_open = False
@@ -140,25 +139,11 @@ class Gate:
     def resume(self, delivery: Optional[Callable[[], object]], requested: bool) -> None:
         """The application ends by itself: everybody runs on, after `delivery` has been called on the main thread."""
         if delivery is not None:
-            self._delivery.append(delivery)
+            self.delivery.put(delivery)
         self.requested = requested
         self.calm = self.holding = False
         self._resumed = True
         self._wake()
-
-    def deliver(self) -> None:
-        """On the main thread: what `resume` was given, if nobody has called it yet."""
-        try:
-            delivery = self._delivery.pop()
-        except IndexError:
-            return
-        try:
-            delivery()
-        except BaseException as error:
-            self.applications = error
-            raise
-        finally:
-            self._wake()
 
     def close(self) -> None:
         """Whoever comes to a stopping place from now on is parked there."""
@@ -249,10 +234,9 @@ class Gate:
     def _wait_for_delivery(self, ident: int) -> None:
         if ident == threads.main_ident():
             self.held.discard(ident)
-            self.deliver()
+            self.delivery.call()
             return
-        until = monotonic() + _DELIVERY
-        while self._delivery and monotonic() < until and not self.closed:
+        while self.delivery.awaited and not self.closed:
             self._wait(ident)
 
     def park(self) -> None:

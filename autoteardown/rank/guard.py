@@ -38,6 +38,7 @@ class Guard(Armed):
         self._gone.acquire()
         self._watch: Optional[Watch] = None
         self._finalized = False
+        self._signalled = False
         self._hooks: Optional[stepping.Hooks] = None
 
     # -- the life of a rank -----------------------------------------------------------------------------------------
@@ -140,9 +141,13 @@ class Guard(Armed):
         """On the loop thread; whether the application's handler is to be called later, and not now."""
         try:
             ray.call_abort_off()
+            first, self._signalled = not self._signalled, True
             if self.teardown is not None:
                 self.teardown.also_signalled(signum)
-            elif self._begun.acquire(False):
+                return first and self.main.defers(
+                    signum
+                )  # a peer's notice was faster: to the handler it is the same
+            if self._begun.acquire(False):
                 self.signum = signum
                 own = {"rank": self.identity.rank, "host": self.identity.host, "pid": os.getpid()}
                 self._begin("signal", signum, own)

@@ -73,6 +73,20 @@ def test_whatever_the_handler_does(job, style, who):
         assert rank.stdout.count("handler at") == 1, rank.story()
 
 
+@pytest.mark.parametrize("style", ["asyncio-apart", "uvloop", "uvloop-apart", "trio", "trio-apart"])
+@pytest.mark.parametrize("who", ["one", "all"])
+def test_an_event_loops_handler(job, style, who):
+    """uvloop's, trio's; with the training on the loop's own thread, or on another while the loop has nothing to do."""
+    pytest.importorskip(style.partition("-")[0])
+    ranks = started(job, style)
+    for victim in WHO[who]:
+        ranks[victim].signal()
+    saved_together(job, ranks)
+    for rank in ranks:
+        assert rank.stdout.count("handler at") == 1, rank.story()
+    assert min(rank.seconds for rank in ranks) < 4, "nobody waits for a loop to come by"
+
+
 def test_control_a_flag_on_one_rank(job):
     """The control: without the agent the signalled rank saves and the others hang in its absence, or fail."""
     ranks = job.world("saver.py", 3, "flag", mode=NONE)
