@@ -78,8 +78,7 @@ class Tap:
         self._listener: Loop | None = None
         self._slots: Slots | None = None  # as long as torch is not imported
         self._warn = True  # about the application's wake-up fd
-        self._masks: dict[int, set[Any]] = {}
-        self._fork_hooks = False
+        self._forks: object = None  # what is done when an armed process forks
         self._on_signal: Callable[[int], object] = lambda signum: None
         self._on_main: Callable[[int], bool] = lambda signum: False
         self.failed = _failed
@@ -198,7 +197,7 @@ class Tap:
         """On the main thread: have the application handle the signal as if it had come now."""
         slots, forwarded = self._slots, False
         if slots is not None:
-            forwarded = self._forward(slots, bytes([signum]))
+            forwarded = slots.forward(bytes([signum]), self._warn)
             slots.chain(signum)
         handler = self.handler_of(signum)
         # To uvloop it would be a second signal: it may be reading its wake-up fd just now, beneath this frame.
@@ -214,19 +213,8 @@ class Tap:
         slots = self._slots
         if slots is None or not slots.doorbell.ask(errand):
             return False
-        if slots.app_fd != -1:
-            # uvloop waits in C for its wake-up fd alone, whatever signals come. A zero byte is no signal to any loop.
-            try:
-                os.write(slots.app_fd, b"\0")
-            except OSError:  # full, so it is about to wake; or closed
-                pass
+        slots.wake_loop()
         return True
-
-    def on_main_soon(self, errand: "Callable[[], object]") -> bool:
-        """In a healthy process: have the main thread call `errand` when it comes by, without a signal."""
-        from autoteardown.rank import dispositions
-
-        return dispositions.call_on_main(errand)
 
     def _hear(self, data: bytes) -> None:
         """On the listener thread."""
@@ -240,21 +228,7 @@ class Tap:
                 deferred.add(signum)
             elif self.application_owns(signum):
                 slots.chain(signum)
-        self._forward(slots, bytes(signum for signum in signums if signum not in deferred))
-
-    def _forward(self, slots: "Slots", signums: bytes) -> bool:
-        """To the wake-up fd of the application; whether it has one that takes them."""
-        if slots.app_fd == -1 or not signums:
-            return False
-        try:
-            os.write(slots.app_fd, signums)
-        except OSError as error:
-            if self._warn or not isinstance(error, BlockingIOError):
-                from autoteardown.rank import unraisable
-
-                unraisable.wakeup_write_failed(error)
-            return False
-        return True
+        slots.forward(bytes(signum for signum in signums if signum not in deferred), self._warn)
 
     def _deaf(self, error: Exception) -> None:
         """On the listener thread: it must not keep what event loops wait for."""
@@ -306,19 +280,14 @@ class Tap:
             return
         from autoteardown.boundary import guarded
         from autoteardown.channel.loop import Loop
+        from autoteardown.rank.forks import Forks
 
         def quiet() -> None:
             self.look_again()
             on_quiet()
 
-        if not self._fork_hooks:
-            os.register_at_fork(
-                before=guarded(self._before_fork),
-                after_in_parent=self._unmask,
-                after_in_child=guarded(self._after_fork_in_child),
-            )
-            os.register_at_fork(after_in_child=self._unmask)  # whatever comes of the other
-            self._fork_hooks = True
+        if self._forks is None:
+            self._forks = Forks(self._module, self.signals, lambda: self.armed, self._after_fork_in_child)
         if self._slots is None:
             self.prepare()
         self._listener = listener = Loop(self._hear, self._deaf, guarded(quiet))
@@ -346,19 +315,6 @@ class Tap:
     def _interrupt_main(self, armed: bool) -> None:
         real = getattr(_thread.interrupt_main, "_original", _thread.interrupt_main)
         _thread.interrupt_main = standins.interrupt_main(self, real) if armed else real
-
-    # -- fork --------------------------------------------------------------------------------------------------------
-
-    def _before_fork(self) -> None:
-        # A signal that reaches the child before `_after_fork_in_child` would be lost: CPython drops what is pending.
-        if self.armed:
-            pthread_sigmask, block = self._module.pthread_sigmask, self._module.SIG_BLOCK
-            self._masks[primitives.get_ident()] = pthread_sigmask(block, self.signals)
-
-    def _unmask(self) -> None:
-        mask = self._masks.pop(primitives.get_ident(), None)
-        if mask is not None:
-            self._module.pthread_sigmask(self._module.SIG_SETMASK, mask)
 
     def _after_fork_in_child(self) -> None:
         """Children are not ranks: the child gets back what it would have had without us (F10)."""

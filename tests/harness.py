@@ -27,7 +27,7 @@ AGENT, HANDWRITTEN, NONE = "agent", "handwritten", "none"
 SIGTERM = signal.SIGTERM
 
 # Long enough for a busy machine: reached only by a test that fails.
-PATIENCE = 60.0
+PATIENCE = 120.0
 TICK = 0.005
 
 # A platform that gives little time: everything of ours is scaled down to it, and the tests with it.

@@ -1,50 +1,32 @@
 """The hub, on rank 0's loop thread: lets the ranks in, hears what they post, and tells them what the council decides.
 
-Whoever connects is a guest until it has proven that it knows the token: guests are few, have little time, and the
-oldest goes first. Nothing that a guest says gets any further than this module.
+Who connects comes through its `door`.
 """
 
 from __future__ import annotations
 
-import collections
 import errno
 import os
 from typing import TYPE_CHECKING, Any, Callable, Optional
 
-from autoteardown import primitives
 from autoteardown.boundary import failed
-from autoteardown.channel import descriptors, sockets
+from autoteardown.channel import descriptors
 from autoteardown.channel.council import BORN, FAREWELLS, Council
-from autoteardown.channel.messages import Lines, Malformed, encode, kind_of, name_of, proof, proven, whole
-from autoteardown.channel.said import Said
-from autoteardown.channel.sockets import READ, Ended, Stream
+from autoteardown.channel.door import Door, Peer
+from autoteardown.channel.messages import Malformed, encode, kind_of, whole
+from autoteardown.channel.sitting import Sitting
+from autoteardown.channel.sockets import Ended
 
 if TYPE_CHECKING:
     from autoteardown.channel.loop import Loop, Timer
     from autoteardown.channel.rendezvous import Card
 
-GUESTS = 32
-"""So many connections more than ranks that are missing may be there without having shown the token."""
-GUEST_SECONDS = 10.0
 BACK_WITHIN = 2.0
 """Seconds that a rank has to come back after its connection has ended, before it counts as lost."""
 _MANY = 128  # ranks whose connections are not to take the low numbers
-_ACCEPTS = 64  # in a row, before it is the others' turn
 _FULL, _UNREAD = 1 << 16, 1 << 20  # bytes that wait: no more messages are added; it is given up
 _GLANCE = 0.005  # seconds until the next look at what the kernel has sent
 _GONE = ("closed by the other end", *(os.strerror(code).lower() for code in (errno.ECONNRESET, errno.EPIPE)))
-_PAUSE = 0.5  # seconds without accepting when there is no descriptor to be had
-
-
-class Peer(Stream):
-    """One connection: a guest's, or a member's."""
-
-    def __init__(self, sock: Any) -> None:
-        super().__init__(sock)
-        self.lines = Lines()
-        self.since = primitives.monotonic()
-        self.member: Optional[Member] = None
-        self.told = 0  # index of the last message handed to the kernel
 
 
 class Member:
@@ -69,7 +51,7 @@ class Hub:
         listeners: sockets that listen.
         council: decides.
         deliver: for what rank 0 is told.
-        note: called once with a line about each sort of trouble with those who connect.
+        note: see `Door`.
     """
 
     def __init__(
@@ -81,22 +63,20 @@ class Hub:
         deliver: Callable[[str, Any], object],
         note: Callable[[str], object],
     ) -> None:
-        self._loop, self._card, self._council = loop, card, council
-        self._deliver, self._note = deliver, note
-        self._listeners = [(each, sockets.identity(each.fileno())) for each in listeners]
+        self._loop, self._card = loop, card
+        self._deliver = deliver
         self._crowd = descriptors.Crowd(loop, self._tell)
-        self._room = descriptors.afford(card.world - 1 + GUESTS)
         self._many = card.world > _MANY
         self._here = 0  # members that are connected
-        self._said = Said()
+        self._door = Door(
+            loop, card, listeners, self._many, lambda: self._here, self._watch, self._hang_up, note
+        )
+        self._sitting = Sitting(loop, council, self._tell)
+        self._said = self._sitting.said
         self._members: dict[int, Member] = {}
-        self._guests: collections.OrderedDict[int, Peer] = collections.OrderedDict()
         self._mine = 0  # index of the last message that rank 0 has heard
         self._told = 0  # index up to which everybody has been told, but for those who are slow
         self._to_tell = False
-        self._noted: set[str] = set()
-        self._alarm: Optional[Timer] = None
-        self._sweep: Optional[Timer] = None
         self._closed = False
         self._flushes: list[Callable[[], object]] = []
 
@@ -104,14 +84,13 @@ class Hub:
         """Let them come."""
         if self._many:
             descriptors.make_room(self._card.world)
-        for listener, _ in self._listeners:
-            self._loop.watch(listener.fileno(), READ, lambda events, each=listener: self._accept(each))  # type: ignore[misc]
-        self._happened(0, "joined", None)
+        self._door.open()
+        self._sitting.happened(0, "joined", None)
         self._tell()
 
     def post(self, kind: str, value: Any) -> None:
         """What rank 0 has to say."""
-        self._happened(0, kind, value)
+        self._sitting.happened(0, kind, value)
         self._tell()
 
     def when_heard(self, function: Callable[[], object]) -> None:
@@ -133,87 +112,23 @@ class Hub:
     def forget(self) -> None:
         """Close what there is, without a word."""
         self._closed = True
-        for timer in (self._alarm, self._sweep, *(member.mourn for member in self._members.values())):
-            if timer is not None:
-                timer.cancel()
-        for listener, identity in self._listeners:
-            self._loop.unwatch(listener.fileno())
-            sockets.close(listener, identity)
+        self._sitting.close()
+        self._door.close()
         self._crowd.close()
-        for peer in [*self._guests.values(), *(member.peer for member in self._members.values())]:
-            if peer is not None:
-                peer.close()
-        self._guests.clear()
+        for member in self._members.values():
+            if member.mourn is not None:
+                member.mourn.cancel()
+            if member.peer is not None:
+                member.peer.close()
         self._members.clear()
 
-    # -- guests -----------------------------------------------------------------------------------------------------
-
-    def _accept(self, listener: Any) -> None:
-        for _ in range(_ACCEPTS):
-            try:
-                fd, _ = listener._accept()
-            except BlockingIOError:
-                return
-            except OSError as error:
-                if self._closed or listener.fileno() == -1:
-                    return
-                self._note_once(f"the hub cannot accept a connection: {sockets.words(error)}")
-                self._pause(listener)
-                return
-            try:
-                self._welcome(sockets.accepted(descriptors.high(fd) if self._many else fd))
-            except OSError:
-                continue
-
-    def _pause(self, listener: Any) -> None:
-        fd = listener.fileno()
-        self._loop.unwatch(fd)
-
-        def go_on() -> None:
-            if not self._closed:
-                self._loop.watch(fd, READ, lambda events: self._accept(listener))
-
-        self._loop.at(_PAUSE, go_on)
-
-    def _welcome(self, sock: Any) -> None:
-        peer = Peer(sock)
-        room = min(self._room, self._card.world - 1 + GUESTS) - self._here
-        if room <= 0:
-            why = "the hub has no file descriptor left for one more rank (RLIMIT_NOFILE)"
-            self._note_once(why)
-            try:
-                peer.send(encode("no", why))
-            except Ended:
-                pass
-            peer.close()
-            return
-        while len(self._guests) >= room:
-            self._drop(next(iter(self._guests.values())), "too many who do not say who they are")
-        self._guests[peer.fd] = peer
-        self._watch(peer)
-        if self._sweep is None:
-            self._sweep = self._loop.at(GUEST_SECONDS, self._sweep_out)
-
-    def _sweep_out(self) -> None:
-        self._sweep = None
-        now = primitives.monotonic()
-        for peer in list(self._guests.values()):
-            if peer.since <= now - GUEST_SECONDS:
-                self._drop(peer, "somebody who does not say who it is")
-        if self._guests and not self._closed:
-            self._sweep = self._loop.at(GUEST_SECONDS / 2, self._sweep_out)
+    # -- members ----------------------------------------------------------------------------------------------------
 
     def _admit(self, peer: Peer, line: list[Any]) -> None:
         """A guest's first line."""
-        if len(line) != 7 or line[0] != "hello":
-            raise Malformed("no hello")
-        rank, world, name = whole(line[1], 1), whole(line[2], 1), name_of(line[3])
-        attempt, heard = whole(line[4], 1), whole(line[5])
-        said = (rank, world, name, attempt, heard)
-        if not proven(line[6], proof(self._card.token, "hello", *said)):
-            self._note_once("the hub has hung up on somebody without this group's token")
-            raise Ended("no token")
-        if world != self._card.world or rank >= world:
+        hello = self._door.identify(line)
+        rank, name = hello.rank, hello.name
+        if hello.world != self._card.world or rank >= hello.world:
             self._refuse(peer, "that is no rank of this group")
         member = self._members.get(rank)
         if member is not None and member.name != name:
@@ -224,9 +139,9 @@ class Hub:
             if member.mourn is not None:
                 member.mourn.cancel()
             member = None
-        if member is not None and attempt <= member.attempt:
+        if member is not None and hello.attempt <= member.attempt:
             self._refuse(peer, "that has been said before")
-        del self._guests[peer.fd]
+        self._door.leave(peer)
         born = ""
         if member is None:
             member = self._members[rank] = Member(rank, name)
@@ -240,17 +155,15 @@ class Hub:
             member.mourn.cancel()
         member.peer, peer.member = peer, member
         self._here += 1
-        member.attempt = attempt
-        peer.told = min(heard, self._said.last)
-        peer.put(encode("welcome", member.seen, proof(self._card.token, "welcome", *said)))
+        member.attempt = hello.attempt
+        peer.told = min(hello.heard, self._said.last)
+        peer.put(encode("welcome", member.seen, self._door.promise(hello)))
         if born:
-            self._happened(rank, born, None)
+            self._sitting.happened(rank, born, None)
 
     def _refuse(self, peer: Peer, why: str) -> None:
         peer.send(encode("no", why))
         raise Ended(why)
-
-    # -- members ----------------------------------------------------------------------------------------------------
 
     def _hear(self, peer: Peer, events: int) -> None:
         if peer.closed:
@@ -264,18 +177,18 @@ class Hub:
                 if peer.closed:
                     return
             self._pump(peer)
-        except Malformed as error:
-            self._drop(
-                peer, "somebody who does not speak as a rank does" if peer.member is None else str(error)
-            )
-        except Ended as error:
-            self._drop(peer, "" if peer.member is None else str(error))
+        except (Malformed, Ended) as error:
+            if peer.member is not None:
+                self._drop(peer, str(error))
+            else:
+                stranger = isinstance(error, Malformed)
+                self._door.turn_away(peer, "somebody who does not speak as a rank does" if stranger else "")
 
     def _obey(self, peer: Peer, member: Member, line: list[Any]) -> None:
         if line == ["bye"]:
             if not member.left:
                 member.left = True
-                self._happened(member.rank, "bye", None)
+                self._sitting.happened(member.rank, "bye", None)
             return
         if len(line) != 4 or line[0] != "p":
             raise Malformed("not what a rank says")
@@ -287,29 +200,26 @@ class Hub:
         peer.put(encode("ack", member.seen))
         if fresh and kind not in BORN:
             member.left = member.left or kind in FAREWELLS
-            self._happened(member.rank, kind, line[3])
+            self._sitting.happened(member.rank, kind, line[3])
 
     def _watch(self, peer: Peer) -> None:
         self._crowd.watch(peer.fd, peer.events, lambda events: self._hear(peer, events))
 
     def _drop(self, peer: Peer, why: str) -> None:
-        member = peer.member
+        member: Member = peer.member
         self._hang_up(peer)
-        if member is None:
-            if why:
-                self._note_once(f"the hub has hung up on {why}")
-        elif not member.left and not self._closed:
+        if not member.left and not self._closed:
             # A live process whose line drops comes back at once: the kernel has closed a dead one's. Of one that is
             # only silent nobody knows.
             dead = why in _GONE
             member.mourn = self._loop.at(BACK_WITHIN, lambda: self._count_lost(member, dead))
         elif member.left and not self._closed:
-            self._happened(member.rank, "closed", None)
+            self._sitting.happened(member.rank, "closed", None)
             self._tell_soon()
 
     def _hang_up(self, peer: Peer) -> None:
         if peer.member is None:
-            self._guests.pop(peer.fd, None)
+            self._door.leave(peer)
         elif peer.member.peer is peer:
             peer.member.peer = None
             self._here -= 1
@@ -319,34 +229,10 @@ class Hub:
     def _count_lost(self, member: Member, dead: bool) -> None:
         if member.peer is None and not member.left and not member.lost:
             member.lost = True
-            self._happened(member.rank, "lost", dead)
+            self._sitting.happened(member.rank, "lost", dead)
             self._tell_soon()
 
-    # -- the council ------------------------------------------------------------------------------------------------
-
-    def _happened(self, rank: int, kind: str, value: Any) -> None:
-        try:
-            for to, what, content in self._council.on(rank, kind, value, primitives.monotonic()):
-                self._said.add(to, what, content)
-        except Exception as error:
-            failed("the council", error)
-        self._set_alarm()
-
-    def _set_alarm(self) -> None:
-        wake = self._council.wake
-        if self._alarm is not None:
-            if self._alarm.due == wake and self._alarm.function is not None:
-                return
-            self._alarm.cancel()
-            self._alarm = None
-        if wake < float("inf") and not self._closed:
-            self._alarm = self._loop.at(max(0.001, wake - primitives.monotonic()), self._tick)
-            self._alarm.due = wake
-
-    def _tick(self) -> None:
-        self._alarm = None
-        self._happened(0, "tick", None)
-        self._tell()
+    # -- what the council says -----------------------------------------------------------------------------------------
 
     def _tell_soon(self) -> None:
         """When everything of this moment has happened: a thousand ranks that are lost at once make one message."""
@@ -401,8 +287,3 @@ class Hub:
         flushes, self._flushes = self._flushes, []
         for function in flushes:
             function()
-
-    def _note_once(self, why: str) -> None:
-        if why not in self._noted:
-            self._noted.add(why)
-            self._note(why)

@@ -1,26 +1,24 @@
 """Where the program's own threads stop: at the end of an iteration, in our signal handler, or when a save is over.
 
+Where they stop for good, and how they leave from there, is the `parking`.
+
 Everything here runs on threads of the program, on its hot path or at any of its bytecodes. So: no lock that another
 thread may hold while it is frozen, and nothing raised but the SystemExit that ends a parked thread.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
 import sys
-from collections import deque
 from typing import Any, Callable, Optional
 
 from autoteardown.boundary import guarded
-from autoteardown.primitives import allocate_lock, get_ident, monotonic
+from autoteardown.primitives import get_ident, monotonic
 from autoteardown.rank import savers, threads
 from autoteardown.rank.clock import Clock
 from autoteardown.rank.delivery import Delivery
-
-_LOOK = 0.1  # seconds between two looks of a waiting thread at what it waits for, in case nobody wakes it
-
-_PARKED, _LEAVING = "parked", "leaving"
+from autoteardown.rank.pace import Pace
+from autoteardown.rank.parking import Parking, Waits
 
 
 class Gate:
@@ -44,32 +42,25 @@ class Gate:
     ) -> None:
         self.clock = Clock()
         self.polls = 0  # of `stop_requested()`: the clock of a program that polls
-        self.times: deque[float] = deque(maxlen=9)  # of the last ends of iterations
+        self.pace = Pace()
+        self.waits = Waits()
+        self.parking = Parking(self.waits, tell)
         self.devices: dict[str, int] = {}  # the current ones of the training thread when it stopped
         self.thread: Optional[int] = None  # the thread that steps; else the one that called init
-        self.calm = (
-            True  # nobody has held, resumed or closed it: all that a poll in a healthy program looks at
-        )
+        # Nobody has held, resumed or closed it: all that a poll in a healthy program looks at.
+        self.calm = True
         self.holding = False
         self.closed = False
         self.requested = False  # what `stop_requested()` returns
         self.held: set[int] = set()  # threads that wait at the end of an iteration
-        self.waiting: set[int] = (
-            set()
-        )  # threads in a wait of ours: below a handler that comes now, and looks then
-        self.exit_code = 0
         self.loop: Any = None  # the event loop of that thread
-        self.delivery = Delivery(self._wake)
+        self.delivery = Delivery(self.waits.wake)
         self.saves = savers.Saves()
         self._tell = tell
         self._numbers, self._devices = numbers, devices
         self._last: Optional[int] = None
         self._until: dict[str, int] = {}
         self._resumed = False
-        self._threads: dict[int, str] = {}  # who is parked here, and who has left from here with SystemExit
-        self._exits: list[SystemExit] = []
-        self._exit_open = False
-        self._waiters: dict[int, Any] = {}
 
     def begin(self, thread: int) -> None:
         """A new world: every rank of it counts from nought."""
@@ -77,7 +68,7 @@ class Gate:
         self.loop = _running_loop()
         self.clock = Clock()
         self.polls = 0
-        self.times.clear()
+        self.pace = Pace()
 
     # -- asked by the guard ---------------------------------------------------------------------------------------
 
@@ -92,11 +83,6 @@ class Gate:
         return self.polls > 0 or self.clock.begun
 
     @property
-    def parked(self) -> set[int]:
-        """The threads that are stopped here, or were and are on their way out."""
-        return set(self._threads)
-
-    @property
     def saving(self) -> bool:
         """Whether a checkpoint is being written."""
         return self.saves.going_on(self._may_save())
@@ -104,22 +90,7 @@ class Gate:
     def _may_save(self) -> set[int]:
         # A thread that is stopped at the end of an iteration has none in hand.
         watched = {ident for ident in (self.thread, threads.main_ident()) if ident is not None}
-        return watched - self._threads.keys() - self.held
-
-    def step_time(self) -> Optional[float]:
-        """Median seconds of the last few iterations; None before there were two."""
-        times = list(self.times)
-        gaps = sorted(later - earlier for earlier, later in zip(times, times[1:]))
-        return gaps[len(gaps) // 2] if gaps else None
-
-    def longest(self) -> float:
-        """Seconds of the longest of them."""
-        times = list(self.times)
-        return max((later - earlier for earlier, later in zip(times, times[1:])), default=0.0)
-
-    def idle(self) -> float:
-        """Seconds since the last end of an iteration; 0 before the first."""
-        return monotonic() - self.times[-1] if self.times else 0.0
+        return watched - self.parking.stopped - self.held
 
     def hold(self) -> None:
         """From now on, whoever comes to the end of an iteration waits there."""
@@ -129,7 +100,7 @@ class Gate:
     def let_run_to(self, count: int) -> None:
         """The last iteration is known: threads that wait go on, up to its end."""
         self._last = count
-        self._wake()
+        self.waits.wake()
 
     def go_on(self, until: dict[str, int]) -> None:
         """To the end of the next iteration that has joined so many of each group's collectives."""
@@ -143,19 +114,12 @@ class Gate:
         self.requested = requested
         self.calm = self.holding = False
         self._resumed = True
-        self._wake()
+        self.waits.wake()
 
     def close(self) -> None:
         """Whoever comes to a stopping place from now on is parked there."""
         self.closed, self.calm = True, False
-        self._wake()
-
-    def open_exit(self, code: int) -> None:
-        """Parked threads leave with SystemExit."""
-        self.exit_code = code
-        _swallowed_exits_end_here(self)
-        self._exit_open = True
-        self._wake()
+        self.waits.wake()
 
     def wake_loop(self) -> None:
         """An event loop with nothing to do waits in C (Ray's async actors do): have it come to a bytecode."""
@@ -170,12 +134,12 @@ class Gate:
         # Nobody waits for the threads of a pool that come after the training thread's end, but they keep a Ray actor
         # from its exit.
         candidates = [self.thread] if threads.alive(self.thread) else threads.foreign()
-        stopped = self._threads.keys() | self.held
+        stopped = self.parking.stopped | self.held
         return [i for i in candidates if i is not None and i not in stopped and not self.shielded(i)]
 
     def shielded(self, ident: int) -> bool:
         """Whether that thread writes a checkpoint, of which a file may be only a part."""
-        return ident not in self._threads and self.saves.shields(ident)
+        return ident not in self.parking and self.saves.shields(ident)
 
     def find_thread(self) -> None:
         """Without an iteration to tell, the thread that waits in a collective is the one that trains.
@@ -192,7 +156,7 @@ class Gate:
 
     def end_of_iteration(self) -> None:
         """In the hook, after the iteration was counted. A program that polls stops in its polls."""
-        self.times.append(monotonic())
+        self.pace.ends.append(monotonic())
         self.thread = get_ident()
         if (self.holding or self.closed) and not self.polls:
             self._stop_here(self.thread)
@@ -222,7 +186,7 @@ class Gate:
             if last is not None and told != last:
                 told = last
                 self._tell(("stopped", count))
-            self._wait(ident)
+            self.waits.wait(ident)
         if self._resumed and not self.closed:
             self._wait_for_delivery(ident)
         self.held.discard(ident)
@@ -237,22 +201,11 @@ class Gate:
             self.delivery.call()
             return
         while self.delivery.awaited and not self.closed:
-            self._wait(ident)
+            self.waits.wait(ident)
 
     def park(self) -> None:
         """Stop this thread until the exit, which it leaves towards with SystemExit."""
-        ident = get_ident()
-        state = self._threads.get(ident)
-        if state == _PARKED:  # a signal handler on top of a parked frame
-            return
-        if state == _LEAVING:
-            self.swallowed()
-        self._threads[ident] = _PARKED
-        if ident == self.thread or not self._trains_elsewhere():
-            self._tell(("parked", ident))
-        while not self._exit_open:
-            self._wait(ident)
-        self.leave()
+        self.parking.park(lambda ident: ident == self.thread or not self._trains_elsewhere())
 
     def _trains_elsewhere(self) -> bool:
         """Whether another thread is known to train: that this one has parked says nothing of it.
@@ -264,62 +217,18 @@ class Gate:
             return False
         return self.begun or threads.place(thread) == "peers"
 
-    def leave(self) -> None:
-        """Have this thread leave with SystemExit, once the exit is open."""
-        self._threads[get_ident()] = _LEAVING
-        way_out = SystemExit(self.exit_code)
-        self._exits.append(way_out)
-        raise way_out
-
-    def left(self, ident: int) -> bool:
-        """Whether that thread has been sent out."""
-        return self._threads.get(ident) == _LEAVING
-
-    def swallowed(self) -> None:
-        """This thread was sent out, and has come to a stopping place again: it does not get any further."""
-        ident = get_ident()
-        self._tell(("swallowed", ident))
-        while True:
-            self._wait(ident)
-
-    def is_exit(self, error: object) -> bool:
-        """Whether this is the exception with which a thread was sent out."""
-        return any(error is each for each in self._exits)
-
-    def on_way_out(self) -> bool:
-        """Whether this thread runs what a program runs on its way out: `finally`, `except`, exit callbacks."""
-        error: Any = sys.exc_info()[1]
-        for _ in range(20):
-            if error is None:
-                break
-            if self.is_exit(error):
-                return True
-            error = error.__context__
-        if get_ident() == threads.main_ident() and not threads.alive(threads.main_ident()):
-            return True
-        # A finalizer that runs while the exception is on its way (a DataLoader's waits for its workers) sees none.
-        return threads.in_finalizer()
-
-    def wait_for_exit(self) -> None:
-        """Keep this thread, which has nothing left to run, until the exit."""
-        ident = get_ident()
-        self._threads[ident] = _PARKED
-        while not self._exit_open:
-            self._wait(ident)
-        self._threads[ident] = _LEAVING
-
     def wait_for_plan(self, limit: float) -> None:
         """Wait until it is known whether this thread is to run on, at most `limit` seconds."""
         ident, until = get_ident(), monotonic() + limit
         while self._last is None and not (self.closed or self._resumed) and monotonic() < until:
-            self._wait(ident)
+            self.waits.wait(ident)
 
     def enter_save(self, collective: bool = False) -> None:
         """A save begins on this thread; `collective`: it needs the other ranks."""
         ident = get_ident()
         # Once it has left, its group may be gone: a rank that saves alone then overwrites a good checkpoint with its
         # own part. What a program saves for itself on its way out is left alone.
-        legitimate = self.left(ident) and not collective and self.on_way_out()
+        legitimate = self.parking.left(ident) and not collective and self.parking.on_way_out()
         if self.closed and not legitimate and not self.shielded(ident):
             self.park()
         self.saves.enter(ident)
@@ -328,46 +237,9 @@ class Gate:
         """A save ends on this thread."""
         self.saves.leave(get_ident())
 
-    def _wait(self, ident: int) -> None:
-        """Until somebody wakes this thread, or for a moment. Raises nothing."""
-        self.waiting.add(ident)
-        try:
-            lock = self._waiters.get(ident)
-            if lock is None:
-                lock = allocate_lock()
-                lock.acquire()
-                self._waiters[ident] = lock
-            lock.acquire(timeout=_LOOK)
-        except BaseException:
-            # Out of another signal's handler, on top of this frame: DataLoader's for SIGCHLD raises when a worker is
-            # killed. The program must not go on because of it.
-            pass
-        finally:
-            self.waiting.discard(ident)
-
-    def _wake(self) -> None:
-        for lock in list(self._waiters.values()):
-            try:
-                lock.release()
-            except RuntimeError:  # nobody has waited since the last time
-                pass
-
 
 def _reached(numbers: dict[str, int], until: dict[str, int]) -> bool:
     return all(numbers.get(group, number) >= number for group, number in until.items())
-
-
-def _swallowed_exits_end_here(gate: Gate) -> None:
-    """CPython swallows what is raised in `__del__`, weakref callbacks and fork hooks, and tells this hook."""
-    others = sys.unraisablehook
-
-    def unraisable(args: Any) -> None:
-        if not gate.is_exit(args.exc_value):
-            others(args)
-        elif sys._getframe().f_back is not None:  # else it has ended a thread of a C++ runtime, as it should
-            gate.swallowed()
-
-    sys.unraisablehook = unraisable
 
 
 gate = Gate(lambda event: None)
@@ -406,28 +278,6 @@ def _running_loop() -> Any:
 
 def _nothing() -> None:
     pass
-
-
-def park_thread(ident: int) -> None:
-    """Have a thread that is not the main one park at its next bytecode."""
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), ctypes.py_object(Parking))
-
-
-class Parking(BaseException):
-    """Raised into a thread that is not the main one (PyThreadState_SetAsyncExc): parks it where it is.
-
-    A signal handler can only run on the main thread. An asynchronous exception reaches any thread, and Python makes
-    the instance on that thread before any handler of the program's sees it: so the constructor is where it parks.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        ident = get_ident()
-        if ident in gate.waiting or ident in gate.held:  # it looks for itself
-            return
-        if gate.left(ident) and gate.on_way_out():  # asked twice, and on its way already
-            gate.leave()
-        gate.park()
 
 
 os.register_at_fork(after_in_child=guarded(renew))

@@ -71,7 +71,7 @@ class Guard(Armed):
         self.joined = True
         self.identity.joined(world)
         if self._hooks is None:
-            self._hooks = stepping.Hooks()
+            self._hooks = stepping.Hooks(self.tap.look_again)
         callbacks.prepare(self.settings.on_teardown, self.identity.log.line)
         loop = self.tap.loop
         if self.settings.peers and world.size > 1 and loop is not None:
@@ -144,9 +144,7 @@ class Guard(Armed):
             first, self._signalled = not self._signalled, True
             if self.teardown is not None:
                 self.teardown.also_signalled(signum)
-                return first and self.main.defers(
-                    signum
-                )  # a peer's notice was faster: to the handler it is the same
+                return first and self.main.defers(signum)  # a peer's notice was faster
             if self._begun.acquire(False):
                 self.signum = signum
                 own = {"rank": self.identity.rank, "host": self.identity.host, "pid": os.getpid()}
@@ -180,7 +178,7 @@ class Guard(Armed):
                 # A daemon thread that trains can still get to its iteration; if it has ended, too, `look` notices.
                 if self.gate.thread in (None, get_ident()):
                     self.events.put(("ended", None))
-                self.gate.wait_for_exit()
+                self.gate.parking.wait_for_exit()
             teardown.ended()
         self._close_channel()
         self.identity.unlist()

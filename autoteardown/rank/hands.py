@@ -7,7 +7,8 @@ from typing import Any, Callable, Optional
 from autoteardown.frameworks import ray
 from autoteardown.rank import backends, callbacks, stepping, threads
 from autoteardown.rank.armed import Armed
-from autoteardown.rank.gate import Gate, park_thread
+from autoteardown.rank.asynchronous import park_thread
+from autoteardown.rank.gate import Gate
 from autoteardown.rank.life import Life
 from autoteardown.rank.main_thread import MainThread
 from autoteardown.stop.hands import Look, Problem
@@ -89,7 +90,7 @@ class RankHands:
         gate.find_thread()
         if not gate.begun and not stepping.any_optimizer():
             return None, False
-        step, idle = gate.step_time() or 0.0, gate.idle()
+        step, idle = gate.pace.usual() or 0.0, gate.pace.idle()
         blocked = idle > max(patience, 5 * step) and not gate.saving
         return gate.count, step > patience or blocked or not threads.alive(gate.thread)
 
@@ -144,12 +145,12 @@ class RankHands:
 
     def is_stuck_outside(self) -> bool:
         """See `stop.hands.Hands`."""
-        return ray.waits_for_method(threads.inside, self._gate.loop, self._gate.parked)
+        return ray.waits_for_method(threads.inside, self._gate.loop, self._gate.parking.stopped)
 
     def leave(self, exit_code: int) -> None:
         """See `stop.hands.Hands`."""
-        self._gate.open_exit(ray.exit_code_in_method(exit_code))
-        if threads.main_ident() not in self._gate.parked:
+        self._gate.parking.open(ray.exit_code_in_method(exit_code))
+        if threads.main_ident() not in self._gate.parking:
             self._armed.tap.on_main(self._main.stop)
 
     def swallowed(self) -> None:

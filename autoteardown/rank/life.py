@@ -44,22 +44,22 @@ class Life:
     def still(self) -> bool:
         """Whether the training thread waits without a sign of life, for longer than it usually would."""
         gate, now = self._gate, monotonic()
-        if gate.thread in gate.held or gate.thread in gate.parked:
+        if gate.thread in gate.held or gate.thread in gate.parking:
             self._since = None
             return False
         moved = self._moved(now)
         if moved or self._since is None:
             self._since = now
             return False
-        place, step = threads.place(gate.thread), gate.step_time() or 0.0
+        place, step = threads.place(gate.thread), gate.pace.usual() or 0.0
         if place == "work" or gate.saving:
             return False
         if place == "peers":
             # It was there before anybody looked, if its last iteration is that old.
             seen = now - self._since
-            waited = max(seen, gate.idle()) if seen > _STOPPING and not gate.closed else seen
-            return waited > (_STOPPING if gate.closed else max(_FOR_PEERS, 5 * step, 2 * gate.longest()))
-        return now - self._since > max(_ELSEWHERE, 5 * step, 3 * gate.longest())
+            waited = max(seen, gate.pace.idle()) if seen > _STOPPING and not gate.closed else seen
+            return waited > (_STOPPING if gate.closed else max(_FOR_PEERS, 5 * step, 2 * gate.pace.longest()))
+        return now - self._since > max(_ELSEWHERE, 5 * step, 3 * gate.pace.longest())
 
     def _moved(self, now: float) -> bool:
         position, seen = threads.position(self._gate.thread), self._progress()

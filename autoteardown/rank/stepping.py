@@ -16,20 +16,26 @@ from autoteardown.primitives import get_ident
 from autoteardown.rank import gate
 
 _BACKWARD = "backward"
+_LOOKS = 0x1FF  # so many iterations, and one, between two looks at what C code may have taken from us
 
 _graph_task: Callable[[], int] = lambda: -1  # noqa: E731  replaced by torch's own, which tells who is in backward
 _sequence: Optional[Callable[[], int]] = None  # counts the autograd nodes that this thread has made
 _before: tuple[int, int] = (0, -1)  # the thread, and what its count was, at the last step
 _passes = 0  # backward passes that are under way
 _stepped_in_one = False
+_now_and_then: Callable[[], object] = lambda: None  # noqa: E731
 
 
 class Hooks:
-    """On every optimizer of the process; taken off again with `remove`."""
+    """On every optimizer of the process, of a torch that is imported; taken off again with `remove`.
 
-    def __init__(self) -> None:
-        """Hook torch, which is imported."""
-        global _graph_task, _sequence
+    Args:
+        now_and_then: called at the end of some iterations.
+    """
+
+    def __init__(self, now_and_then: Callable[[], object]) -> None:
+        global _graph_task, _sequence, _now_and_then
+        _now_and_then = now_and_then
         core = getattr(sys.modules["torch"], "_C", None)
         _graph_task = getattr(core, "_current_graph_task_id", _graph_task)
         _sequence = getattr(getattr(core, "_autograd", None), "_get_sequence_nr", None)
@@ -87,6 +93,8 @@ def _step(who: object, fresh: bool) -> None:
     g = gate.gate
     if g.clock.step(who, fresh):
         g.end_of_iteration()
+        if not g.clock.count & _LOOKS:
+            _now_and_then()
 
 
 # As `torch.compiler.disable` would, which would import the compiler: a compiled step calls the hooks, untraced.

@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import _queue
 import os
-from datetime import datetime, timezone
 from typing import Any, Callable, NoReturn, Optional
 
 from autoteardown import exits
 from autoteardown.boundary import guarded
 from autoteardown.primitives import allocate_lock, monotonic, sleep, start_new_thread
-from autoteardown.stop import abort_signal, collector, lastwords, protocol, report, terms
+from autoteardown.stop import abort_signal, collector, lastwords, protocol, terms
+from autoteardown.stop.account import Account
 from autoteardown.stop.fuse import Fuse
 from autoteardown.stop.hands import Hands
-from autoteardown.stop.story import Story, signal_name
+from autoteardown.stop.orders import Orders
+from autoteardown.stop.story import Story
 
 _POLL = 0.02  # seconds between looks at what sends no event
 _FLUSH = 0.2  # seconds for the last posts to get to the hub
@@ -28,7 +29,6 @@ _LAST_WORDS = 0.4  # seconds for report and termination log, before the process 
 _LONG_LAST_WORDS = 2.0  # the same where there is time
 # Seconds after which a program that was sent out is looked at: does it still leave, or has it swallowed the exit?
 _SWALLOWS = 0.5
-_PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
 
 
 class Teardown:
@@ -43,28 +43,24 @@ class Teardown:
 
     def __init__(self, hands: Hands, cause: str, signum: Optional[int], origin: dict[str, Any]) -> None:
         self.hands = hands
-        self.cause = cause
-        self.signum = signum
-        self.begun_by(origin)
         self.started = monotonic()
-        self.received_at = datetime.now(timezone.utc).isoformat()
+        self._account = Account(hands, cause, signum, _without_time(origin))
+        self._orders = Orders(hands, self._account, self.say)
         self.committed = False  # from here on the agent ends the process
         self.leaving = False  # the program is asked to leave with SystemExit
-        self.stuck: list[dict[str, Any]] = []
         self.stop: Optional[protocol.Stop] = None
         self._notice = origin
         self._owner = False
         self._finishing = allocate_lock()
         self._shown: dict[str, Any] = {"saving": False, "still": False}
         self._progress: Any = None
-        self._collective: Optional[dict[str, Any]] = None  # the one that does not end
         self._told = 0
         self._left_at = 0.0
         self._fuse = Fuse()
 
     def begun_by(self, origin: dict[str, Any]) -> None:
         """Who was signalled first."""
-        self.origin = {key: value for key, value in origin.items() if key != "left"}
+        self._account.origin = _without_time(origin)
 
     # -- the two threads ------------------------------------------------------------------------------------------
 
@@ -88,11 +84,11 @@ class Teardown:
 
     def _drive(self) -> None:
         try:
-            facts = self.hands.facts(self.cause)
+            facts = self.hands.facts(self._account.cause)
             self._owner = facts.owner
             stop = self.stop = protocol.Stop(self._limits(), facts)
             self._open()
-            if self.cause == "peer":
+            if self._account.cause == "peer":
                 self._take(stop, "notice", self._notice)
             self._take(stop, "begin", None)
             while stop.state != "done":
@@ -123,7 +119,12 @@ class Teardown:
     def _take(self, stop: protocol.Stop, event: str, value: Any) -> None:
         for action in stop.on(event, value, self.now):
             self._commit(stop)
-            self._do(action)
+            if action.do == "leave":
+                self._leave(action.value)
+            elif action.do != "die":  # the driver ends with it, and the process with the driver
+                if action.do in ("park", "deliver"):
+                    self._shown["still"] = False  # it is looked at anew
+                self._orders.carry_out(action)
         self._commit(stop)
         for phase in stop.phases[self._told :]:
             if phase.end is None:
@@ -183,78 +184,14 @@ class Teardown:
         )
 
     def _open(self) -> None:
-        self.hands.log.first(self.opening(), self.now)
-        self._work(None, lambda: self._take_stacks("at the signal"))
+        self.hands.log.first(self._account.opening(self._owner), self.now)
+        self._orders.start(None, lambda: self._account.take_stacks("at the signal"))
         if self.hands.alone:
             self.say(f"peers are not told: {self.hands.alone}")
 
-    def opening(self) -> str:
-        """Why this is happening, in words."""
-        settings = self.hands.settings
-        if self.cause == "peer":
-            return f"a peer is being evicted: rank {self.origin.get('rank')} on {self.origin.get('host')}"
-        if self.cause == "lost":
-            return (
-                f"rank {self.origin.get('rank')} is lost, and this one has waited {settings.lost:g}s for it"
-            )
-        name = signal_name(self.signum) if self.signum else "?"
-        if self._owner and settings.yield_seconds:
-            return f"{name}: the application ends by itself, and has {settings.yield_seconds:g}s"
-        return f"{name}: tearing down, hard deadline at {settings.hard:g}s"
+    # -- the end --------------------------------------------------------------------------------------------------
 
-    # -- what the protocol asks for -------------------------------------------------------------------------------
-
-    def _do(self, action: terms.Action) -> None:
-        do, value, hands = action.do, action.value, self.hands
-        special = getattr(self, "_do_" + do, None)
-        if special is not None:
-            special(value)
-        elif do in ("park", "deliver"):
-            self._shown["still"] = False  # it is looked at anew
-            getattr(hands, do)()
-        elif do in ("stop_at", "go_on"):
-            getattr(hands, do)(value)
-        else:
-            hands.post(do, value)
-
-    def _do_tell(self, left: float) -> None:
-        self.hands.post("tell", {**self.origin, "left": left})
-
-    def _do_hold(self, _: Any) -> None:
-        self.hands.hold()  # first the flag, then the count: see Gate
-        self.hands.events.put(("steps", self.hands.steps()))
-
-    def _do_drain(self, _: Any) -> None:
-        self.hands.mark(state="parked")
-        self._work("drained", self._drain)
-
-    def _drain(self) -> Any:
-        problem = self.hands.drain()
-        # Asked again: some turn out to be when they are waited for.
-        unwaitable = self.hands.facts(self.cause).unwaitable
-        if unwaitable:
-            self.hands.events.put(("unwaitable", unwaitable))
-            self.hands.events.put(("fault", f"nobody can wait for this device: {unwaitable}"))
-        return problem
-
-    def _do_callbacks(self, budget: float) -> None:
-        self._work("called", lambda: self.hands.call_back(self.say))
-
-    def _do_destroy(self, _: Any) -> None:
-        self._work("destroyed", self.hands.destroy)
-
-    def _do_abort(self, _: Any) -> None:
-        self.hands.abort(lambda problem: self.hands.events.put(("aborted", problem)))
-
-    def _do_stacks(self, phase: str) -> None:
-        self._work(None, lambda: self._take_stacks(f"{phase} timed out"))
-        if phase in ("step", "park", "drain"):
-            self._work(None, self._find_collective)
-
-    def _find_collective(self) -> None:
-        self._collective = self._collective or self.hands.stuck_collective()
-
-    def _do_leave(self, soft: bool) -> None:
+    def _leave(self, soft: bool) -> None:
         self.hands.flush(_FLUSH)
         if not soft:
             return
@@ -267,28 +204,10 @@ class Teardown:
         self.leaving, self._left_at = True, self.now
         self.hands.leave(self.exit_code)
 
-    def _do_die(self, _: Any) -> None:
-        pass  # the driver ends, and with it the process
-
-    def _work(self, event: Optional[str], function: Callable[[], Any]) -> None:
-        """Run something that may never return."""
-
-        def run() -> None:
-            try:
-                problem = function()
-            except BaseException as error:
-                problem = f"{type(error).__name__}: {error}"
-            if event is not None:
-                self.hands.events.put((event, problem))
-
-        start_new_thread(run, ())
-
-    # -- the end --------------------------------------------------------------------------------------------------
-
     @property
     def exit_code(self) -> int:
         """The contract's, whichever way the process ends."""
-        return self.hands.settings.exit_code_for(self.signum)
+        return self._account.exit_code
 
     def also_signalled(self, signum: int, sure: bool = False) -> None:
         """A peer's notice was faster than this rank's own signal: it still is a rank that got the signal.
@@ -299,8 +218,8 @@ class Teardown:
         stop = self.stop
         if stop is not None and not sure and any(phase.name == "yield" for phase in stop.phases):
             return  # the application may have sent it to itself, as uvicorn does when it has shut down
-        if self.signum is None and (stop is None or "departed" not in stop.heard):
-            self.signum = signum
+        if self._account.signum is None and (stop is None or "departed" not in stop.heard):
+            self._account.signum = signum
             self._light_fuse(self.hands.settings.hard)
 
     def _light_fuse(self, at: float) -> None:
@@ -333,40 +252,16 @@ class Teardown:
 
     def story(self, final: bool = False) -> Story:
         """What this stop has come to."""
-        stop = self.stop
-        phases = [phase.as_dict() for phase in stop.phases] if stop is not None else []
-        if phases and (phases[-1]["end"] is None or (final and phases[-1]["name"] == "exit")):
-            last = phases[-1]
-            if last["end"] is None:
-                last["outcome"] = "timeout" if stop is not None and stop.forced else "ok"
-            last["end"] = self.now  # the program's own way out was part of it
-        return Story(
-            identity=self.hands.identity(),
-            opening=self.opening(),
-            cause=self.cause,
-            signum=self.signum,
-            origin=self.origin,
-            received_at=self.received_at,
-            grace=self.hands.settings.grace,
-            phases=phases,
-            steps=stop.steps if stop is not None else None,
-            stuck=list(self.stuck),
-            collective=self._collective,
-            outcome=stop.outcome if stop is not None else "forced",
-            why=stop.reason if stop is not None else "it ended before it could begin",
-            exit_code=self.exit_code,
-            seconds=self.now,
-        )
-
-    def _take_stacks(self, when: str) -> None:
-        for entry in report.stacks():
-            if not entry["frames"][-1].startswith(_PACKAGE):
-                self.stuck.append({"when": when, **entry})
+        return self._account.story(self.stop, self._owner, self.now, final)
 
     @guarded
     def say(self, text: str, event: str = "message", outcome: Optional[str] = None) -> None:
         """One line on stderr."""
         self.hands.log.line(text, self.now, event=event, outcome=outcome)
+
+
+def _without_time(origin: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in origin.items() if key != "left"}
 
 
 def end(code: Callable[[], int]) -> NoReturn:

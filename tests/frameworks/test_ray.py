@@ -240,7 +240,7 @@ def test_concurrency_groups_at_once(cluster, world, tmp_path):
     actors, pids = world("groups")
     running = [actors[0].blocked.remote(), actors[0].sleeps.remote(str(tmp_path))]
     assert wait_in(tmp_path, "blocked", 0) == wait_in(tmp_path, "sleeps", "none") == pids[0]
-    assert ray.get(actors[0].pid.remote(), timeout=60) == pids[0]
+    assert ray.get(actors[0].pid.remote(), timeout=120) == pids[0]
     os.kill(pids[0], signal.SIGTERM)
     for reference in running:
         assert isinstance(failure(reference), ray.exceptions.RayActorError)
@@ -257,7 +257,7 @@ def test_one_actor_opts_out(cluster, world, tmp_path):
     gone(pids[0])
     report = cluster.report(pids[0])
     assert (report["outcome"], report["exit_code"]) == ("partial", 0)
-    assert ray.get(actors[1].pid.remote(), timeout=60) == pids[1]
+    assert ray.get(actors[1].pid.remote(), timeout=120) == pids[1]
     assert cluster.report(pids[1]) is None
     assert "autoteardown" not in cluster.log(pids[1])
 

@@ -137,7 +137,7 @@ def test_start_up(tmp_path, torch_folder, program, error):
         env = environment(AGENT if folder else NONE, "", AUTOTEARDOWN_RUNTIME_DIR=tmp_path / "runtime")
         env["PYTHONPATH"] = f"{folder or ''}{os.pathsep}{torch_folder}"
         argv = [sys.executable, "-c", textwrap.dedent(program)]
-        done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=120)
         ours = [line for line in done.stderr.splitlines() if line.startswith("autoteardown")]
         noise = [line for line in done.stderr.splitlines() if not line.startswith("autoteardown")]
         return (done.returncode, done.stdout, noise), ours

@@ -50,7 +50,7 @@ def environ(**variables):
     return {**base, **{name: value for name, value in variables.items() if value is not None}}
 
 
-def python(*words, executable=sys.executable, cwd=None, timeout=60, **variables):
+def python(*words, executable=sys.executable, cwd=None, timeout=120, **variables):
     return subprocess.run(
         [str(executable), *map(str, words)],
         env=environ(**variables),

@@ -48,7 +48,7 @@ NEVER = {
     "instrument:_wrap_init.init_process_group",
     "instrument:_wrap_save.save",
     "instrument:_wrap_worker_handlers._set_worker_signal_handlers",
-    "signals:Tap._unmask",
+    "forks:Forks._unmask",
     "signals:_failed",
     "driver:end",
 }

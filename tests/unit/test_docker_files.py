@@ -485,7 +485,7 @@ def base_image(tmp_path_factory: pytest.TempPathFactory) -> Any:
             (packages / entry.name).symlink_to(entry)
 
     def make(folder: Path, with_wrapt: bool = True) -> Path:
-        subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True, timeout=60)
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True, timeout=120)
         site = next(folder.glob("lib/python*/site-packages"))
         (site / "base_image.pth").write_text(f"{packages}\n")
         if with_wrapt:
@@ -612,11 +612,11 @@ def test_the_injection_in_a_pid_namespace(tmp_path: Path, wheel: Path, base_imag
     env["PYTHONPATH"] = env["PYTHONPATH"].replace(mount, str(volume), 1)
     env["PYTHONDONTWRITEBYTECODE"] = "1"  # as in a volume that is mounted read-only
     shown = subprocess.run(
-        [str(python), "-m", "autoteardown", "path"], env=env, capture_output=True, text=True, timeout=60
+        [str(python), "-m", "autoteardown", "path"], env=env, capture_output=True, text=True, timeout=120
     )
     assert shown.stdout == env["PYTHONPATH"] + "\n", shown.stderr
     verbose = subprocess.run(
-        [str(python), "-v", "-c", "import signal"], env=env, capture_output=True, text=True, timeout=60
+        [str(python), "-v", "-c", "import signal"], env=env, capture_output=True, text=True, timeout=120
     )
     loaded = re.findall(rf"code object from '?({volume}/\S+?)'?$", verbose.stderr, re.M)
     assert any("/startup." in path for path in loaded) and all(path.endswith(".pyc") for path in loaded)

@@ -810,7 +810,7 @@ def test_the_command(tmp_path: Path) -> None:
         [sys.executable, "-X", "importtime", "-m", "autoteardown", "timeline", str(folder), "-o", str(out)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
     )
     assert result.returncode == 0, result.stderr
     assert "2 ranks: 2 clean" in result.stdout and f"wrote {out}" in result.stdout
