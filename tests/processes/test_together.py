@@ -146,6 +146,17 @@ def test_once_more_while_it_saves(job):
     saved_together(job, ranks)
 
 
+def test_a_peers_own_signal_comes_late(job):
+    """It is the same eviction (Lightning's handler passes it on to the ranks that it has launched): called once."""
+    ranks = started(job, "slow-save")
+    ranks[1].signal()
+    ranks[0].wait_for("^saving$")
+    ranks[0].signal()
+    saved_together(job, ranks)
+    for rank in ranks:
+        assert rank.stdout.count("handler at") == 1, rank.story()
+
+
 def test_a_save_that_needs_all_ranks(job):
     """The group is alive: what the application saves may be collective."""
     ranks = started(job, "collective")
