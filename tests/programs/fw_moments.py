@@ -6,7 +6,7 @@ lightning   PyTorch Lightning
 accelerate  Accelerate, with a loop of its own
 
 Trains STEPS (40) steps, evaluates after each 12th, saves after each 7th; resumes from the last checkpoint in FOLDER if
-there is one. Says `starting` and waits a moment, `rank R step N loss L` after each step, `evaluating` at each step of
+there is one. Says `starting` and waits a moment, `rank R step N loss L` in each step, `evaluating` at each step of
 an evaluation, and `over` at the end. Nothing in here knows of evictions.
 """
 
@@ -176,6 +176,9 @@ def with_lightning():
             super().__init__()
             self.layers = layers()
 
+        def on_fit_start(self):
+            start_up()
+
         def training_step(self, batch, index):
             loss = (self.layers(batch) - batch).square().mean()
             tell(f"rank {self.global_rank} step {self.global_step + 1} loss {loss.item():.6f}")
@@ -201,7 +204,6 @@ def with_lightning():
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    start_up()
     evaluation = torch.utils.data.DataLoader(torch.randn(64, 32), batch_size=4)
     trainer.fit(Model(), Batches(), evaluation, ckpt_path="last")
 
@@ -227,9 +229,9 @@ def with_accelerate():
         optimizer.zero_grad()
         loss = (net(batch) - batch).square().mean()
         accelerator.backward(loss)
+        tell(f"rank {accelerator.process_index} step {step + 1} loss {loss.item():.6f}")
         optimizer.step()
         step += 1
-        tell(f"rank {accelerator.process_index} step {step} loss {loss.item():.6f}")
         if step % EVALUATE == 0:
             for _ in range(8):
                 evaluate_a_batch()
