@@ -39,6 +39,7 @@ class Training:
 
     def __init__(self, job, framework, folder):
         self.job, self.framework, self.folder = job, framework, folder
+        folder.mkdir()
         self.losses = {}
         self.resumed_after = 0  # the step that the last attempt began after
 
@@ -88,11 +89,29 @@ def at_step(ranks, step):
         rank.wait_for(rf"^rank \d step {step} ", START)
 
 
+def finish(training):
+    """To its end, undisturbed."""
+    stopped = training.done
+    ranks = training.start()
+    for rank in ranks:
+        assert rank.wait(START) == 0, rank.story()
+        assert "over\n" in rank.stdout
+    training.take(ranks)
+    assert training.resumed_after == stopped, "no step was lost"
+
+
+def as_uninterrupted(job, training, folder):
+    """Its losses are those of a run that nobody evicts."""
+    control = Training(job, training.framework, folder)
+    finish(control)
+    assert training.losses.keys() == control.losses.keys()
+    assert training.losses == pytest.approx(control.losses, rel=2e-3, abs=2e-5)
+
+
 @pytest.mark.parametrize(
     ("framework", "package", "codes"),
     [
         ("trainer", "transformers", (143, 0)),
-        ("trl", "trl", (143, 0)),
         ("lightning", "lightning", (0, 0)),
         ("accelerate", "accelerate", (143, 0)),
     ],
@@ -101,12 +120,15 @@ def test_four_evictions(job, tmp_path, framework, package, codes):
     """In start-up, in training, in an evaluation, in a save: no step is lost, and none goes wrong."""
     pytest.importorskip(package)
     training = Training(job, framework, tmp_path / "run")
-    training.folder.mkdir()
 
     ranks = training.start()
     for rank in ranks:
         rank.wait_for("^starting$", START)
-    training.evict(ranks, codes)
+    if framework == "lightning":  # whose handler is not there yet: there is nothing to save with
+        training.evict(ranks, (143, 0))
+        training.losses.clear()
+    else:
+        training.evict(ranks, codes)
     stopped = training.done
     assert stopped <= 2, "in its first steps, if the framework has got so far"
 
@@ -131,20 +153,18 @@ def test_four_evictions(job, tmp_path, framework, package, codes):
     wait_until(lambda: set(training.folder.rglob("*")) - before, "a checkpoint that is being written")
     training.evict(ranks, codes)
     assert training.resumed_after == stopped, "no step was lost"
-    stopped = training.done
 
+    finish(training)
+    as_uninterrupted(job, training, tmp_path / "control")
+
+
+def test_trl(job, tmp_path):
+    """As the Trainer that it is built on."""
+    pytest.importorskip("trl")
+    training = Training(job, "trl", tmp_path / "run")
     ranks = training.start()
-    for rank in ranks:
-        assert rank.wait(START) == 0, rank.story()
-        assert "over\n" in rank.stdout
-    training.take(ranks)
-    assert training.resumed_after == stopped, "no step was lost"
-
-    control = Training(job, framework, tmp_path / "control")
-    control.folder.mkdir()
-    ranks = control.start()
-    for rank in ranks:
-        assert rank.wait(START) == 0, rank.story()
-    control.take(ranks)
-    assert training.losses.keys() == control.losses.keys()
-    assert training.losses == pytest.approx(control.losses, rel=2e-3, abs=2e-5)
+    at_step(ranks, 4)
+    training.evict(ranks, (143, 0))
+    assert 4 <= training.done < 7, "before its first own checkpoint"
+    finish(training)
+    as_uninterrupted(job, training, tmp_path / "control")

@@ -247,3 +247,22 @@ def evict_at_random(job, seed):
 def test_at_random_moments(job, seed):
     """Issue: evictions at random moments; `TOGETHER_EVICTIONS=100` for as many as it asks for."""
     evict_at_random(job, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(EVICTIONS))
+def test_at_random_moments_under_torchrun(job, seed):
+    """The same with a launcher, itself or one of its workers, which reacts to the first who leaves."""
+    chance = random.Random(seed)
+    launcher = job.torchrun("saver.py", "flag", 0, ranks=4, **PATIENT)
+    wait_until(lambda: launcher.stdout.count("step 5\n") >= 4, "four ranks at work")
+    victim = chance.choice([launcher.pid, *workers(launcher, 4)])
+    time.sleep(chance.uniform(0, 0.1))
+    os.kill(victim, SIGTERM)
+    assert launcher.wait(30) == 1, launcher.story()
+    assert len(set(checkpoints(job, 4).values())) == 1, launcher.story()
+    # Signalled itself, it does not tell.
+    assert victim == launcher.pid or "exitcode  : 42" in launcher.stderr, launcher.story()
+    assert "SIGKILL" not in launcher.stderr, launcher.story()
+    assert " done: " not in launcher.stderr, "the agent has nothing to tell"
+    wait_until(lambda: not job.survivors(), "the end of the workers", 10)
