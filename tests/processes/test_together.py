@@ -73,6 +73,20 @@ def test_whatever_the_handler_does(job, style, who):
         assert rank.stdout.count("handler at") == 1, rank.story()
 
 
+@pytest.mark.parametrize("style", ["asyncio-apart", "uvloop", "uvloop-apart", "trio", "trio-apart"])
+@pytest.mark.parametrize("who", ["one", "all"])
+def test_an_event_loops_handler(job, style, who):
+    """uvloop's, trio's; with the training on the loop's own thread, or on another while the loop has nothing to do."""
+    pytest.importorskip(style.partition("-")[0])
+    ranks = started(job, style)
+    for victim in WHO[who]:
+        ranks[victim].signal()
+    saved_together(job, ranks)
+    for rank in ranks:
+        assert rank.stdout.count("handler at") == 1, rank.story()
+    assert min(rank.seconds for rank in ranks) < 4, "nobody waits for a loop to come by"
+
+
 def test_control_a_flag_on_one_rank(job):
     """The control: without the agent the signalled rank saves and the others hang in its absence, or fail."""
     ranks = job.world("saver.py", 3, "flag", mode=NONE)
@@ -130,6 +144,17 @@ def test_once_more_while_it_saves(job):
     ranks[1].signal()
     ranks[1].wait_for(r"(?s)handler at .*handler at")
     saved_together(job, ranks)
+
+
+def test_a_peers_own_signal_comes_late(job):
+    """It is the same eviction (Lightning's handler passes it on to the ranks that it has launched): called once."""
+    ranks = started(job, "slow-save")
+    ranks[1].signal()
+    ranks[0].wait_for("^saving$")
+    ranks[0].signal()
+    saved_together(job, ranks)
+    for rank in ranks:
+        assert rank.stdout.count("handler at") == 1, rank.story()
 
 
 def test_a_save_that_needs_all_ranks(job):
@@ -251,3 +276,22 @@ def evict_at_random(job, seed):
 def test_at_random_moments(job, seed):
     """Issue: evictions at random moments; `TOGETHER_EVICTIONS=100` for as many as it asks for."""
     evict_at_random(job, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(EVICTIONS))
+def test_at_random_moments_under_torchrun(job, seed):
+    """The same with a launcher, itself or one of its workers, which reacts to the first who leaves."""
+    chance = random.Random(seed)
+    launcher = job.torchrun("saver.py", "flag", 0, ranks=4, **PATIENT)
+    wait_until(lambda: launcher.stdout.count("step 5\n") >= 4, "four ranks at work")
+    victim = chance.choice([launcher.pid, *workers(launcher, 4)])
+    time.sleep(chance.uniform(0, 0.1))
+    os.kill(victim, SIGTERM)
+    assert launcher.wait(30) == 1, launcher.story()
+    assert len(set(checkpoints(job, 4).values())) == 1, launcher.story()
+    # Signalled itself, it does not tell.
+    assert victim == launcher.pid or "exitcode  : 42" in launcher.stderr, launcher.story()
+    assert "SIGKILL" not in launcher.stderr, launcher.story()
+    assert " done: " not in launcher.stderr, "the agent has nothing to tell"
+    wait_until(lambda: not job.survivors(), "the end of the workers", 10)
