@@ -1,7 +1,7 @@
 """Evictions at random moments of a real multi-process job: `make chaos`.
 
 `CHAOS_RUNS` (default 1,000) of them, `CHAOS_WORKERS` at a time (default 3). The seed of each is printed when it fails;
-`CHAOS_SEED=<seed> CHAOS_RUNS=1` replays it (the moment of the signal, not the scheduler's moods). `CHAOS_ACTIVITY` names
+`CHAOS_SEED=<seed> CHAOS_RUNS=1` replays it (the moment of the signal, not the scheduler's moods). `CHAOS_ACTIVITY` says
 what the jobs do, if it is not to be everything: `CHAOS_ACTIVITY=swallow`.
 """
 
