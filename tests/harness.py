@@ -343,7 +343,7 @@ class Job:
         if fresh or python or launcher:
             if mode == HANDWRITTEN:
                 argv = [str(PROGRAMS / "handwritten.py"), *argv]
-            env = environment(mode, self.mark, PYTHONPATH=str(PROGRAMS), **env)
+            env = environment(mode, self.mark, **{"PYTHONPATH": str(PROGRAMS), **env})
             argv = [*(host.prefix if host else ()), *launcher, sys.executable, *python, *argv]
             rank = Started(argv, folder, env, cwd=self.folder)
         else:
