@@ -24,7 +24,7 @@ ray = pytest.importorskip("ray")
 sys.path.insert(0, str(PROGRAMS))
 import ray_ranks  # noqa: E402
 
-pytestmark = [pytest.mark.frameworks, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.frameworks, pytest.mark.timeout(500)]
 
 # About 2 s on an idle machine. What is compared with it: the hard deadline of the default grace period, 24 s, and the
 # watchdog's 600 s.
@@ -128,7 +128,10 @@ def wait_in(folder, what, rank, driver=None):
         assert driver is None or driver.running, driver.story()
         return path.exists()
 
-    wait_until(look, f"rank {rank} to be {what}", 120)
+    try:
+        wait_until(look, f"rank {rank} to be {what}", 250)
+    except AssertionError as error:
+        raise AssertionError(f"{error}: {driver.story() if driver else ''}") from None
     pid, thread = map(int, path.read_text().split())
     seen, times = None, 0
     while what == "blocked" and times < 8:
