@@ -207,8 +207,7 @@ def _release(lock: Any) -> None:
         pass
 
 
-def close_all(seconds: float = 2.0) -> None:
-    """At exit, last of all: close every channel, and wait for who reads a store just now, at most so many seconds."""
+def close_all() -> None:
+    """At exit: close every channel."""
     for channel in list(_open):
         channel.close()
-    rendezvous.settle(seconds)

@@ -10,6 +10,7 @@ import os
 import sys
 from typing import Any, Callable, Optional
 
+from autoteardown import native
 from autoteardown.boundary import failed, guarded
 from autoteardown.channel import channel as channels
 from autoteardown.frameworks import ray
@@ -25,6 +26,7 @@ from autoteardown.stop.driver import Teardown, end
 from autoteardown.stop.fuse import Fuse
 
 _GOODBYE = 0.2  # seconds for the others to hear that this rank has left by itself
+_SETTLE = 2.0  # seconds at exit for what our threads do in C++
 _LAST = 3.0  # seconds that the hub stays for the others when its application has ended by itself
 
 
@@ -40,6 +42,7 @@ class Guard(Armed):
         self._watch: Optional[Watch] = None
         self._finalized = False
         self._fuse = Fuse()
+        self._signalled = False
         self._hooks: Optional[stepping.Hooks] = None
 
     # -- the life of a rank -----------------------------------------------------------------------------------------
@@ -86,7 +89,9 @@ class Guard(Armed):
         if self.teardown is not None and self.teardown.committed:
             return
         self._close_channel()
-        self.tap.disarm()
+        # In an eviction that it has heard of from a peer, its own signal may be yet to come: not to be killed by then.
+        if self.teardown is None:
+            self.tap.disarm()
         if self._hooks is not None:
             self._hooks.remove()
             self._hooks = None
@@ -141,10 +146,12 @@ class Guard(Armed):
     def _on_signal(self, signum: int) -> bool:
         """On the loop thread; whether the application's handler is to be called later, and not now."""
         try:
+            first, self._signalled = not self._signalled, True
             if self.teardown is not None:
                 ray.call_abort_off()
                 self.teardown.also_signalled(signum)
-            elif self._begun.acquire(False):
+                return first and self.main.defers(signum)  # a peer's notice was faster
+            if self._begun.acquire(False):
                 # Before anything else: on a starved machine this thread may not get the GIL again for long.
                 self._fuse.light(self.settings.hard, self.settings.exit_code_for(signum))
                 ray.call_abort_off()
@@ -176,6 +183,17 @@ class Guard(Armed):
 
     def at_exit(self) -> None:
         """Last of all atexit callbacks."""
+        self.main.over = True
+        self._leave_to_the_stop()
+        if self.teardown is not None:
+            self.events.put(("exits", None))
+        self._close_channel()  # which may take a while, and a stop may begin meanwhile
+        self._leave_to_the_stop()
+        self.identity.unlist()
+        channels.close_all()
+        native.settle(_SETTLE)
+
+    def _leave_to_the_stop(self) -> None:
         teardown = self.teardown
         if teardown is not None and teardown.committed:
             if not teardown.leaving:
@@ -184,9 +202,6 @@ class Guard(Armed):
                     self.events.put(("ended", None))
                 self.gate.parking.wait_for_exit()
             teardown.ended()
-        self._close_channel()
-        self.identity.unlist()
-        channels.close_all()
 
 
 def _origin(notice: Any) -> dict[str, Any]:

@@ -19,6 +19,7 @@ class MainThread:
         self._owner: dict[str, bool] = {}
         self._seen = 0  # signals that Python's handler was called for
         self._waits = False
+        self.over = False  # it has nothing left to run but our own exit callback
         self.handed = False  # the application's handler has been called for this eviction
 
     def owner(self, signum: int) -> bool:
@@ -33,14 +34,16 @@ class MainThread:
         return self._owner["owner"]
 
     def defers(self, signum: int) -> bool:
-        """Whether that handler is called at the agreed iteration, on every rank, and not at once."""
+        """Whether the first signal is not for that handler, which is called at the agreed iteration, on every rank.
+
+        Or has been called there: Lightning's passes the signal on to the ranks that it has launched.
+        """
         armed = self._armed
         return (
             armed.settings.handlers == "together"
             and armed.joined
             and armed.channel is not None
             and self.owner(signum)
-            and not self.handed
         )
 
     def deliver(self, signum: int) -> None:
@@ -60,11 +63,14 @@ class MainThread:
         teardown = armed.teardown
         self._seen += 1
         if not (teardown is not None and teardown.committed and self.handed) and self.owner(signum):
-            if self.defers(signum) and self._seen == 1:
+            owns = armed.tap.application_owns(signum)
+            if self.defers(signum) and self._seen == 1 and (owns or not self.handed):
+                if self.handed and teardown is not None:
+                    teardown.also_signalled(signum, sure=True)
                 return True
             if self._not_over():
                 # A second one, or nobody to wait for: the application's at once.
-                if armed.tap.application_owns(signum):
+                if owns:
                     if self.handed and teardown is not None:
                         teardown.also_signalled(signum, sure=True)
                     self.handed = True
@@ -87,6 +93,8 @@ class MainThread:
     def stop(self) -> None:
         """Park this thread if it is time to, or have it leave if it is time for that."""
         armed, gate, ident = self._armed, self._armed.gate, get_ident()
+        if self.over:
+            return
         # It waits below this frame, and looks for itself. What is raised here would not come out of that wait.
         if ident in gate.waits.inside or ident in gate.held:
             return

@@ -7,6 +7,7 @@ from datetime import datetime, timezone
 from typing import Any, Optional
 
 from autoteardown.stop import report
+from autoteardown.stop.deadline import Deadline
 from autoteardown.stop.hands import Hands
 from autoteardown.stop.protocol import Stop
 from autoteardown.stop.story import Story, signal_name
@@ -22,15 +23,17 @@ class Account:
         cause: `signal`, `peer` or `lost`.
         signum: the eviction signal, if this rank got one.
         origin: rank, host and pid of the rank that was signalled first.
+        deadline: of this stop.
     """
 
-    def __init__(self, hands: Hands, cause: str, signum: Optional[int], origin: dict[str, Any]) -> None:
+    def __init__(
+        self, hands: Hands, cause: str, signum: Optional[int], origin: dict[str, Any], deadline: Deadline
+    ) -> None:
         self._hands = hands
         self.cause = cause
         self.signum = signum
         self.origin = origin
-        self.hard = hands.settings.hard
-        """Seconds after the signal when the process is gone; a drain of the node may leave less than usual."""
+        self._deadline = deadline
         self._received_at = datetime.now(timezone.utc).isoformat()
         self._stuck: list[dict[str, Any]] = []
         self._collective: Optional[dict[str, Any]] = None  # the one that does not end
@@ -43,12 +46,12 @@ class Account:
     @property
     def yields(self) -> float:
         """Seconds that an application with a handler of its own has."""
-        return self._hands.settings.yield_within(self.hard)
+        return self._hands.settings.yield_within(self._deadline.hard)
 
     @property
     def _grace(self) -> float:
-        usual = self._hands.settings
-        return usual.grace if self.hard == usual.hard else round(self.hard + 1.0, 2)
+        deadline = self._deadline
+        return round(deadline.hard + 1.0, 2) if deadline.shortened else self._hands.settings.grace
 
     def opening(self, owner: bool) -> str:
         """Why this is happening, in words; `owner`: the application may end by itself."""
@@ -61,7 +64,7 @@ class Account:
         name = signal_name(self.signum) if self.signum else "?"
         if owner and self.yields:
             return f"{name}: the application ends by itself, and has {round(self.yields, 1):g}s"
-        return f"{name}: tearing down, hard deadline at {round(self.hard, 1):g}s"
+        return f"{name}: tearing down, hard deadline at {round(self._deadline.hard, 1):g}s"
 
     def take_stacks(self, when: str) -> None:
         """Keep what the program's threads are doing."""

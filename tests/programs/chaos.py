@@ -72,23 +72,23 @@ def marked():
 
 def save(model, optimizer):
     path = os.path.join(folder, f"checkpoint{rank}")
-    note("save")
     torch.save({"model": model.state_dict(), "padding": marked()}, path)
+    note("saved")
 
 
 def save_pieces(model, optimizer):
     """One checkpoint that is three files."""
     for piece in ("model", "optimizer", "scheduler"):
         path = os.path.join(folder, f"pieces{rank}-{piece}")
-        note("save")
         torch.save({"padding": marked()}, path + ".tmp")
         os.replace(path + ".tmp", path)
+        note("saved")
 
 
 def save_shards(model, optimizer):
     """One checkpoint that is all ranks', over the last one."""
-    note("save")
     dcp.save({f"part{rank}": marked()}, checkpoint_id=os.path.join(folder, "shards"))
+    note("saved")
 
 
 def uneven(model, optimizer):
@@ -268,6 +268,8 @@ def main():
     second = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.01)
     if activity == "adversarial":
         second = torch.optim.SGD(model.parameters(), lr=0.01)
+    if activity == "poll":
+        poll(model, optimizer)  # that a program polls is known from its first poll on
     say_going()
     while True:
         shared.choice(ACTIVITIES[activity])(model, optimizer)
