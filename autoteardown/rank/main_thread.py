@@ -60,7 +60,7 @@ class MainThread:
     def on_signal(self, signum: int) -> bool:
         """Python's handler for an eviction signal, on the main thread; True: the agent deals with it."""
         armed = self._armed
-        teardown = armed.teardown
+        teardown, handed = armed.teardown, self.handed
         self._seen += 1
         if not (teardown is not None and teardown.committed and self.handed) and self.owner(signum):
             owns = armed.tap.application_owns(signum)
@@ -71,6 +71,8 @@ class MainThread:
             if self._not_over():
                 # A second one, or nobody to wait for: the application's at once.
                 if owns:
+                    if self.handed and not handed:
+                        return True  # delivered meanwhile, on top of this frame: that was for this signal
                     if self.handed and teardown is not None:
                         teardown.also_signalled(signum, sure=True)
                     self.handed = True
