@@ -24,7 +24,7 @@ ray = pytest.importorskip("ray")
 sys.path.insert(0, str(PROGRAMS))
 import ray_ranks  # noqa: E402
 
-pytestmark = [pytest.mark.frameworks, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.frameworks, pytest.mark.timeout(700)]
 
 # About 2 s on an idle machine. What is compared with it: the hard deadline of the default grace period, 24 s, and the
 # watchdog's 600 s.
@@ -128,7 +128,10 @@ def wait_in(folder, what, rank, driver=None):
         assert driver is None or driver.running, driver.story()
         return path.exists()
 
-    wait_until(look, f"rank {rank} to be {what}", 120)
+    try:
+        wait_until(look, f"rank {rank} to be {what}", 400)
+    except AssertionError as error:
+        raise AssertionError(f"{error}: {driver.story() if driver else ''}") from None
     pid, thread = map(int, path.read_text().split())
     seen, times = None, 0
     while what == "blocked" and times < 8:
@@ -306,7 +309,9 @@ def test_drain_as_a_pre_stop_hook(cluster, world, tmp_path):
     assert said == [(Released(), 0), ("partial", 0)]
 
 
-@pytest.mark.parametrize("evicted, other", [("blocked", "busy"), ("busy", "blocked")])
+@pytest.mark.parametrize(
+    "evicted, other", [("blocked", "busy"), pytest.param("busy", "blocked", marks=pytest.mark.slow)]
+)
 def test_tasks(cluster, tmp_path, evicted, other):
     port = free_port()
     running = [
@@ -390,8 +395,15 @@ def test_calls_that_come_at_the_eviction(cluster, world, again):
         assert "Check failed" not in log and "SIGABRT" not in log, log
 
 
-@pytest.mark.parametrize("kind", ["sync", "asyncio"])
-@pytest.mark.parametrize("sleeps", [False, True])
+@pytest.mark.parametrize(
+    "kind, sleeps",
+    [
+        ("sync", True),
+        ("asyncio", False),
+        pytest.param("sync", False, marks=pytest.mark.slow),
+        pytest.param("asyncio", True, marks=pytest.mark.slow),
+    ],
+)
 def test_a_worker_that_never_inits_is_as_without_us(cluster, tmp_path, kind, sleeps):
     """Same error to the driver, same log."""
     seen = []
@@ -422,7 +434,7 @@ def test_a_worker_that_never_inits_is_as_without_us(cluster, tmp_path, kind, sle
     assert "autoteardown" not in seen[0]
 
 
-@pytest.mark.parametrize("order", ["first", "last"])
+@pytest.mark.parametrize("order", ["first", pytest.param("last", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("mode", [AGENT, NONE])
 def test_a_driver_that_is_a_rank(cluster, job, order, mode):
     """Ray's C++ layer has a driver aborted 3 s after its SIGTERM (ray-project/ray#64830); a wedge takes longer."""
