@@ -54,7 +54,7 @@ network-chaos: $(VENV)/.has-test
 unchanged: $(VENV)/.has-test
 	$(BIN)/python -m pytest -n 2 -m "slow or not slow" tests/processes/test_unchanged.py $(TEST)
 
-# By file: the Ray tests share one cluster. The slow ones, an hour of them: TEST='-m "frameworks and slow"'.
+# By file: the Ray tests share one cluster. TEST="-m 'frameworks and slow'" runs the rest of them.
 frameworks: $(VENV)/.has-frameworks
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "frameworks and not slow" $(TEST)
 

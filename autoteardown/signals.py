@@ -195,12 +195,13 @@ class Tap:
 
     def deliver(self, signum: int) -> None:
         """On the main thread: have the application handle the signal as if it had come now."""
-        slots = self._slots
+        slots, forwarded = self._slots, False
         if slots is not None:
-            slots.forward(bytes([signum]), self._warn)
+            forwarded = slots.forward(bytes([signum]), self._warn)
             slots.chain(signum)
         handler = self.handler_of(signum)
-        if callable(handler):
+        # To uvloop it would be a second signal: it may be reading its wake-up fd just now, beneath this frame.
+        if callable(handler) and not (forwarded and _is_uvloops(handler)):
             handler(signum, sys._getframe(1))
 
     def on_main(self, errand: "Callable[[], object]") -> bool:
@@ -209,7 +210,11 @@ class Tap:
         Returns:
             False if it cannot be asked (see `Doorbell.ask`).
         """
-        return self._slots is not None and self._slots.doorbell.ask(errand)
+        slots = self._slots
+        if slots is None or not slots.doorbell.ask(errand):
+            return False
+        slots.wake_loop()
+        return True
 
     def _hear(self, data: bytes) -> None:
         """On the listener thread."""
@@ -324,6 +329,10 @@ class Tap:
 
 def _is_exit_only(handler: "Any") -> bool:
     return (getattr(handler, "__module__", ""), getattr(handler, "__name__", "")) in _EXIT_ONLY
+
+
+def _is_uvloops(handler: "Any") -> bool:
+    return type(getattr(handler, "__self__", None)).__module__.startswith("uvloop")
 
 
 def _failed(what: str, error: BaseException) -> None:

@@ -102,7 +102,7 @@ class RichDisplay(Display):
         for name in table.HEAD:
             view.add_column(name, overflow="fold", no_wrap=name != "exit codes")
         for row in table.rows(outcomes):
-            good = row[2].text == "clean"
+            good = row[2].text == "yes"
             styles = ["red" if cell.bad else "green" if good and cell is row[2] else "" for cell in row]
             view.add_row(*(Text(cell.text, style=style) for cell, style in zip(row, styles)))
         self._console.print(view)

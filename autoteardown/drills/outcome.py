@@ -55,6 +55,8 @@ class RankOutcome:
         """Its exit code, or the name of the signal that ended it."""
         if self.lost:
             return "lost"
+        if self.code is None and self.sigkilled:  # by the drill, which is not its parent
+            return "SIGKILL"
         if self.code is None:
             return "hangs" if self.hanging else "own" if self.withdrew else "unknown"
         try:
@@ -67,8 +69,8 @@ class RankOutcome:
         """What became of it, without its exit code."""
         if self.lost:
             return "lost"
-        if self.code is not None:
-            return "ended" if self.code >= 0 else f"died of {self.ending}"
+        if self.code is not None or self.sigkilled:
+            return "ended" if self.code is not None and self.code >= 0 else f"died of {self.ending}"
         return "hangs" if self.hanging else "ended by itself" if self.withdrew else "died"
 
     @property

@@ -10,12 +10,13 @@ from autoteardown.drills.outcome import Outcome
 from autoteardown.drills.scenario import AGENT
 from autoteardown.timeline.stops import seconds
 
-HEAD = ("scenario", "protection", "verdict", "peers", "gone", "steps", "lost", "exit codes")
+# In 80 columns, also with the longest of everything: hence "clean: no" and not "not clean".
+HEAD = ("scenario", "protection", "clean", "peers", "gone", "KILL", "steps", "lost", "exit codes")
 LEGEND = (
     "Peers: how long until the ranks without a signal were free; gone: all of them.",
-    "Steps: where they stopped; one number is right. Lost: steps since the last",
-    "checkpoint. Exit codes by rank; TERM or KILL: ended by that signal, KILL at the",
-    "end of the grace period.",
+    "KILL: how many were SIGKILLed at the end of the grace period. Steps: where they",
+    "stopped; one number is right. Lost: steps since the last checkpoint. Exit codes",
+    "by rank; TERM or KILL: ended by that signal.",
 )
 
 
@@ -68,15 +69,16 @@ def headline(outcomes: Sequence[Outcome]) -> str:
 
 def _cells(outcome: Outcome) -> list[Cell]:
     if not outcome.ranks:
-        return [Cell(outcome.label), Cell("no drill", True), *[Cell("-")] * 5]
+        return [Cell(outcome.label), Cell("-", True), *[Cell("-")] * (len(HEAD) - 3)]
     wrong = any(rank.problem for rank in outcome.ranks)
     lasted, freed = outcome.last_exit, outcome.peers_freed
     steps = sorted(set(outcome.steps))
     return [
         Cell(outcome.label),
-        Cell("clean" if outcome.clean else "not clean", not outcome.clean),
+        Cell("yes" if outcome.clean else "no", not outcome.clean),
         Cell("-" if not outcome.peers else "never" if freed is None else seconds(freed), outcome.hanging > 0),
         Cell("never" if lasted is None else seconds(lasted), lasted is None or lasted > outcome.grace),
+        Cell(str(outcome.sigkilled), outcome.sigkilled > 0),
         Cell("-" if not steps else str(steps[0]) if len(steps) == 1 else "differ", len(steps) > 1),
         Cell("-" if outcome.steps_lost is None else str(outcome.steps_lost)),
         Cell(_codes(outcome), wrong),

@@ -21,7 +21,7 @@ class Armed:
         real_destroy: torch's own `destroy_process_group`.
     """
 
-    def __init__(self, real_destroy: Callable[..., object]) -> None:
+    def __init__(self, real_destroy: Callable[[], object]) -> None:
         self.real_destroy = real_destroy
         self.settings, problems = settings.load(os.environ)
         self.identity = Identity(self.settings)

@@ -53,6 +53,8 @@ from autoteardown.rank import afterwards, custom_groups
 # Their abort does nothing: a blocked operation stays blocked until the peer's socket closes.
 _WITHOUT_ABORT = frozenset({"gloo", "mpi", "ucc", "fake"})
 
+_CUSTOM = 1.0  # seconds for groups whose other members do not leave with this rank
+
 _kept: list[Any] = []
 
 
@@ -155,15 +157,15 @@ def abort(done: Callable[[Problem], object]) -> None:
         primitives.start_new_thread(run, (function,))
 
 
-def destroy(real: Callable[..., object]) -> Problem:
+def destroy(real: Callable[[], object]) -> Problem:
     """Release the default process group and all others. May never return: call it on a thread.
 
     Args:
         real: torch's own `destroy_process_group`.
     """
-    # Without a default group torch's function takes them one by one.
-    each: list[tuple[Any, ...]] = [()] if _c10d().is_initialized() else [(group,) for group in groups()]
-    if not each:
+    c10d = _c10d()
+    custom = [group for group in groups() if custom_groups.known(group) or not c10d.is_initialized()]
+    if not custom and not c10d.is_initialized():
         return None  # the program was faster
     # The last reference to a gloo group must not go in what the program unwinds on its way out: the destructor can
     # deadlock, with the GIL held.
@@ -172,10 +174,31 @@ def destroy(real: Callable[..., object]) -> Problem:
         afterwards.release(_c10d())
     except Exception:  # torch has changed: its own errors, then
         pass
-    problems = []
-    for arguments in each:
+    for group in custom:
+        c10d._world.pg_names.pop(group, None)  # torch's function shuts down what is in there
+    problem = None
+    if c10d.is_initialized():
         try:
-            real(*arguments)
+            real()
         except Exception as error:
-            problems.append(line(error))
-    return "; ".join(problems) or None
+            problem = line(error)
+    _shut_down(custom)
+    return problem
+
+
+def _shut_down(custom: list[Any]) -> None:
+    """Release groups whose other members go on. A backend may wait for those: then the exit releases the group."""
+    over: list[object] = []
+
+    def run(group: Any) -> None:
+        try:
+            getattr(group, "shutdown", lambda: _c10d()._shutdown_backend(group))()
+        except BaseException:  # it is no part of this stop, and its members are not told
+            pass
+        over.append(group)
+
+    for group in custom:
+        primitives.start_new_thread(run, (group,))
+    until = primitives.monotonic() + _CUSTOM
+    while len(over) < len(custom) and primitives.monotonic() < until:
+        primitives.sleep(0.01)

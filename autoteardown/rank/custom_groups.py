@@ -4,7 +4,7 @@
 own, then torch's helper `_new_process_group_helper`, called as it is for a default group, with no ranks. Such a group
 reaches across jobs: some of its members are ranks of one default group, some of another, some of none. So
 
-- it is released with the rank, like every group that torch knows of;
+- it is released with the rank, after its default group, and not waited for: a backend may want all members for that;
 - a process that has only such a group is guarded for its sake;
 - its members are not told of each other's evictions: an engine that is evicted must not take the trainers with it;
 - its collectives are no evidence of how far the ranks of the default group are: each may have one of that name.

@@ -16,10 +16,9 @@ from autoteardown.boundary import guarded
 from autoteardown.primitives import get_ident, monotonic
 from autoteardown.rank import savers, threads
 from autoteardown.rank.clock import Clock
+from autoteardown.rank.delivery import Delivery
 from autoteardown.rank.pace import Pace
 from autoteardown.rank.parking import Parking, Waits
-
-_DELIVERY = 5.0  # seconds that a training thread waits for the application's handler on the main thread
 
 
 class Gate:
@@ -55,14 +54,13 @@ class Gate:
         self.requested = False  # what `stop_requested()` returns
         self.held: set[int] = set()  # threads that wait at the end of an iteration
         self.loop: Any = None  # the event loop of that thread
-        self.applications: Optional[BaseException] = None  # raised by its handler: not ours to catch
+        self.delivery = Delivery(self.waits.wake)
         self.saves = savers.Saves()
         self._tell = tell
         self._numbers, self._devices = numbers, devices
         self._last: Optional[int] = None
         self._until: dict[str, int] = {}
         self._resumed = False
-        self._delivery: list[Callable[[], object]] = []
 
     def begin(self, thread: int) -> None:
         """A new world: every rank of it counts from nought."""
@@ -112,25 +110,11 @@ class Gate:
     def resume(self, delivery: Optional[Callable[[], object]], requested: bool) -> None:
         """The application ends by itself: everybody runs on, after `delivery` has been called on the main thread."""
         if delivery is not None:
-            self._delivery.append(delivery)
+            self.delivery.put(delivery)
         self.requested = requested
         self.calm = self.holding = False
         self._resumed = True
         self.waits.wake()
-
-    def deliver(self) -> None:
-        """On the main thread: what `resume` was given, if nobody has called it yet."""
-        try:
-            delivery = self._delivery.pop()
-        except IndexError:
-            return
-        try:
-            delivery()
-        except BaseException as error:
-            self.applications = error
-            raise
-        finally:
-            self.waits.wake()
 
     def close(self) -> None:
         """Whoever comes to a stopping place from now on is parked there."""
@@ -214,10 +198,9 @@ class Gate:
     def _wait_for_delivery(self, ident: int) -> None:
         if ident == threads.main_ident():
             self.held.discard(ident)
-            self.deliver()
+            self.delivery.call()
             return
-        until = monotonic() + _DELIVERY
-        while self._delivery and monotonic() < until and not self.closed:
+        while self.delivery.awaited and not self.closed:
             self.waits.wait(ident)
 
     def park(self) -> None:

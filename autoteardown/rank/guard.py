@@ -33,7 +33,7 @@ _LAST = 3.0  # seconds that the hub stays for the others when its application ha
 class Guard(Armed):
     """The guard of this process."""
 
-    def __init__(self, real_destroy: Callable[..., object]) -> None:
+    def __init__(self, real_destroy: Callable[[], object]) -> None:
         super().__init__(real_destroy)
         self.main = MainThread(self)
         self._begun = allocate_lock()
@@ -42,6 +42,7 @@ class Guard(Armed):
         self._watch: Optional[Watch] = None
         self._finalized = False
         self._fuse = Fuse()
+        self._signalled = False
         self._hooks: Optional[stepping.Hooks] = None
 
     # -- the life of a rank -----------------------------------------------------------------------------------------
@@ -145,10 +146,12 @@ class Guard(Armed):
     def _on_signal(self, signum: int) -> bool:
         """On the loop thread; whether the application's handler is to be called later, and not now."""
         try:
+            first, self._signalled = not self._signalled, True
             if self.teardown is not None:
                 ray.call_abort_off()
                 self.teardown.also_signalled(signum)
-            elif self._begun.acquire(False):
+                return first and self.main.defers(signum)  # a peer's notice was faster
+            if self._begun.acquire(False):
                 # Before anything else: on a starved machine this thread may not get the GIL again for long.
                 self._fuse.light(self.settings.hard, self.settings.exit_code_for(signum))
                 ray.call_abort_off()
@@ -222,7 +225,7 @@ guard: Optional[Guard] = None
 """The process's guard, once an init has been seen."""
 
 
-def of_process(real_destroy: Callable[..., object]) -> Guard:
+def of_process(real_destroy: Callable[[], object]) -> Guard:
     """The process's guard, made when first asked for."""
     global guard
     if guard is None:

@@ -106,7 +106,7 @@ class RankHands:
         """See `stop.hands.Hands`."""
         self._gate.resume(self._main.delivery() if self._owner else None, requested=True)
         if threads.main_ident() not in self._gate.held:
-            self._armed.tap.on_main(self._gate.deliver)
+            self._armed.tap.on_main(self._gate.delivery.call)
 
     def park(self) -> None:
         """See `stop.hands.Hands`."""

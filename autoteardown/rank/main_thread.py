@@ -34,14 +34,16 @@ class MainThread:
         return self._owner["owner"]
 
     def defers(self, signum: int) -> bool:
-        """Whether that handler is called at the agreed iteration, on every rank, and not at once."""
+        """Whether the first signal is not for that handler, which is called at the agreed iteration, on every rank.
+
+        Or has been called there: Lightning's passes the signal on to the ranks that it has launched.
+        """
         armed = self._armed
         return (
             armed.settings.handlers == "together"
             and armed.joined
             and armed.channel is not None
             and self.owner(signum)
-            and not self.handed
         )
 
     def deliver(self, signum: int) -> None:
@@ -58,14 +60,19 @@ class MainThread:
     def on_signal(self, signum: int) -> bool:
         """Python's handler for an eviction signal, on the main thread; True: the agent deals with it."""
         armed = self._armed
-        teardown = armed.teardown
+        teardown, handed = armed.teardown, self.handed
         self._seen += 1
         if not (teardown is not None and teardown.committed and self.handed) and self.owner(signum):
-            if self.defers(signum) and self._seen == 1:
+            owns = armed.tap.application_owns(signum)
+            if self.defers(signum) and self._seen == 1 and (owns or not self.handed):
+                if self.handed and teardown is not None:
+                    teardown.also_signalled(signum, sure=True)
                 return True
             if self._not_over():
                 # A second one, or nobody to wait for: the application's at once.
-                if armed.tap.application_owns(signum):
+                if owns:
+                    if self.handed and not handed:
+                        return True  # delivered meanwhile, on top of this frame: that was for this signal
                     if self.handed and teardown is not None:
                         teardown.also_signalled(signum, sure=True)
                     self.handed = True

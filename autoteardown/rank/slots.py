@@ -158,15 +158,32 @@ class Slots:
             self._chained.add(signum)
             dispositions.run_saved(signum, self._in_c[signum], self._python)
 
-    def forward(self, signums: bytes, warn: bool) -> None:
-        """To the wake-up fd of the application; `warn`: its `warn_on_full_buffer`."""
+    def forward(self, signums: bytes, warn: bool) -> bool:
+        """To the wake-up fd of the application; `warn`: its `warn_on_full_buffer`.
+
+        Returns:
+            Whether it has one, which takes them.
+        """
         if self.app_fd == -1 or not signums:
-            return
+            return False
         try:
             os.write(self.app_fd, signums)
         except OSError as error:
             if warn or not isinstance(error, BlockingIOError):
                 unraisable.wakeup_write_failed(error)
+            return False
+        return True
+
+    def wake_loop(self) -> None:
+        """In a teardown: uvloop waits in C for its wake-up fd alone, whatever signals come.
+
+        A zero byte is no signal to any loop.
+        """
+        if self.app_fd != -1:
+            try:
+                os.write(self.app_fd, b"\0")
+            except OSError:  # full, so it is about to wake; or closed
+                pass
 
     # -- and back -----------------------------------------------------------------------------------------------------
 

@@ -84,7 +84,7 @@ def _after_step(optimizer: object, args: object, kwargs: object) -> None:
         fresh, _before = now != _before, now
         _step(id(optimizer), fresh)
     except Exception as error:
-        if error is gate.gate.applications:
+        if error is gate.gate.delivery.raised:
             raise
         failed("step hook", error)
 
@@ -132,6 +132,6 @@ def _backward_over() -> None:
     try:
         _step(_BACKWARD, True)
     except Exception as error:
-        if error is gate.gate.applications:
+        if error is gate.gate.delivery.raised:
             raise
         failed("the end of a backward pass", error)

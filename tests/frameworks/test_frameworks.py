@@ -125,20 +125,26 @@ def test_lightning_with_its_own_launcher(job, mode, tmp_path):
     wait_until(lambda: not job.survivors(), "the other rank's end", 30)
 
 
-@BOTH
-def test_lightning_hangs_in_its_handler(job, mode, tmp_path):
-    """SIGTERM to one rank: Lightning broadcasts in its handler, which others do not join: it never ends by itself."""
+def test_lightning_and_one_signal(job, tmp_path):
+    """SIGTERM to one rank: its handler broadcasts. It runs on all of them, after the same step, and all save."""
     pytest.importorskip("lightning")
-    ranks = job.world("fw_lightning.py", 2, tmp_path / "own", fresh=True, mode=mode, **HANGS)
+    ranks = job.world("fw_lightning.py", 2, tmp_path / "own", fresh=True, **PATIENT)
     train(ranks)
     ranks[1].signal()
-    if mode == NONE:
-        assert ranks[1].outlast(15) == -signal.SIGKILL, ranks[1].story()
-        return
-    out_in_time(ranks[1], 0)
-    ranks[0].signalled = ranks[1].signalled
-    out_in_time(ranks[0], 143)
-    assert ranks[1].phase("yield")["outcome"] == "timeout"
+    for rank in ranks:
+        rank.signalled = ranks[1].signalled
+        assert rank.outlast(60) == lightning_code(), rank.story()
+    left_alone(ranks)
+    lightning_checkpoint(tmp_path / "own")
+
+
+def test_control_lightning_hangs_in_its_handler(job, tmp_path):
+    """Without the agent it waits there for the others, which do not join: it never ends by itself."""
+    pytest.importorskip("lightning")
+    ranks = job.world("fw_lightning.py", 2, tmp_path / "own", fresh=True, mode=NONE, **HANGS)
+    train(ranks)
+    ranks[1].signal()
+    assert ranks[1].outlast(15) == -signal.SIGKILL, ranks[1].story()
 
 
 def test_lightning_without_its_time(job, tmp_path):

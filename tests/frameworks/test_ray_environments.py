@@ -25,7 +25,7 @@ import ray_worlds  # noqa: E402
 
 import autoteardown  # noqa: E402
 
-pytestmark = [pytest.mark.frameworks, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.frameworks, pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +84,7 @@ def test_injected(head, job, other):  # noqa: F811
     assert_guarded(job, actor, pid)
 
 
+@pytest.mark.slow
 def test_uv_run(head, job, other):  # noqa: F811
     """The worker is a child of uv, which hands signals on."""
     uv = Path(sys.executable).with_name("uv")

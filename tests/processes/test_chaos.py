@@ -1,7 +1,8 @@
 """Evictions at random moments of a real multi-process job: `make chaos`.
 
 `CHAOS_RUNS` (default 1,000) of them, `CHAOS_WORKERS` at a time (default 3). The seed of each is printed when it fails;
-`CHAOS_SEED=<seed> CHAOS_RUNS=1` replays it (the moment of the signal, not the scheduler's moods).
+`CHAOS_SEED=<seed> CHAOS_RUNS=1` replays it (the moment of the signal, not the scheduler's moods). `CHAOS_ACTIVITY` says
+what the jobs do, if it is not to be everything: `CHAOS_ACTIVITY=swallow`.
 """
 
 import contextlib
@@ -30,6 +31,7 @@ ACTIVITIES = [
     *("everything", "rendezvous", "stuck", "reinit"),
     *("pieces", "shards", "uneven", "adversarial", "swallow", "flag", "poll"),
 ]
+WANTED = os.environ.get("CHAOS_ACTIVITY", "").split(",") if os.environ.get("CHAOS_ACTIVITY") else ACTIVITIES
 OWN_CODE = 3  # of an application that ends by itself
 OWNERS = ("flag", "poll")
 UNSTEADY = ("rendezvous", "stuck", "reinit")  # no iterations to compare
@@ -43,7 +45,7 @@ class Chaos(Eviction):
 
     def __init__(self, seed, folder, server):
         super().__init__(seed, folder, server)
-        self.activity = self.random.choice(ACTIVITIES)
+        self.activity = self.random.choice(WANTED)
         # Between a destroy and the next init a rank is nobody's, and its peers would wait for it: all are signalled.
         self.event = self.random.choice(EVENTS) if self.activity not in ("rendezvous", "reinit") else "all"
         self.kind = self.activity, self.event

@@ -57,6 +57,18 @@ def test_trainers_are_evicted_and_engines_are_not_told(start):
     assert engine.said == []
 
 
+def test_a_release_that_waits_for_the_engines(start):
+    """It costs a second, and neither the default group's release nor the outcome."""
+    trainers, (engine,) = start(trainers="hangs")
+    trainers[0].evict(25)
+    assert [rank.outlast(25) for rank in trainers] == [0, 143], trainers[0].story()
+    assert [rank.report()["outcome"] for rank in trainers] == ["clean", "clean"], trainers[0].story()
+    destroy = trainers[0].phase("destroy")
+    assert destroy["outcome"] == "ok"
+    assert destroy["end"] - destroy["start"] > 0.9
+    assert engine.running
+
+
 def test_a_process_that_has_only_such_a_group(start):
     """It is guarded, on its own; the trainers go on."""
     trainers, (engine,) = start()

@@ -185,13 +185,11 @@ def test_everything_compared(start):
     drill = start("--compare")
     assert drill.wait() == 0, drill.stdout + drill.stderr
     _, _, rows = drill.stdout.partition("\nscenario ")
-    verdicts = [
-        "not clean" in line for line in rows.splitlines() if "  clean " in line or "  not clean " in line
-    ]
+    verdicts = re.findall(r"^.{25}(yes|no) ", rows, re.MULTILINE)
     assert max(map(len, rows.splitlines())) <= 80, drill.stdout
-    assert len(verdicts) == 3 * len(SCENARIOS) and not any(verdicts[2::3]), drill.stdout
+    assert len(verdicts) == 3 * len(SCENARIOS) and set(verdicts[2::3]) == {"yes"}, drill.stdout
     for name in ("stuck", "init"):
-        assert verdicts[3 * list(SCENARIOS).index(name) + 1], drill.stdout
+        assert verdicts[3 * list(SCENARIOS).index(name) + 1] == "no", drill.stdout
 
 
 @pytest.mark.slow
@@ -379,7 +377,9 @@ def test_what_is_not_clean(changes, wrong):
     assert not found.clean
     assert any(line.startswith(wrong) for line in found.wrong), found.wrong
     (row,) = table.rows([found])
-    assert row[2].text == "not clean" and row[2].bad
+    assert row[2].text == "no" and row[2].bad
+    killed = dict(zip(table.HEAD, row))["KILL"]
+    assert (killed.text, killed.bad) == (("1", True) if "sigkilled" in changes else ("0", False))
 
 
 def test_no_report_is_not_clean(tmp_path):
@@ -472,6 +472,7 @@ def test_many_ranks_in_the_table():
         ({"code": 0}, "ended, exit 0"),
         ({"code": -signal.SIGTERM}, "died of SIGTERM"),
         ({"code": -signal.SIGKILL, "sigkilled": True}, "died of SIGKILL"),
+        ({"code": None, "sigkilled": True}, "died of SIGKILL"),
         ({"code": -signal.SIGKILL, "lost": True}, "lost"),
         ({"code": None, "seconds": None, "hanging": True}, "hangs"),
         ({"code": None, "withdrew": True}, "ended by itself"),

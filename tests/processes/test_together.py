@@ -73,6 +73,20 @@ def test_whatever_the_handler_does(job, style, who):
         assert rank.stdout.count("handler at") == 1, rank.story()
 
 
+@pytest.mark.parametrize("style", ["asyncio-apart", "uvloop", "uvloop-apart", "trio", "trio-apart"])
+@pytest.mark.parametrize("who", ["one", "all"])
+def test_an_event_loops_handler(job, style, who):
+    """uvloop's, trio's; with the training on the loop's own thread, or on another while the loop has nothing to do."""
+    pytest.importorskip(style.partition("-")[0])
+    ranks = started(job, style)
+    for victim in WHO[who]:
+        ranks[victim].signal()
+    saved_together(job, ranks)
+    for rank in ranks:
+        assert rank.stdout.count("handler at") == 1, rank.story()
+    assert min(rank.seconds for rank in ranks) < 4, "nobody waits for a loop to come by"
+
+
 def test_control_a_flag_on_one_rank(job):
     """The control: without the agent the signalled rank saves and the others hang in its absence, or fail."""
     ranks = job.world("saver.py", 3, "flag", mode=NONE)
@@ -132,6 +146,17 @@ def test_once_more_while_it_saves(job):
     saved_together(job, ranks)
 
 
+def test_a_peers_own_signal_comes_late(job):
+    """It is the same eviction (Lightning's handler passes it on to the ranks that it has launched): called once."""
+    ranks = started(job, "slow-save")
+    ranks[1].signal()
+    ranks[0].wait_for("^saving$")
+    ranks[0].signal()
+    saved_together(job, ranks)
+    for rank in ranks:
+        assert rank.stdout.count("handler at") == 1, rank.story()
+
+
 def test_a_save_that_needs_all_ranks(job):
     """The group is alive: what the application saves may be collective."""
     ranks = started(job, "collective")
@@ -184,6 +209,37 @@ def test_a_handler_that_raises(job):
         assert rank.outlast(16) == 1, rank.story()
         assert "ValueError: the handler has failed" in rank.stderr
     assert len({rank.stdout.split("handler at ")[1].split()[0] for rank in ranks}) == 1
+
+
+def test_a_delivery_on_top_of_the_signal_s_own_handler(job):
+    """The agreement can be faster than Python's handler on the main thread: one signal is still one call."""
+    (rank,) = job.world(
+        """
+        import _thread, signal, sys, time
+        from autoteardown.rank import main_thread
+        import torch.distributed as dist
+
+        def owner(self, signum):
+            if _thread.get_native_id() == main:
+                time.sleep(0.5)
+            return real(self, signum)
+
+        real, main_thread.MainThread.owner = main_thread.MainThread.owner, owner
+        main = _thread.get_native_id()
+        calls = []
+        signal.signal(signal.SIGTERM, lambda *_: calls.append(1))
+        dist.init_process_group("gloo")
+        print("ready", flush=True)
+        while not calls:
+            time.sleep(0.01)
+        time.sleep(1)
+        sys.exit(40 + len(calls))
+        """,
+        1,
+        **PATIENT,
+    )
+    rank.wait_for("ready")
+    assert rank.evict(16) == 41, rank.story()
 
 
 def test_one_that_fails_while_another_still_saves(job):
@@ -251,3 +307,22 @@ def evict_at_random(job, seed):
 def test_at_random_moments(job, seed):
     """Issue: evictions at random moments; `TOGETHER_EVICTIONS=100` for as many as it asks for."""
     evict_at_random(job, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(EVICTIONS))
+def test_at_random_moments_under_torchrun(job, seed):
+    """The same with a launcher, itself or one of its workers, which reacts to the first who leaves."""
+    chance = random.Random(seed)
+    launcher = job.torchrun("saver.py", "flag", 0, ranks=4, **PATIENT)
+    wait_until(lambda: launcher.stdout.count("step 5\n") >= 4, "four ranks at work")
+    victim = chance.choice([launcher.pid, *workers(launcher, 4)])
+    time.sleep(chance.uniform(0, 0.1))
+    os.kill(victim, SIGTERM)
+    assert launcher.wait(30) == 1, launcher.story()
+    assert len(set(checkpoints(job, 4).values())) == 1, launcher.story()
+    # Signalled itself, it does not tell.
+    assert victim == launcher.pid or "exitcode  : 42" in launcher.stderr, launcher.story()
+    assert "SIGKILL" not in launcher.stderr, launcher.story()
+    assert " done: " not in launcher.stderr, "the agent has nothing to tell"
+    wait_until(lambda: not job.survivors(), "the end of the workers", 10)

@@ -1,8 +1,8 @@
 """Trainers with a default group, engines without one, and a group that syncs weights between them.
 
-`custom_group.py trainer|engine NUMBER SYNC_PORT steps|idle|blocked [ENGINES]`. Trainer 0 and the engines are in the
-group, which is made as SkyRL and OpenRLHF make it. `blocked`: in a broadcast in it that trainer 0 never joins, or that
-the engines do not.
+`custom_group.py trainer|engine NUMBER SYNC_PORT steps|idle|blocked|hangs [ENGINES]`. Trainer 0 and the engines are in
+the group, which is made as SkyRL and OpenRLHF make it. `blocked`: in a broadcast in it that trainer 0 never joins, or
+that the engines do not. `hangs`: it steps, and releasing the group waits for its other members, as NCCL may.
 """
 
 import json
@@ -48,11 +48,16 @@ def main(role, number, port, what, engines="1"):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
         dist.barrier()
     print("ready", flush=True)
+    if what == "hangs":
+        real = dist.ProcessGroup.shutdown
+        dist.ProcessGroup.shutdown = lambda self: (
+            time.sleep(600) if self.group_name == "weights" else real(self)
+        )
     if what == "blocked":
         dist.broadcast(torch.ones(1), 0 if role == "engine" else 1, group=group)
         print("the broadcast returned", flush=True)
     while True:
-        if what == "steps":
+        if what in ("steps", "hangs"):
             model(torch.randn(4, 2)).sum().backward()
             for parameter in model.parameters():
                 dist.all_reduce(parameter.grad)

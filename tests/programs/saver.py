@@ -10,6 +10,9 @@ inside      the handler itself saves, and leaves with 42
 logs        the handler only says that it was called (submitit)
 raises      the handler raises ValueError, which the loop does not expect
 asyncio     `loop.add_signal_handler`; the training runs in a coroutine
+uvloop      the same on uvloop
+trio        `trio.open_signal_receiver`; the training runs in a task beside the one that listens
+X-apart     for each of these three: the loop, with the handler, on the main thread, the training on another
 thread      the handler on the main thread, the training on another
 poll        no handler: the loop asks `autoteardown.stop_requested()`
 places      as poll, asked at two places of each iteration
@@ -39,6 +42,8 @@ import torch.distributed as dist
 import autoteardown
 
 style = sys.argv[1]
+LOOP = next((loop for loop in ("asyncio", "uvloop", "trio") if style.startswith(loop)), None)
+APART = style.endswith("-apart")
 pause = float([*sys.argv, "0.005"][2])
 flag = threading.Event()
 done = 0
@@ -64,7 +69,7 @@ def save_and_exit():
     """Leave as this application does."""
     save()
     dist.destroy_process_group()
-    if threading.current_thread() is threading.main_thread():
+    if threading.current_thread() is threading.main_thread() and LOOP != "trio":  # which makes a group of it
         sys.exit(42)
     os._exit(42)
 
@@ -127,6 +132,8 @@ def train():
 async def train_on_a_loop():
     """The same in a coroutine, whose event loop has the handler."""
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, handler, signal.SIGTERM, None)
+    if APART:
+        await asyncio.to_thread(train)
     while True:
         iterate()
         await asyncio.sleep(0)
@@ -134,11 +141,33 @@ async def train_on_a_loop():
             save_and_exit()
 
 
+async def train_with_trio():
+    """The same with trio."""
+    import trio
+
+    with trio.open_signal_receiver(signal.SIGTERM) as signals:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(listen, signals)
+            if APART:
+                await trio.to_thread.run_sync(train)
+            while True:
+                iterate()
+                await trio.sleep(0.02)  # trio takes its tasks in random order: time for all of them
+                if flag.is_set():
+                    save_and_exit()
+
+
+async def listen(signals):
+    """Trio's way of having a handler."""
+    async for signum in signals:
+        handler(signum, None)
+
+
 def has_handler(rank):
     """Whether this rank installs the Python handler."""
     if style == "mixed":
         return rank % 2 == 0
-    return style not in ("poll", "places", "off-main", "no-step", "deaf-poll", "none", "asyncio")
+    return LOOP is None and style not in ("poll", "places", "off-main", "no-step", "deaf-poll", "none")
 
 
 def main():
@@ -150,8 +179,16 @@ def main():
         thread = threading.Thread(target=train)
         thread.start()
         thread.join()
-    elif style == "asyncio":
+    elif LOOP == "asyncio":
         asyncio.run(train_on_a_loop())
+    elif LOOP == "uvloop":
+        import uvloop
+
+        uvloop.run(train_on_a_loop())
+    elif LOOP == "trio":
+        import trio
+
+        trio.run(train_with_trio)
     elif style == "exits":
         try:
             train()
