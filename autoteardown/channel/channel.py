@@ -190,7 +190,10 @@ class Channel:
 
         loop.call(leave)
         if not gone.acquire(timeout=_PATIENCE):
-            end.forget()
+            try:
+                end.forget()  # under the hands of the loop's thread, which has yet to come to it, or is at it
+            except Exception as error:
+                failed("to close the channel", error)
 
     def forget(self) -> None:
         """In a forked child: let go of what is the parent's."""

@@ -64,7 +64,7 @@ class Dial:
         self._end.cancel()
         if self._next is not None:
             self._next.cancel()
-        for link in self._tried.values():
+        for link in list(self._tried.values()):
             self._loop.unwatch(link.fd)
             link.close()
         self._tried.clear()

@@ -95,7 +95,7 @@ class Door:
         for listener, identity in self._listeners:
             self._loop.unwatch(listener.fileno())
             sockets.close(listener, identity)
-        for peer in self._guests.values():
+        for peer in list(self._guests.values()):
             peer.close()
         self._guests.clear()
 

@@ -105,7 +105,7 @@ class Hub:
     def close(self) -> None:
         """Say that it is over, and be gone."""
         if not self._closed:
-            for member in self._members.values():
+            for member in list(self._members.values()):
                 if member.peer is not None:
                     try:
                         member.peer.send(encode("end"))
@@ -119,7 +119,7 @@ class Hub:
         self._sitting.close()
         self._door.close()
         self._crowd.close()
-        for member in self._members.values():
+        for member in list(self._members.values()):
             if member.mourn is not None:
                 member.mourn.cancel()
             if member.peer is not None:
@@ -284,7 +284,7 @@ class Hub:
     def _flushed(self) -> None:
         if not self._flushes or self._closed:
             return
-        peers = [member.peer for member in self._members.values() if member.peer is not None]
+        peers = [member.peer for member in list(self._members.values()) if member.peer is not None]
         try:
             if any(
                 peer.told < self._said.last or peer.waiting or descriptors.unsent(peer.fd) for peer in peers

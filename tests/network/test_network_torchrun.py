@@ -44,6 +44,8 @@ class Nodes:
                     "--rdzv-backend=c10d",
                     f"--rdzv-endpoint={self.hosts[0].ip4}:{port}",
                     "--rdzv-id=job",
+                    # By itself torchrun takes a host for the store's if one of its names leads to that address.
+                    f"--rdzv-conf=is_host={int(number == 0)}",
                 )
             options = ("--nnodes=3", f"--local-addr={host.ip4}", *where)
             env = {"GLOO_SOCKET_IFNAME": "eth0", "AUTOTEARDOWN_GRACE": GRACE, "AUTOTEARDOWN_LOST": 3}

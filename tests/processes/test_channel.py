@@ -673,3 +673,26 @@ def test_a_program_that_waits_in_the_store(talk):
     ranks[0].ask("open", answer="opened")
     ranks[1].expect("heard", "up", patience=20)
     assert ranks[1].stderr == ""
+
+
+def test_a_group_that_is_left_while_the_loop_is_late(talk):
+    """Who leaves does not wait for it for long, and lets go of the hub under it: not a word about that."""
+    ranks = talk.world(3)
+    ranks[0].tell(
+        "do",
+        "import threading\n"
+        "hub, late = channel._end, []\n"
+        "def slow(send):\n"
+        "    def sends(data):\n"
+        "        if not late:\n"
+        "            late.append(threading.Thread(target=hub.forget))\n"
+        "            late[0].start()\n"
+        "            late[0].join()\n"
+        "        send(data)\n"
+        "    return sends\n"
+        "for member in hub._members.values():\n"
+        "    member.peer.send = slow(member.peer.send)\n",
+    )
+    ranks[0].ask("close", answer="closed")
+    assert ranks[0].end() == 0
+    assert ranks[0].stderr == ""

@@ -25,7 +25,11 @@ if attempt == 0 and sys.argv[1] == "blocked":
     while True:
         time.sleep(0.01)
 if attempt == 0 and sys.argv[1] == "apart":
+    import autoteardown
+
     groups = [dist.new_group([1, 2]), dist.new_group([1, 2])]
+    while not autoteardown.status()["connected"]:  # else nobody knows of it when it is gone
+        time.sleep(0.01)
     os.write(1, f"rank {rank} apart\n".encode())
     if rank:
         dist.all_reduce(torch.ones(1), group=groups[rank - 1])
