@@ -51,10 +51,11 @@ def load(how, folder):
     return [path.name for path in found]
 
 
-@pytest.mark.parametrize("who", [0, 1])
-@pytest.mark.parametrize("how", PACKAGES)
+@pytest.mark.parametrize(
+    ("how", "who"), [("safetensors", 0), ("ignite", 1), ("accelerate", 1), ("megatron", 0)]
+)
 def test_a_slow_disk(job, how, who):
-    """Ten seconds, of a grace period of 30: all of it is there, whoever is evicted."""
+    """Ten seconds, of a grace period of 30: all of it is there, whoever is evicted (rank 0 saves)."""
     ranks, folder = saving(job, how, 10, 30)
     ranks[who].signal()
     for rank in ranks:

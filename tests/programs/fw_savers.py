@@ -65,13 +65,12 @@ def with_ignite(training):
     from ignite.handlers import Checkpoint, DiskSaver
 
     trainer = Engine(lambda engine, batch: training.iterate())
-    if dist.get_rank() == 0:
-        content = {"model": training.model, "optimizer": training.optimizer, "trainer": trainer}
-        checkpoint = Checkpoint(content, DiskSaver(folder, require_empty=False), save_on_rank=0)
-        once = Events.ITERATION_COMPLETED(once=2)
-        trainer.add_event_handler(once, lambda: tell("saving"))
-        trainer.add_event_handler(once, checkpoint)
-        trainer.add_event_handler(once, lambda: tell("saved"))
+    content = {"model": training.model, "optimizer": training.optimizer, "trainer": trainer}
+    checkpoint = Checkpoint(content, DiskSaver(folder, require_empty=False))  # of rank 0, as it says itself
+    once = Events.ITERATION_COMPLETED(once=2)
+    trainer.add_event_handler(once, lambda: tell("saving"))
+    trainer.add_event_handler(once, checkpoint)
+    trainer.add_event_handler(once, lambda: tell("saved"))
     trainer.run(range(1 << 20), max_epochs=1)
 
 
@@ -98,6 +97,7 @@ def with_megatron(training):
     """The forked writer is not waited for by the program."""
     from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 
+    torch.cuda.synchronize = lambda: None  # there may be none here
     queue = AsyncCallsQueue()
 
     def write(content):
