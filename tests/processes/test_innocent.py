@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from harness import AGENT, NONE, SIGTERM, wait_until
+from harness import AGENT, GRACE, NONE, SIGTERM, wait_until
 
 IMPATIENT = {"AUTOTEARDOWN_GRACE": 8}
 
@@ -189,3 +189,31 @@ def test_groups_that_come_and_go(job):
             assert said == "same", rank.story()
         medians.append(float(median))
     assert medians[0] < medians[1] + 0.1  # seconds: a wait of ours would be more
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can change its root folder")
+def test_a_rank_that_changes_its_root(job):
+    """No module can be imported there, no registry, no /proc: it stops with its peer all the same."""
+    (job.folder / "empty").mkdir()
+    ranks = job.world(
+        """
+        import os, sys
+        import torch, torch.distributed as dist
+        dist.init_process_group("gloo")
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+        if dist.get_rank() == 0:
+            os.chroot("empty")
+            os.chdir("/")
+        while True:
+            dist.all_reduce(torch.ones(1))
+            optimizer.step()
+            os.write(1, b"step\\n")
+        """,
+        2,
+    )
+    for rank in ranks:
+        rank.wait_for("step\\n(.*\\n)*step")
+    assert ranks[0].evict() == 0, ranks[0].story()
+    assert ranks[1].outlast(GRACE) == 143, ranks[1].story()
+    assert "done: clean, stopped at step" in ranks[0].said[-1], ranks[0].story()
+    assert ranks[1].report()["outcome"] == "clean", ranks[1].story()
