@@ -76,7 +76,7 @@ def world() -> World | None:
     """The process group that this rank is guarded for; None if there is none."""
     c10d = _c10d()
     if not c10d.is_initialized():
-        for group in list(c10d._world.pg_names):
+        for group in list(c10d._world.pg_names) if custom_groups.any_left() else []:
             backend = str(c10d._world.pg_map[group][0])
             return World(group.rank(), group.size(), backend, None, custom_groups.ALONE)
         return None

@@ -35,6 +35,12 @@ def note(returned: Any) -> None:
         _made.add(group)
 
 
+def any_left() -> bool:
+    """Whether torch knows of a group, in a process that has no default group (any more)."""
+    world = getattr(sys.modules["torch.distributed.distributed_c10d"], "_world", None)
+    return bool(getattr(world, "pg_names", None))
+
+
 def known(group: Any) -> bool:
     """Whether this group is one."""
     return group in _made

@@ -242,7 +242,7 @@ def _not_joined() -> None:
     rank = guard.guard
     if rank is None or c10d.is_initialized():
         return
-    if c10d._world.pg_names and rank.tap.armed:  # what is left was made without an init
+    if custom_groups.any_left() and rank.tap.armed:  # what is left was made without an init
         rank.join()
     else:
         rank.leave()
