@@ -64,7 +64,6 @@ def connect(host: str, port: int) -> Any:
     sock = primitives.socket(family_of(host), _socket.SOCK_STREAM)
     try:
         sock.setblocking(False)
-        keep(sock)
         try:
             sock.connect((host, port))
         except BlockingIOError:
@@ -164,6 +163,7 @@ class Stream:
             # A port that nobody listens on any more may be the one that the kernel has given to this very socket.
             if self._sock.getsockname() == self._sock.getpeername():
                 raise Ended("connection refused")
+            keep(self._sock)  # not before: one that is opened may lose more packets in a row
         except OSError as error:
             raise Ended(words(error)) from None
 
