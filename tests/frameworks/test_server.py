@@ -26,7 +26,7 @@ def start(job, where, loop, mode):
 
 @pytest.mark.parametrize("where, loop", CASES)
 def test_uvicorn(job, where, loop):
-    """Everywhere it shuts down, puts the handler back and raises the signal again: then the ranks stop, each where it is."""
+    """It shuts down, puts the handler back and raises the signal again: then the ranks stop, each where it is."""
     ranks = start(job, where, loop, AGENT)
     assert [ranks[0].evict(12), ranks[1].outlast(12)] == [0, 143], ranks[0].story()
     for rank in ranks:
