@@ -9,7 +9,7 @@ JOBS ?= 4
 DRILL ?=
 BENCH ?=
 
-.PHONY: help drill test lint format bench unchanged chaos frameworks gpu wheel docs clean
+.PHONY: help drill test lint format bench unchanged chaos network network-chaos frameworks gpu wheel docs clean
 
 help:
 	@echo "make drill        evict a rank of a real training job here, and see what happens"
@@ -17,6 +17,7 @@ help:
 	@echo "make lint         ruff and mypy          make format   let ruff fix what it can"
 	@echo "make bench        what the agent costs   make chaos    long randomized fault injection"
 	@echo "make frameworks   tests with real Ray, Lightning, ...   make gpu   tests that need a GPU"
+	@echo "make network      jobs on several hosts (network namespaces, as root), also with faults   make network-chaos"
 	@echo "make unchanged    CPython's own tests, with the agent and without"
 	@echo "make wheel        build dist/*.whl       make docs     build site/, the docs as a site"
 	@echo "make clean        remove .venv and caches"
@@ -40,15 +41,22 @@ bench: $(VENV)/.has-test
 	$(BIN)/python -m benchmarks $(BENCH)
 
 chaos: $(VENV)/.has-test
-	$(BIN)/python -m pytest -m chaos $(TEST)
+	$(BIN)/python -m pytest -m chaos tests/processes $(TEST)
+
+# Hosts are network namespaces: root only, skipped elsewhere. The quick ones of the first are part of the tests.
+network: $(VENV)/.has-test
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow or not slow and not chaos" tests/network $(TEST)
+
+network-chaos: $(VENV)/.has-test
+	$(BIN)/python -m pytest -m chaos tests/network $(TEST)
 
 # CPython's own tests with and without the agent; the quick ones of them are part of the tests.
 unchanged: $(VENV)/.has-test
 	$(BIN)/python -m pytest -n 2 -m "slow or not slow" tests/processes/test_unchanged.py $(TEST)
 
-# By file: the Ray tests share one cluster.
+# By file: the Ray tests share one cluster. TEST="-m 'frameworks and slow'" runs the rest of them.
 frameworks: $(VENV)/.has-frameworks
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m frameworks $(TEST)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "frameworks and not slow" $(TEST)
 
 # A machine with a GPU has a torch of its own, and often no network: nothing is installed there, and the agent is injected.
 gpu:

@@ -8,7 +8,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from autoteardown.api import arm, disarm, on_teardown, protect, status, stop_requested
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["arm", "disarm", "on_teardown", "protect", "status", "stop_requested"]
 
 

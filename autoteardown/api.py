@@ -57,11 +57,11 @@ def arm() -> bool:
 def _arm() -> bool:
     if not startup.activate():
         return False
-    from autoteardown.rank import instrument
+    from autoteardown.rank import custom_groups, instrument
 
     instrument.disarmed = False
     c10d = sys.modules.get("torch.distributed.distributed_c10d")
-    if c10d is not None and c10d.is_initialized():
+    if c10d is not None and (c10d.is_initialized() or custom_groups.any_left()):
         instrument.adopt()
     return True
 

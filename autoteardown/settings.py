@@ -85,6 +85,10 @@ class Settings:
             return self.peer_exit_code
         return 128 + signum if self.exit_code is None else self.exit_code
 
+    def yield_within(self, hard: float) -> float:
+        """`yield_seconds`, where the process has to be gone in `hard` seconds and that is less than usual."""
+        return min(self.yield_seconds, max(0.0, hard - _SAVING)) if hard < self.hard else self.yield_seconds
+
 
 def load(environ: Mapping[str, str]) -> tuple[Settings, list[str]]:
     """The settings in force, and a line for each value that was refused and replaced by its default."""

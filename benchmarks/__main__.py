@@ -1,4 +1,4 @@
-"""What the agent costs and how fast it is: `python -m benchmarks [NAME…] [--quick]`."""
+"""What the agent costs and how fast it is: `python -m benchmarks [NAME…] [--quick] [--beside WHEEL]`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import importlib
 import time
 
-from benchmarks.common import machine
+from benchmarks import common
 
 BENCHMARKS = {
     "startup": "a Python start, without and with the agent, beside other start-up hooks",
@@ -25,8 +25,15 @@ def main() -> None:
     )
     parser.add_argument("names", nargs="*", metavar="NAME", choices=[*BENCHMARKS, []], help="all unless told")
     parser.add_argument("--quick", action="store_true", help="few rounds: to see that it works")
+    parser.add_argument(
+        "--beside",
+        metavar="WHEEL",
+        type=common.unpacked,
+        help="another version of the agent, measured in turns with this one (startup, step, footprint)",
+    )
     options = parser.parse_args()
-    print(machine())
+    common.beside = options.beside
+    print(common.machine())
     for name in options.names or BENCHMARKS:
         print(f"\n## {name}: {BENCHMARKS[name]}\n", flush=True)
         start = time.monotonic()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import platform
@@ -9,15 +10,38 @@ import shutil
 import statistics
 import sys
 import tempfile
+import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 # c10d looks the name of every client of a store up, on the server's only thread: a lost packet is a time-out.
 os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:5")
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))  # harness: real ranks, forked from a process that has torch imported
+
+
+class Other(NamedTuple):
+    """Another version of the agent."""
+
+    name: str
+    wheel: Path
+    folder: Path  # its packages: in front of a PYTHONPATH it takes the place of the installed one
+
+
+beside: Other | None = None
+"""What `--beside` has named."""
+
+
+def unpacked(wheel: str) -> Other:
+    """The version in that wheel."""
+    path = Path(wheel)
+    folder = Path(tempfile.mkdtemp(prefix="bench-beside-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    with zipfile.ZipFile(path) as content:
+        content.extractall(folder)
+    return Other(f"autoteardown {path.name.split('-')[1]}", path.absolute(), folder)
 
 
 def middle(values: Iterable[float], digits: int = 1) -> str:

@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 
+from benchmarks import common
 from benchmarks.common import Ranks, middle, table
 
 PROGRAM = """
@@ -20,7 +21,7 @@ for _ in range(10):
     dist.all_reduce(weight.grad)
     optimizer.step()
 dist.barrier()
-time.sleep(1)  # both ranks' boards are open by then
+time.sleep(1)  # both ranks are connected by then
 print("ready", flush=True)
 time.sleep(3600)
 """
@@ -36,22 +37,28 @@ def look(pid: int) -> dict[str, float]:
 
 def run(quick: bool) -> None:
     found: dict[tuple[str, int], list[dict[str, float]]] = {}
+    kinds: list[tuple[str, str, dict[str, str]]] = [("without", "none", {}), ("with the agent", "agent", {})]
+    if common.beside:
+        kinds.append((common.beside.name, "agent", {"PYTHONPATH": str(common.beside.folder)}))
     ranks = Ranks()
     try:
         for _ in range(2 if quick else 9):
-            for mode in ("none", "agent"):
+            for name, mode, env in kinds:
                 with ranks.job() as job:
                     # Not forked: what the server has imported would be shared, and cost nothing.
-                    world = job.world(PROGRAM, 2, mode=mode, fresh=True)
+                    world = job.world(PROGRAM, 2, mode=mode, fresh=True, **env)
                     for number, rank in enumerate(world):
                         rank.wait_for("ready")
-                        found.setdefault((mode, number), []).append(look(rank.pid))
+                        found.setdefault((name, number), []).append(look(rank.pid))
     finally:
         ranks.close()
     rows = []
     for number, name in enumerate(("rank 0, which hosts the store", "rank 1")):
         for column in COLUMNS:
-            without, with_ = ([each[column] for each in found[mode, number]] for mode in ("none", "agent"))
-            more = [after - before for before, after in zip(without, with_)]
-            rows.append([name, column, middle(without, 0), middle(with_, 0), middle(more, 0)])
-    table(["two gloo ranks", "", "without", "with the agent", "more"], rows)
+            row = [[each[column] for each in found[kind, number]] for kind, _, _ in kinds]
+            more = [[after - before for before, after in zip(row[0], each)] for each in row[1:]]
+            rows.append(
+                [name, column, *(middle(each, 0) for each in row), *(middle(each, 0) for each in more)]
+            )
+    names = [kind for kind, _, _ in kinds]
+    table(["two gloo ranks", "", *names, *("more" for _ in names[1:])], rows)

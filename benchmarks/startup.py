@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks import common
 from benchmarks.common import ROOT, middle, table
 
 # What the others document for every process of an image.
@@ -128,9 +129,18 @@ def run(quick: bool) -> None:
             bare.variant("import signal, nothing installed", "import signal"),
             ours.variant("import signal, on", "import signal", "import signal, nothing installed", **on),
         ]
+        other = common.beside
+        theirs = Venv(folder / "theirs", str(other.wheel)) if other else None
+        if other and theirs:
+            signals = "import signal, nothing installed"
+            variants += [
+                theirs.variant(f"{other.name}, switch unset", "pass", "nothing installed"),
+                theirs.variant(f"{other.name}, on", "pass", "nothing installed", **on),
+                theirs.variant(f"import signal, {other.name} on", "import signal", signals, **on),
+            ]
         tools = [tool(folder, name) for name in TOOLS]
         compare("`python -c pass`", variants + [each for each in tools if each], 10 if quick else 100)
-        for venv in (bare, ours):
+        for venv in filter(None, (bare, ours, theirs)):
             (venv.site / "rest.pth").write_text(sysconfig.get_path("purelib"))
         code = "import torch.distributed"
         variants = [
@@ -138,6 +148,9 @@ def run(quick: bool) -> None:
             ours.variant("torch, switch unset", code, "torch, nothing installed"),
             ours.variant("torch, on", code, "torch, nothing installed", **on),
         ]
+        if other and theirs:
+            name = f"torch, {other.name} on"
+            variants.append(theirs.variant(name, code, "torch, nothing installed", **on))
         compare("`python -c 'import torch.distributed'`", variants, 2 if quick else 15)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -7,6 +7,7 @@ import statistics
 import timeit
 from typing import Any
 
+from benchmarks import common
 from benchmarks.common import Ranks, middle, table
 
 INIT = """
@@ -51,7 +52,7 @@ for number in range(int(sys.argv[1])):
     for armed in (True, False) if number % 2 else (False, True):
         (autoteardown.arm if armed else autoteardown.disarm)()
         assert (autoteardown.status()["state"] == "armed") == armed, autoteardown.status()
-        time.sleep(0.3)  # until the board is connected
+        time.sleep(0.3)  # until it is connected
         found[armed] = block(int(sys.argv[2]))
     print("took", found[False], found[True], flush=True)
 print("all", flush=True)
@@ -77,15 +78,21 @@ def hook(rounds: int) -> None:
     table(["call", "ns: median (quartiles)"], [[name, middle(values, 0)] for name, values in found.items()])
 
 
-def init(rounds: int) -> dict[str, list[float]]:
-    """Milliseconds that the init of rank 0 takes, in jobs of two ranks, one kind after the other."""
+def init(rounds: int, env: dict[str, str] | None = None) -> dict[str, list[float]]:
+    """Milliseconds that the init of rank 0 takes, in jobs of two ranks, one kind after the other.
+
+    Args:
+        rounds: jobs of each kind.
+        env: of those with the agent, which are then not forked from a process that has it imported.
+    """
     found: dict[str, list[float]] = {"none": [], "agent": []}
     ranks = Ranks()
     try:
         for number in range(rounds + 1):
             for mode in ("none", "agent") if number % 2 else ("agent", "none"):
                 with ranks.job() as job:
-                    world: list[Any] = job.world(INIT, 2, mode=mode)
+                    extra = (env or {}) if mode == "agent" else {}
+                    world: list[Any] = job.world(INIT, 2, mode=mode, fresh=env is not None, **extra)
                     seconds = float(world[0].wait_for(r"^took (\S+)$").group(1))
                     for rank in world:
                         rank.wait()
@@ -119,11 +126,16 @@ def paired(found: dict[str, list[float]], digits: int) -> str:
 def run(quick: bool) -> None:
     hook(5 if quick else 25)
     print()
-    measured = (
+    measured = [
         ("a step of one rank, µs", loop(1, 4 if quick else 40, 100 if quick else 300), 1),
         ("a step of two ranks, µs", loop(2, 4 if quick else 40, 100 if quick else 300), 1),
         ("an init of two ranks, ms", init(3 if quick else 40), 2),
-    )
+    ]
+    if common.beside:
+        rounds = 3 if quick else 15
+        theirs = init(rounds, {"PYTHONPATH": str(common.beside.folder)})
+        measured.append(("an init, each process by itself, ms", init(rounds, {}), 2))
+        measured.append((f"the same, {common.beside.name}", theirs, 2))
     table(
         ["DDP, gloo", "without", "with the agent", "difference, paired"],
         [

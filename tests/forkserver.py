@@ -5,7 +5,8 @@ eviction. What runs in the child is the real thing: its own session, its own std
 executed as `__main__` at the top level of the interpreter, and the interpreter's own way out at the end.
 
 Protocol on the socket whose number is in argv: a line of JSON in (`argv`, `env`, `cwd`, `stdout`, `stderr`,
-`handwritten`), `{"pid": n}` out; and `{"pid": n, "code": c}` when that child has been reaped.
+`handwritten`, `network`: a network namespace or null), `{"pid": n}` out; and `{"pid": n, "code": c}` when that child
+has been reaped.
 """
 
 import gc
@@ -38,9 +39,21 @@ def preload():
     gc.freeze()
 
 
+def enter(namespace):
+    """Have the network of that namespace from here on."""
+    import ctypes
+
+    fd = os.open(namespace, os.O_RDONLY)
+    if ctypes.CDLL(None, use_errno=True).setns(fd, 0x40000000):  # CLONE_NEWNET
+        raise OSError(ctypes.get_errno(), namespace)
+    os.close(fd)
+
+
 def become(request):
     """Turn the forked child into the process that was asked for; return the code that it is to run."""
     os.setsid()
+    if request["network"]:
+        enter(request["network"])
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for fd, path in (1, request["stdout"]), (2, request["stderr"]):

@@ -324,8 +324,11 @@ class Job:
 
     # -- starting ---------------------------------------------------------------------------------------------
 
-    def start(self, program, *args, mode=AGENT, fresh=False, python=(), launcher=(), **env):
-        """Start one process: `program` is the name of a file in `programs`, or source text."""
+    def start(self, program, *args, mode=AGENT, fresh=False, python=(), launcher=(), host=None, **env):
+        """Start one process: `program` is the name of a file in `programs`, or source text.
+
+        `host`: one of `network/hosts.py`, in whose network it runs.
+        """
         folder = self.folder / f"process{len(self.ranks)}"
         folder.mkdir()
         argv = [str(self._script(program, folder)), *map(str, args)]
@@ -340,8 +343,8 @@ class Job:
         if fresh or python or launcher:
             if mode == HANDWRITTEN:
                 argv = [str(PROGRAMS / "handwritten.py"), *argv]
-            env = environment(mode, self.mark, PYTHONPATH=str(PROGRAMS), **env)
-            argv = [*launcher, sys.executable, *python, *argv]
+            env = environment(mode, self.mark, **{"PYTHONPATH": str(PROGRAMS), **env})
+            argv = [*(host.prefix if host else ()), *launcher, sys.executable, *python, *argv]
             rank = Started(argv, folder, env, cwd=self.folder)
         else:
             server = self._server(NONE if mode == HANDWRITTEN else mode)
@@ -353,6 +356,7 @@ class Job:
                 "stdout": str(folder / "stdout"),
                 "stderr": str(folder / "stderr"),
                 "handwritten": mode == HANDWRITTEN,
+                "network": f"/run/netns/{host.name}" if host else None,
             }
             rank = Forked(server, request, folder)
         self.ranks.append(rank)
@@ -369,13 +373,10 @@ class Job:
         started = []
         for rank in range(ranks):
             if rank not in missing:
-                own = {"RANK": rank, "LOCAL_RANK": rank, **options, **(each or {}).get(rank, {})}
+                own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port, **options}
+                own = {"MASTER_ADDR": "127.0.0.1", **own, **(each or {}).get(rank, {})}
                 own_args = own.pop("args", args)
-                started.append(
-                    self.start(
-                        program, *own_args, WORLD_SIZE=ranks, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **own
-                    )
-                )
+                started.append(self.start(program, *own_args, **own))
         return started
 
     def torchrun(self, program, *args, ranks=2, nodes=(), **options):

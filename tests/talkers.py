@@ -2,11 +2,12 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
-from harness import PATIENCE, PROGRAMS, environment, wait_until
+from harness import PATIENCE, PROGRAMS, environment, stat, wait_until
 
 
 class Talker:
@@ -81,8 +82,14 @@ class Talker:
         self._process.stdin.close()
         return self._process.wait(PATIENCE)
 
-    def signal(self, signum):
-        self._process.send_signal(signum)
+    def freeze(self):
+        """Every thread: on a busy machine, one that is about to run still does before another has taken the signal."""
+        self._process.send_signal(signal.SIGSTOP)
+        threads = Path(f"/proc/{self.pid}/task")
+        wait_until(lambda: all(stat(self.pid, each.name)[0] == "T" for each in threads.iterdir()), "its stop")
+
+    def thaw(self):
+        self._process.send_signal(signal.SIGCONT)
 
     def close(self):
         """Nothing of it is left after this."""

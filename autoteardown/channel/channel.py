@@ -190,7 +190,10 @@ class Channel:
 
         loop.call(leave)
         if not gone.acquire(timeout=_PATIENCE):
-            end.forget()
+            try:
+                end.forget()  # under the hands of the loop's thread, which has yet to come to it, or is at it
+            except Exception as error:
+                failed("to close the channel", error)
 
     def forget(self) -> None:
         """In a forked child: let go of what is the parent's."""
@@ -207,8 +210,7 @@ def _release(lock: Any) -> None:
         pass
 
 
-def close_all(seconds: float = 2.0) -> None:
-    """At exit, last of all: close every channel, and wait for who reads a store just now, at most so many seconds."""
+def close_all() -> None:
+    """At exit: close every channel."""
     for channel in list(_open):
         channel.close()
-    rendezvous.settle(seconds)

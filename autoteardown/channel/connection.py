@@ -118,11 +118,11 @@ class Connection:
         """Whether there are posts that no hub has said that it has."""
         return bool(self._unheard)
 
-    def hello(self, card: Card) -> tuple[int, int, str, int, int]:
+    def hello(self, card: Card) -> tuple[int, int, str, int, int, int]:
         """What this rank says first to a hub."""
         self._attempts += 1
         heard = self._heard if card.name == self._session else 0
-        return self._rank, self._world, self._member, self._attempts, heard
+        return self._rank, self._world, self._member, self._attempts, heard, int(card.near)
 
     def found(self, link: Link, seen: int, lines: list[list[Any]]) -> None:
         """A hub has let us in; it has the posts up to that number."""

@@ -22,8 +22,9 @@ class Council(Protocol):
         Args:
             rank: whose; of no meaning for `tick`.
             kind: what that rank has posted, or one of `BORN`: `joined` (for the first time), `lost` (its connection
-                ended without a farewell, and it has not come back; value: whether its process is known to be dead),
-                `back` (it has after all), `bye` (it has left the group), `closed` (after a farewell), `tick`.
+                ended without a farewell, and it has not come back; value: whether its process is known to be dead;
+                again when that becomes known), `back` (it has after all), `bye` (it has left the group), `closed`
+                (after a farewell), `tick`.
             value: as posted; None for what else the hub makes. Nobody has checked it.
             now: monotonic time in seconds.
 

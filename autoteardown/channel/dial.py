@@ -33,7 +33,7 @@ class Dial:
     Args:
         loop: the rank's.
         card: who to look for, and where.
-        hello: rank, world, member, attempt and heard, as the hub wants them. Each attempt uses up a number.
+        hello: rank, world, member, attempt, heard and near, as the hub wants them. Each attempt uses up a number.
         done: called once: with a link that has been let in, the posts that the hub has seen and the lines that came
             after its welcome; or with None and the reason why there is none.
     """
@@ -42,7 +42,7 @@ class Dial:
         self,
         loop: Loop,
         card: Card,
-        hello: Callable[[], tuple[int, int, str, int, int]],
+        hello: Callable[[], tuple[int, int, str, int, int, int]],
         done: Callable[[Optional[Link], int, list[list[Any]], str], object],
     ) -> None:
         self._loop, self.card, self._hello, self._done = loop, card, hello, done
@@ -64,7 +64,7 @@ class Dial:
         self._end.cancel()
         if self._next is not None:
             self._next.cancel()
-        for link in self._tried.values():
+        for link in list(self._tried.values()):
             self._loop.unwatch(link.fd)
             link.close()
         self._tried.clear()

@@ -45,6 +45,7 @@ class Hello(NamedTuple):
     name: str  # of this life of the rank
     attempt: int
     heard: int
+    near: int
 
 
 class Door:
@@ -94,7 +95,7 @@ class Door:
         for listener, identity in self._listeners:
             self._loop.unwatch(listener.fileno())
             sockets.close(listener, identity)
-        for peer in self._guests.values():
+        for peer in list(self._guests.values()):
             peer.close()
         self._guests.clear()
 
@@ -105,12 +106,11 @@ class Door:
             Malformed: it is no hello.
             Ended: it is not by one who knows the token.
         """
-        if len(line) != 7 or line[0] != "hello":
+        if len(line) != 8 or line[0] != "hello":
             raise Malformed("no hello")
-        hello = Hello(
-            whole(line[1], 1), whole(line[2], 1), name_of(line[3]), whole(line[4], 1), whole(line[5])
-        )
-        if not proven(line[6], proof(self._card.token, "hello", *hello)):
+        rank, world, name = whole(line[1], 1), whole(line[2], 1), name_of(line[3])
+        hello = Hello(rank, world, name, whole(line[4], 1), whole(line[5]), whole(line[6], 0, 1))
+        if not proven(line[7], proof(self._card.token, "hello", *hello)):
             self.note_once("the hub has hung up on somebody without this group's token")
             raise Ended("no token")
         return hello

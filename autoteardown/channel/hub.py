@@ -10,7 +10,7 @@ import os
 from typing import TYPE_CHECKING, Any, Callable, Optional
 
 from autoteardown.boundary import failed
-from autoteardown.channel import descriptors
+from autoteardown.channel import descriptors, sockets
 from autoteardown.channel.council import BORN, FAREWELLS, Council
 from autoteardown.channel.door import Door, Peer
 from autoteardown.channel.messages import Malformed, encode, kind_of, whole
@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from autoteardown.channel.rendezvous import Card
 
 BACK_WITHIN = 2.0
-"""Seconds that a rank has to come back after its connection has ended, before it counts as lost."""
+"""Seconds that a rank has to come back after it has heard that its connection has ended, before it counts as lost."""
+DEAD_AFTER = 10.0
+"""Seconds after which a rank of another host whose connection was closed counts as dead: one that could not reach this
+host for half of them has tried again, and is back."""
 _MANY = 128  # ranks whose connections are not to take the low numbers
 _FULL, _UNREAD = 1 << 16, 1 << 20  # bytes that wait: no more messages are added; it is given up
 _GLANCE = 0.005  # seconds until the next look at what the kernel has sent
@@ -37,6 +40,7 @@ class Member:
         self.peer: Optional[Peer] = None
         self.attempt = 0
         self.seen = 0  # number of its last post
+        self.near = False  # it is on this host
         self.left = False
         self.lost = False
         self.mourn: Optional[Timer] = None
@@ -101,7 +105,7 @@ class Hub:
     def close(self) -> None:
         """Say that it is over, and be gone."""
         if not self._closed:
-            for member in self._members.values():
+            for member in list(self._members.values()):
                 if member.peer is not None:
                     try:
                         member.peer.send(encode("end"))
@@ -115,7 +119,7 @@ class Hub:
         self._sitting.close()
         self._door.close()
         self._crowd.close()
-        for member in self._members.values():
+        for member in list(self._members.values()):
             if member.mourn is not None:
                 member.mourn.cancel()
             if member.peer is not None:
@@ -155,7 +159,7 @@ class Hub:
             member.mourn.cancel()
         member.peer, peer.member = peer, member
         self._here += 1
-        member.attempt = hello.attempt
+        member.attempt, member.near = hello.attempt, bool(hello.near)
         peer.told = min(hello.heard, self._said.last)
         peer.put(encode("welcome", member.seen, self._door.promise(hello)))
         if born:
@@ -209,10 +213,12 @@ class Hub:
         member: Member = peer.member
         self._hang_up(peer)
         if not member.left and not self._closed:
-            # A live process whose line drops comes back at once: the kernel has closed a dead one's. Of one that is
-            # only silent nobody knows.
-            dead = why in _GONE
-            member.mourn = self._loop.at(BACK_WITHIN, lambda: self._count_lost(member, dead))
+            # A live process whose line drops comes back at once: the kernel has closed a dead one's. What lies between
+            # two hosts (a firewall, a proxy) can close one, too, and keep a live rank away. Of one that is only silent
+            # nobody knows, and it may not know yet that its line is gone.
+            gone = why in _GONE
+            wait = BACK_WITHIN if gone else sockets.IDLE + BACK_WITHIN
+            member.mourn = self._loop.at(wait, lambda: self._count_lost(member, gone))
         elif member.left and not self._closed:
             self._sitting.happened(member.rank, "closed", None)
             self._tell_soon()
@@ -226,8 +232,11 @@ class Hub:
         self._crowd.unwatch(peer.fd)
         peer.close()
 
-    def _count_lost(self, member: Member, dead: bool) -> None:
-        if member.peer is None and not member.left and not member.lost:
+    def _count_lost(self, member: Member, gone: bool) -> None:
+        if member.peer is None and not member.left:
+            dead = gone and (member.near or member.lost)
+            if gone and not dead:
+                member.mourn = self._loop.at(DEAD_AFTER - BACK_WITHIN, lambda: self._count_lost(member, gone))
             member.lost = True
             self._sitting.happened(member.rank, "lost", dead)
             self._tell_soon()
@@ -275,7 +284,7 @@ class Hub:
     def _flushed(self) -> None:
         if not self._flushes or self._closed:
             return
-        peers = [member.peer for member in self._members.values() if member.peer is not None]
+        peers = [member.peer for member in list(self._members.values()) if member.peer is not None]
         try:
             if any(
                 peer.told < self._said.last or peer.waiting or descriptors.unsent(peer.fd) for peer in peers

@@ -2,9 +2,10 @@
 
 Every line is an array that begins with its kind. To the hub:
 
-    ["hello", rank, world, member, attempt, heard, proof]
+    ["hello", rank, world, member, attempt, heard, near, proof]
                                      the first line: who comes (`member` names one life of the rank), for which time,
-                                     and the last index it has heard. The proof holds for this once: attempts grow
+                                     the last index it has heard, and whether it is on the hub's host (0 or 1). The
+                                     proof holds for this once: attempts grow
     ["p", number, kind, value]       a post; numbers grow by one
     ["bye"]                          this rank has left the group
 

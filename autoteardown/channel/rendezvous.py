@@ -17,7 +17,7 @@ import sys
 import weakref
 from typing import Any, Callable, NamedTuple, Optional
 
-from autoteardown import primitives
+from autoteardown import native, primitives
 from autoteardown.boundary import failed
 from autoteardown.channel import addresses, sockets
 from autoteardown.channel.messages import Malformed, name_of, whole
@@ -72,10 +72,14 @@ class Card(NamedTuple):
         """Where to try, best first: loopback leads to the hub on its own host, and to a stranger on any other."""
         near = [each for each in self.hosts if is_loopback(each[0])]
         far = [each for each in self.hosts if each not in near]
-        where = addresses.here()
-        if not where or not self.here:
+        if not addresses.here() or not self.here:
             return far + near
-        return near + far if where == self.here else far
+        return near + far if self.near else far
+
+    @property
+    def near(self) -> bool:
+        """Whether the hub is known to be on this host, in this network."""
+        return bool(self.here) and self.here == addresses.here()
 
 
 class NoCard(Exception):
@@ -104,38 +108,18 @@ def _root(store: Any) -> Any:
     return store
 
 
-_in_stores: set[object] = set()
-
-
 def _start(errand: Callable[[], object]) -> None:
     """Do it on a thread that ends with it."""
-    mark = object()
 
     def run() -> None:
         try:
-            errand()
+            native.call(errand)
+        except native.Over:
+            pass
         except Exception as error:
             failed("to use the store", error)
-        finally:
-            _in_stores.discard(mark)
 
-    _in_stores.add(mark)
-    try:
-        primitives.start_new_thread(run, ())
-    except BaseException:
-        _in_stores.discard(mark)
-        raise
-
-
-def settle(seconds: float) -> None:
-    """Wait until no thread of ours is in a store, at most so long: before the interpreter is finalized.
-
-    A thread that comes back from C++ to an interpreter that is gone is made to exit by CPython (up to 3.13), and c10d's
-    frames turn that into an abort.
-    """
-    end = primitives.monotonic() + seconds
-    while _in_stores and primitives.monotonic() < end:
-        primitives.sleep(0.001)
+    primitives.start_new_thread(run, ())
 
 
 class Desk:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 # Seconds until the next try: the first, the longest, that after some minutes in vain, the longest while posts wait.
 _SOON, _IDLE_WAIT, _LONG_WAIT, _BUSY_WAIT = 0.02, 5.0, 30.0, 0.5
 _STUCK_WAIT = 1.5
+_SURE = 3  # tries, 0.1 s: a rank that dies may be the store's server, and c10d prints a page if one asks it just then
 _MANY_TRIES = 30
 _ENOUGH = 20  # tries after rank 0 has left
 _AFTERWARDS = 7  # where the waits begin then: 2 s, in which the other ranks leave as well
@@ -30,8 +31,8 @@ class Seeker(Protocol):
     def waiting(self) -> bool:
         """Whether there are posts that no hub has said that it has."""
 
-    def hello(self, card: Card) -> tuple[int, int, str, int, int]:
-        """Rank, world, member, attempt and heard (see `Dial`)."""
+    def hello(self, card: Card) -> tuple[int, int, str, int, int, int]:
+        """Rank, world, member, attempt, heard and near (see `Dial`)."""
 
     def found(self, link: Link, seen: int, lines: list[list[Any]]) -> object:
         """This one has let us in (see `Dial`)."""
@@ -146,7 +147,8 @@ class Search:
         if link is None:
             if not self._seeker.connected:
                 self.why = f"the hub cannot be reached: {why}"
-                self._look()  # it may be another group's that was here before
+                if self._tries >= _SURE:
+                    self._look()  # it may be another group's that was here before
             self._again()
             return
         self._ended = False

@@ -153,6 +153,7 @@ def drain(
     timeout: float,
     problem: Callable[[str], object] | None = None,
     which: Which | None = None,
+    killed_after: bool = False,
 ) -> tuple[list[Drained], bool]:
     """Signal the armed ranks, wait for all; also whether Ctrl-C cut the waiting short.
 
@@ -162,6 +163,8 @@ def drain(
         timeout: longest wait for all of them together, in seconds.
         problem: hears of a registry that cannot be used, each time that it is looked at.
         which: default all. Those of them that arm meanwhile (a launcher that restarts its workers) are drained, too.
+        killed_after: whether somebody kills who is left then. A rank's own grace period begins with its signal; it is
+            told that it has no more than this.
     """
     which = which or Which()
     ranks: dict[str, Drained] = {}
@@ -171,11 +174,14 @@ def drain(
     marker = registry.DrainMarker(runtime_dir)
     try:
         while True:
-            for record in would_signal(runtime_dir, which, problem):
-                if record.name not in ranks:
-                    ranks[record.name] = rank = Drained(record)
-                    if rank._start(signum):
-                        waiting.append(rank)
+            found = would_signal(runtime_dir, which, problem)
+            new = [record for record in found if record.name not in ranks]
+            ranks.update((record.name, Drained(record)) for record in new)
+            if new and killed_after:
+                marker.tell(list(ranks), began + timeout)
+            for rank in [ranks[record.name] for record in new]:
+                if rank._start(signum):
+                    waiting.append(rank)
             left = max(0.0, timeout - (time.monotonic() - began))
             gone = _wait(waiting, min(left, _POLL)) if waiting else []
             for rank in waiting:

@@ -153,7 +153,9 @@ class NodeDrain:
 
         found = self._settings
         left = max(0.0, self._left())
-        ranks, _ = drain.drain(found.runtime_dir, found.signals[0], left, which=_of_this_node())
+        ranks, _ = drain.drain(
+            found.runtime_dir, found.signals[0], left, which=_of_this_node(), killed_after=True
+        )
         for rank in ranks:
             self._say(rank.line())
         clean = sum(rank.clean for rank in ranks)

@@ -58,7 +58,11 @@ def drain_first(words: Sequence[str]) -> None:
         if not seconds or not drain.would_signal(found.runtime_dir, which, say):
             return
         ranks, _ = drain.drain(
-            found.runtime_dir, found.signals[0], min(seconds, found.hard + 0.5), which=which
+            found.runtime_dir,
+            found.signals[0],
+            min(seconds, found.hard + 0.5),
+            which=which,
+            killed_after=True,
         )
         for rank in ranks:
             say(rank.line())

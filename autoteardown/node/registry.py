@@ -11,12 +11,13 @@ import json
 import os
 import time
 
+from autoteardown import primitives
 from autoteardown.node import folder, procfs
 from autoteardown.node.record import MARKER, Record, identity, load, name_of, own_name, plain
 
 TYPE_CHECKING = False  # typing costs an import
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     Problem = Callable[[str], object]
 
@@ -52,7 +53,7 @@ class Entry:
         try:
             descriptor = folder.open_own(self._path)
             try:
-                if outcome is None or not _drain_waits(descriptor):
+                if outcome is None or not _markers(descriptor):
                     folder.remove(descriptor, self.name)
                     return
             finally:
@@ -61,6 +62,19 @@ class Entry:
             self._publish()
         except Exception:
             pass
+
+    def time_left(self) -> float | None:
+        """Seconds until whoever drains this process kills it; None: nobody has said so. Reads a file or two."""
+        try:
+            descriptor = folder.open_own(self._path)
+            try:
+                told = [_told(descriptor, marker, self.name) for marker in _markers(descriptor)]
+            finally:
+                os.close(descriptor)
+            known = [until for until in told if until is not None]
+            return min(known) - primitives.monotonic() if known else None
+        except Exception:
+            return None
 
     def _publish(self) -> None:
         # Two threads may be here at once, and the slower one would put back what the faster one has replaced:
@@ -87,6 +101,16 @@ class DrainMarker:
         self._path = folder.absolute(runtime_dir)
         self._name = MARKER + own_name()
         self._act(lambda descriptor: folder.replace(descriptor, self._name, b"{}"))
+
+    def tell(self, names: Sequence[str], until: float) -> None:
+        """Write into it, before they are signalled, when the processes of these entries will be killed.
+
+        Args:
+            names: of the entries.
+            until: on the clock of `time.monotonic`, which all processes of a machine share.
+        """
+        content = json.dumps({"until": until, "ranks": list(names)}).encode("ascii")
+        self._act(lambda descriptor: folder.replace(descriptor, self._name, content))
 
     def close(self) -> None:
         """Take it down."""
@@ -202,9 +226,20 @@ def _sweep(descriptor: int) -> list[str]:
     return living
 
 
-def _drain_waits(descriptor: int) -> bool:
-    markers = [identity(name) for name in os.listdir(descriptor) if name.startswith(MARKER)]
-    return any(marker is not None and procfs.lives(*marker) for marker in markers)
+def _markers(descriptor: int) -> list[str]:
+    """The names of the markers of drains that go on."""
+    markers = {name: identity(name) for name in os.listdir(descriptor) if name.startswith(MARKER)}
+    return [name for name, drain in markers.items() if drain is not None and procfs.lives(*drain)]
+
+
+def _told(descriptor: int, marker: str, name: str) -> float | None:
+    """What that drain has told the process with this entry."""
+    try:
+        content = json.loads(folder.read(descriptor, marker))
+        until = plain(content["until"])
+        return float(until) if name in content["ranks"] and isinstance(until, (int, float)) else None
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return None  # it has just been taken down, or tells nothing
 
 
 def _reason(runtime_dir: str, error: Exception) -> str:

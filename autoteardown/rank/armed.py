@@ -29,10 +29,11 @@ class Armed:
             self.identity.log.line(problem)
         self.tap = signals.install(signal)
         self.joined = False  # init has returned: there is a process group
+        self.unshared = ""  # why its group has no channel, in words
         self.teardown: Optional[Teardown] = None
         self.channel: Optional[Channel] = None
         self.events: _queue.SimpleQueue[tuple[str, Any]] = _queue.SimpleQueue()
-        self.gate = gate.renew(self.events.put, backends.sequence_numbers, backends.current_devices)
+        self.gate = gate.renew(self.events.put, backends.comparable_numbers, backends.current_devices)
         self.signum: Optional[int] = None  # the eviction signal, if this rank got one
 
     @property
@@ -40,4 +41,6 @@ class Armed:
         """Why the peers cannot be told of an eviction, in words; empty if they can."""
         if self.channel is not None:
             return self.channel.why
+        if self.unshared:
+            return self.unshared
         return "AUTOTEARDOWN_PEERS is off" if not self.settings.peers else "the agent's thread has ended"

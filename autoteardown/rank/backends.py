@@ -11,7 +11,13 @@ from __future__ import annotations
 import sys
 from typing import Any, Callable, NamedTuple
 
-from autoteardown.rank.collectives import evidence, progress, sequence_numbers, stuck_collective
+from autoteardown.rank.collectives import (
+    comparable_numbers,
+    evidence,
+    progress,
+    sequence_numbers,
+    stuck_collective,
+)
 from autoteardown.rank.devices import (
     Problem,
     accelerators,
@@ -27,6 +33,7 @@ __all__ = [
     "abort",
     "accelerators",
     "can_abort",
+    "comparable_numbers",
     "current_devices",
     "destroy",
     "devices_of",
@@ -41,21 +48,24 @@ __all__ = [
 ]
 
 from autoteardown import primitives
-from autoteardown.rank import afterwards
+from autoteardown.rank import afterwards, custom_groups
 
 # Their abort does nothing: a blocked operation stays blocked until the peer's socket closes.
 _WITHOUT_ABORT = frozenset({"gloo", "mpi", "ucc", "fake"})
+
+_CUSTOM = 1.0  # seconds for groups whose other members do not leave with this rank
 
 _kept: list[Any] = []
 
 
 class World(NamedTuple):
-    """The default process group, as this rank sees it."""
+    """The default process group, as this rank sees it; where there is none, the first that was made without."""
 
     rank: int
     size: int
     backend: str
     store: Any
+    alone: str = ""  # why its ranks are not told of each other's evictions
 
 
 def _c10d() -> Any:
@@ -63,9 +73,12 @@ def _c10d() -> Any:
 
 
 def world() -> World | None:
-    """The default process group; None if there is none."""
+    """The process group that this rank is guarded for; None if there is none."""
     c10d = _c10d()
     if not c10d.is_initialized():
+        for group in list(c10d._world.pg_names) if custom_groups.any_left() else []:
+            backend = str(c10d._world.pg_map[group][0])
+            return World(group.rank(), group.size(), backend, None, custom_groups.ALONE)
         return None
     try:
         store = c10d._get_default_store()
@@ -150,7 +163,9 @@ def destroy(real: Callable[[], object]) -> Problem:
     Args:
         real: torch's own `destroy_process_group`.
     """
-    if not _c10d().is_initialized():
+    c10d = _c10d()
+    custom = [group for group in groups() if custom_groups.known(group) or not c10d.is_initialized()]
+    if not custom and not c10d.is_initialized():
         return None  # the program was faster
     # The last reference to a gloo group must not go in what the program unwinds on its way out: the destructor can
     # deadlock, with the GIL held.
@@ -159,8 +174,31 @@ def destroy(real: Callable[[], object]) -> Problem:
         afterwards.release(_c10d())
     except Exception:  # torch has changed: its own errors, then
         pass
-    try:
-        real()
-    except Exception as error:
-        return line(error)
-    return None
+    for group in custom:
+        c10d._world.pg_names.pop(group, None)  # torch's function shuts down what is in there
+    problem = None
+    if c10d.is_initialized():
+        try:
+            real()
+        except Exception as error:
+            problem = line(error)
+    _shut_down(custom)
+    return problem
+
+
+def _shut_down(custom: list[Any]) -> None:
+    """Release groups whose other members go on. A backend may wait for those: then the exit releases the group."""
+    over: list[object] = []
+
+    def run(group: Any) -> None:
+        try:
+            getattr(group, "shutdown", lambda: _c10d()._shutdown_backend(group))()
+        except BaseException:  # it is no part of this stop, and its members are not told
+            pass
+        over.append(group)
+
+    for group in custom:
+        primitives.start_new_thread(run, (group,))
+    until = primitives.monotonic() + _CUSTOM
+    while len(over) < len(custom) and primitives.monotonic() < until:
+        primitives.sleep(0.01)

@@ -19,10 +19,15 @@ import sys
 from collections.abc import Hashable
 from typing import Any, Callable, Optional
 
-from autoteardown.rank import devices
+from autoteardown.rank import custom_groups, devices
 
 
-def sequence_numbers() -> dict[str, int]:
+def comparable_numbers() -> dict[str, int]:
+    """The sequence numbers of the groups whose names mean the same on every rank of the default group."""
+    return sequence_numbers(comparable=True)
+
+
+def sequence_numbers(comparable: bool = False) -> dict[str, int]:
     """The number of the last collective that this rank has launched, by the name of its group; safe on any thread.
 
     A group with several backends has an entry `name/device` for each. What counts: with NCCL every launch of a
@@ -33,6 +38,8 @@ def sequence_numbers() -> dict[str, int]:
     c10d = sys.modules["torch.distributed.distributed_c10d"]
     found: dict[str, int] = {}
     for group, name in list(dict(c10d._world.pg_names).items()):
+        if comparable and custom_groups.known(group):
+            continue
         parts = str(c10d._world.pg_backend_config.get(group, "")).split(",")
         kinds = {kind: backend for kind, colon, backend in (part.partition(":") for part in parts) if colon}
         # The group's own method raises for backends that torch does not know, and that is slow.

@@ -10,6 +10,7 @@ import os
 import sys
 from typing import Any, Callable, Optional
 
+from autoteardown import native
 from autoteardown.boundary import failed, guarded
 from autoteardown.channel import channel as channels
 from autoteardown.frameworks import ray
@@ -22,8 +23,10 @@ from autoteardown.rank.lost import Watch
 from autoteardown.rank.main_thread import MainThread
 from autoteardown.stop.council import Council
 from autoteardown.stop.driver import Teardown, end
+from autoteardown.stop.fuse import Fuse
 
 _GOODBYE = 0.2  # seconds for the others to hear that this rank has left by itself
+_SETTLE = 2.0  # seconds at exit for what our threads do in C++
 _LAST = 3.0  # seconds that the hub stays for the others when its application has ended by itself
 
 
@@ -38,6 +41,7 @@ class Guard(Armed):
         self._gone.acquire()
         self._watch: Optional[Watch] = None
         self._finalized = False
+        self._fuse = Fuse()
         self._signalled = False
         self._hooks: Optional[stepping.Hooks] = None
 
@@ -64,17 +68,17 @@ class Guard(Armed):
             util.Finalize(None, guarded(at_exit), exitpriority=-(10**6))
 
     def join(self) -> None:
-        """After torch's init: the world is known."""
+        """After torch's init, or that of a group without it: the world is known."""
         world = backends.world()
         if world is None:
             return
-        self.joined = True
+        self.joined, self.unshared = True, world.alone
         self.identity.joined(world)
         if self._hooks is None:
             self._hooks = stepping.Hooks(self.tap.look_again)
         callbacks.prepare(self.settings.on_teardown, self.identity.log.line)
         loop = self.tap.loop
-        if self.settings.peers and world.size > 1 and loop is not None:
+        if self.settings.peers and world.size > 1 and loop is not None and not world.alone:
             self.channel = channels.Channel.open(
                 world.store, world.rank, world.size, loop, guarded(self._hear), lambda: Council(world.size)
             )
@@ -85,7 +89,9 @@ class Guard(Armed):
         if self.teardown is not None and self.teardown.committed:
             return
         self._close_channel()
-        self.tap.disarm()
+        # In an eviction that it has heard of from a peer, its own signal may be yet to come: not to be killed by then.
+        if self.teardown is None:
+            self.tap.disarm()
         if self._hooks is not None:
             self._hooks.remove()
             self._hooks = None
@@ -140,12 +146,15 @@ class Guard(Armed):
     def _on_signal(self, signum: int) -> bool:
         """On the loop thread; whether the application's handler is to be called later, and not now."""
         try:
-            ray.call_abort_off()
             first, self._signalled = not self._signalled, True
             if self.teardown is not None:
+                ray.call_abort_off()
                 self.teardown.also_signalled(signum)
                 return first and self.main.defers(signum)  # a peer's notice was faster
             if self._begun.acquire(False):
+                # Before anything else: on a starved machine this thread may not get the GIL again for long.
+                self._fuse.light(self.settings.hard, self.settings.exit_code_for(signum))
+                ray.call_abort_off()
                 self.signum = signum
                 own = {"rank": self.identity.rank, "host": self.identity.host, "pid": os.getpid()}
                 self._begin("signal", signum, own)
@@ -163,7 +172,9 @@ class Guard(Armed):
         if cause == "peer" and self.settings.handlers == "alone":
             owner = False
         hands = RankHands(self, self.main, owner)
-        self.teardown = Teardown(hands, cause, signum, _origin(origin) if cause == "peer" else origin)
+        self.teardown = Teardown(
+            hands, cause, signum, _origin(origin) if cause == "peer" else origin, self._fuse
+        )
         if self.channel is not None and not self.channel.connected:
             self.events.put(("down", self.channel.why))
         self.teardown.begin()
@@ -172,6 +183,17 @@ class Guard(Armed):
 
     def at_exit(self) -> None:
         """Last of all atexit callbacks."""
+        self.main.over = True
+        self._leave_to_the_stop()
+        if self.teardown is not None:
+            self.events.put(("exits", None))
+        self._close_channel()  # which may take a while, and a stop may begin meanwhile
+        self._leave_to_the_stop()
+        self.identity.unlist()
+        channels.close_all()
+        native.settle(_SETTLE)
+
+    def _leave_to_the_stop(self) -> None:
         teardown = self.teardown
         if teardown is not None and teardown.committed:
             if not teardown.leaving:
@@ -180,9 +202,6 @@ class Guard(Armed):
                     self.events.put(("ended", None))
                 self.gate.parking.wait_for_exit()
             teardown.ended()
-        self._close_channel()
-        self.identity.unlist()
-        channels.close_all()
 
 
 def _origin(notice: Any) -> dict[str, Any]:

@@ -67,6 +67,10 @@ class RankHands:
         still = self._life is not None and not ended and self._life.still()
         return Look(gate.saving, still, ended, backends.progress())
 
+    def time_left(self) -> Optional[float]:
+        """See `stop.hands.Hands`."""
+        return self._armed.identity.time_left()
+
     def unlist(self, outcome: str, exit_code: int) -> None:
         """See `stop.hands.Hands`."""
         self._armed.identity.unlist(outcome, exit_code)
@@ -76,7 +80,7 @@ class RankHands:
         channel = self._armed.channel
         if channel is not None:
             if kind in ("at", "still"):
-                value = (*value, backends.sequence_numbers() if backends.accelerators() else {})
+                value = (*value, backends.comparable_numbers() if backends.accelerators() else {})
             channel.post(kind, value)
 
     def flush(self, seconds: float) -> None:

@@ -68,6 +68,10 @@ class Identity:
         if self._entry is not None:
             self._entry.update(**fields)
 
+    def time_left(self) -> Optional[float]:
+        """Seconds until a drain of this node kills the process; None: none has said so."""
+        return self._entry.time_left() if self._entry is not None else None
+
     def unlist(self, outcome: Optional[str] = None, exit_code: Optional[int] = None) -> None:
         """Leave the node's registry."""
         if self._entry is not None:

@@ -14,7 +14,8 @@ from types import ModuleType
 from typing import Any, Callable
 
 from autoteardown.boundary import guarded
-from autoteardown.rank import afterwards
+from autoteardown.primitives import get_ident
+from autoteardown.rank import afterwards, custom_groups
 from autoteardown.switch import say
 
 _MARK = "_autoteardown_wrapped"
@@ -65,6 +66,7 @@ def _patch_c10d(module: ModuleType) -> None:
         return
     _patch(module, "destroy_process_group", _wrap_destroy, "torch.distributed")
     _patch(module, "init_process_group", _wrap_init, "torch.distributed")
+    _patch(module, "_new_process_group_helper", _wrap_helper)
     # What an init needs: 7 ms, which are nothing in an import of torch and something in an init.
     from autoteardown.rank import guard  # noqa: F401
 
@@ -72,15 +74,37 @@ def _patch_c10d(module: ModuleType) -> None:
 def _wrap_init(real: Callable[..., Any]) -> Callable[..., Any]:
     def init_process_group(*args: Any, **kwargs: Any) -> Any:
         _joining()
+        ident = get_ident()
+        _in_init.add(ident)
         try:
             result = real(*args, **kwargs)
         except BaseException:
             _not_joined()
             raise
+        finally:
+            _in_init.discard(ident)
         _joined()
         return result
 
     return init_process_group
+
+
+def _wrap_helper(real: Callable[..., Any]) -> Callable[..., Any]:
+    def _new_process_group_helper(*args: Any, **kwargs: Any) -> Any:
+        custom = _is_custom(args, kwargs)
+        if custom:
+            _joining(custom=True)
+        try:
+            result = real(*args, **kwargs)
+        except BaseException:
+            if custom:
+                _not_joined()
+            raise
+        if custom:
+            _custom_made(result)
+        return result
+
+    return _new_process_group_helper
 
 
 def _wrap_destroy(real: Callable[..., Any]) -> Callable[..., Any]:
@@ -162,13 +186,31 @@ def _in_worker() -> None:
 # -- what the wrapped init and destroy do -----------------------------------------------------------------------------
 
 
+_in_init: set[int] = set()  # the threads that are in init_process_group
+
+
 @guarded
-def _joining() -> None:
+def _joining(custom: bool = False) -> None:
     from autoteardown.rank import guard
 
     c10d = sys.modules["torch.distributed.distributed_c10d"]
-    if not disarmed and not c10d.is_initialized():
-        guard.of_process(c10d.destroy_process_group.__wrapped__).joining()
+    if disarmed or c10d.is_initialized():
+        return
+    rank = guard.of_process(c10d.destroy_process_group.__wrapped__)
+    if not (custom and rank.joined):
+        rank.joining()
+
+
+@guarded
+def _is_custom(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    return get_ident() not in _in_init and custom_groups.is_one(args, kwargs)
+
+
+@guarded
+def _custom_made(result: Any) -> None:
+    custom_groups.note(result)
+    if not sys.modules["torch.distributed.distributed_c10d"].is_initialized():
+        _joined()
 
 
 @guarded
@@ -197,8 +239,13 @@ def _not_joined() -> None:
     from autoteardown.rank import guard
 
     c10d = sys.modules["torch.distributed.distributed_c10d"]
-    if guard.guard is not None and not c10d.is_initialized():
-        guard.guard.leave()
+    rank = guard.guard
+    if rank is None or c10d.is_initialized():
+        return
+    if custom_groups.any_left() and rank.tap.armed:  # what is left was made without an init
+        rank.join()
+    else:
+        rank.leave()
 
 
 disarmed = False

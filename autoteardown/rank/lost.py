@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Callable, Optional
 
+from autoteardown import native
 from autoteardown.primitives import monotonic
 from autoteardown.rank import backends, threads
 from autoteardown.rank.gate import Gate
@@ -54,7 +55,11 @@ class Watch:
         if not self.ranks or self._patience is None:
             return
         self._gate.find_thread()
-        seen = (threads.position(self._gate.thread), backends.progress(), self._gate.count)
+        try:
+            progress = native.call(backends.progress)
+        except native.Over:
+            return
+        seen = (threads.position(self._gate.thread), progress, self._gate.count)
         # A device that waits for a peer shows in whatever waits for the device, a thread only in a collective.
         blocked = bool(backends.accelerators()) or threads.place(self._gate.thread) == "peers"
         if seen != self._seen or not blocked or self._gate.saving:

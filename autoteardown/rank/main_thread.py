@@ -19,6 +19,7 @@ class MainThread:
         self._owner: dict[str, bool] = {}
         self._seen = 0  # signals that Python's handler was called for
         self._waits = False
+        self.over = False  # it has nothing left to run but our own exit callback
         self.handed = False  # the application's handler has been called for this eviction
 
     def owner(self, signum: int) -> bool:
@@ -59,7 +60,7 @@ class MainThread:
     def on_signal(self, signum: int) -> bool:
         """Python's handler for an eviction signal, on the main thread; True: the agent deals with it."""
         armed = self._armed
-        teardown = armed.teardown
+        teardown, handed = armed.teardown, self.handed
         self._seen += 1
         if not (teardown is not None and teardown.committed and self.handed) and self.owner(signum):
             owns = armed.tap.application_owns(signum)
@@ -70,6 +71,8 @@ class MainThread:
             if self._not_over():
                 # A second one, or nobody to wait for: the application's at once.
                 if owns:
+                    if self.handed and not handed:
+                        return True  # delivered meanwhile, on top of this frame: that was for this signal
                     if self.handed and teardown is not None:
                         teardown.also_signalled(signum, sure=True)
                     self.handed = True
@@ -92,6 +95,8 @@ class MainThread:
     def stop(self) -> None:
         """Park this thread if it is time to, or have it leave if it is time for that."""
         armed, gate, ident = self._armed, self._armed.gate, get_ident()
+        if self.over:
+            return
         # It waits below this frame, and looks for itself. What is raised here would not come out of that wait.
         if ident in gate.waits.inside or ident in gate.held:
             return

@@ -7,6 +7,7 @@ from datetime import datetime, timezone
 from typing import Any, Optional
 
 from autoteardown.stop import report
+from autoteardown.stop.deadline import Deadline
 from autoteardown.stop.hands import Hands
 from autoteardown.stop.protocol import Stop
 from autoteardown.stop.story import Story, signal_name
@@ -22,13 +23,17 @@ class Account:
         cause: `signal`, `peer` or `lost`.
         signum: the eviction signal, if this rank got one.
         origin: rank, host and pid of the rank that was signalled first.
+        deadline: of this stop.
     """
 
-    def __init__(self, hands: Hands, cause: str, signum: Optional[int], origin: dict[str, Any]) -> None:
+    def __init__(
+        self, hands: Hands, cause: str, signum: Optional[int], origin: dict[str, Any], deadline: Deadline
+    ) -> None:
         self._hands = hands
         self.cause = cause
         self.signum = signum
         self.origin = origin
+        self._deadline = deadline
         self._received_at = datetime.now(timezone.utc).isoformat()
         self._stuck: list[dict[str, Any]] = []
         self._collective: Optional[dict[str, Any]] = None  # the one that does not end
@@ -37,6 +42,16 @@ class Account:
     def exit_code(self) -> int:
         """The contract's, whichever way the process ends."""
         return self._hands.settings.exit_code_for(self.signum)
+
+    @property
+    def yields(self) -> float:
+        """Seconds that an application with a handler of its own has."""
+        return self._hands.settings.yield_within(self._deadline.hard)
+
+    @property
+    def _grace(self) -> float:
+        deadline = self._deadline
+        return round(deadline.hard + 1.0, 2) if deadline.shortened else self._hands.settings.grace
 
     def opening(self, owner: bool) -> str:
         """Why this is happening, in words; `owner`: the application may end by itself."""
@@ -47,9 +62,9 @@ class Account:
         if self.cause == "lost":
             return f"rank {rank} is lost, and this one has waited {settings.lost:g}s for it"
         name = signal_name(self.signum) if self.signum else "?"
-        if owner and settings.yield_seconds:
-            return f"{name}: the application ends by itself, and has {settings.yield_seconds:g}s"
-        return f"{name}: tearing down, hard deadline at {settings.hard:g}s"
+        if owner and self.yields:
+            return f"{name}: the application ends by itself, and has {round(self.yields, 1):g}s"
+        return f"{name}: tearing down, hard deadline at {round(self._deadline.hard, 1):g}s"
 
     def take_stacks(self, when: str) -> None:
         """Keep what the program's threads are doing."""
@@ -83,7 +98,7 @@ class Account:
             signum=self.signum,
             origin=self.origin,
             received_at=self._received_at,
-            grace=self._hands.settings.grace,
+            grace=self._grace,
             phases=phases,
             steps=stop.steps if stop is not None else None,
             stuck=list(self._stuck),

@@ -7,9 +7,9 @@ A rank says: `tell` (a dict: who is being evicted, and how long it has `left`), 
 owner]`), `plan_now`, `at` (`[iteration, round, numbers]`), `still` (`[whether it waits without progress, round,
 numbers]`), `ready` (round: it knows where to stop), `saving` (whether it saves), `arrived` (its device is idle at the
 agreed iteration), `halt`, `over` (the time of its application is), `wedged`, `quiet` (whether clean), `left`. Its
-connection says: `joined`, `lost` (whether it is known to be dead), `back`, `bye`, `closed` (after `left`); the clock:
-`tick`, when `wake` has come. `numbers` are the sequence numbers of the groups' collectives where hosts run ahead of
-devices, else empty.
+connection says: `joined`, `lost` (whether it is known to be dead; again when that is), `back`, `bye`, `closed` (after
+`left`); the clock: `tick`, when `wake` has come. `numbers` are the sequence numbers of the groups' collectives where
+hosts run ahead of devices, else empty.
 
 It is told: `notice`, `plan` (`{"stop": iteration or None, "owned": bool, "why": words}`), `more` (`{"round": n,
 "until": numbers}`: stop at the end of your next iteration that has got there), `even` (all are at the same one),

@@ -13,11 +13,12 @@ import _queue
 import os
 from typing import Any, Callable, NoReturn, Optional
 
-from autoteardown import exits
+from autoteardown import exits, native
 from autoteardown.boundary import guarded
-from autoteardown.primitives import allocate_lock, monotonic, sleep, start_new_thread
+from autoteardown.primitives import allocate_lock, sleep, start_new_thread
 from autoteardown.stop import abort_signal, collector, lastwords, protocol, terms
 from autoteardown.stop.account import Account
+from autoteardown.stop.deadline import Deadline
 from autoteardown.stop.fuse import Fuse
 from autoteardown.stop.hands import Hands
 from autoteardown.stop.orders import Orders
@@ -29,6 +30,7 @@ _LAST_WORDS = 0.4  # seconds for report and termination log, before the process 
 _LONG_LAST_WORDS = 2.0  # the same where there is time
 # Seconds after which a program that was sent out is looked at: does it still leave, or has it swallowed the exit?
 _SWALLOWS = 0.5
+_FOR_EVER = 3600.0  # longer than any process of ours still has
 
 
 class Teardown:
@@ -39,12 +41,15 @@ class Teardown:
         cause: `signal`, `peer` or `lost`.
         signum: the eviction signal, if this rank got one.
         origin: rank, host and pid of the rank that was signalled first, and how much time it has `left`.
+        fuse: of this process; may burn already.
     """
 
-    def __init__(self, hands: Hands, cause: str, signum: Optional[int], origin: dict[str, Any]) -> None:
+    def __init__(
+        self, hands: Hands, cause: str, signum: Optional[int], origin: dict[str, Any], fuse: Fuse
+    ) -> None:
         self.hands = hands
-        self.started = monotonic()
-        self._account = Account(hands, cause, signum, _without_time(origin))
+        self._deadline = Deadline(hands.settings.hard, fuse)
+        self._account = Account(hands, cause, signum, _without_time(origin), self._deadline)
         self._orders = Orders(hands, self._account, self.say)
         self.committed = False  # from here on the agent ends the process
         self.leaving = False  # the program is asked to leave with SystemExit
@@ -56,7 +61,6 @@ class Teardown:
         self._progress: Any = None
         self._told = 0
         self._left_at = 0.0
-        self._fuse = Fuse()
 
     def begun_by(self, origin: dict[str, Any]) -> None:
         """Who was signalled first."""
@@ -66,16 +70,16 @@ class Teardown:
 
     def begin(self) -> None:
         """Start the threads; on a thread that has nothing else to do, as it is the fallback."""
-        self._light_fuse(self.hands.settings.hard)
+        self._deadline.light(self.exit_code)
         try:
-            start_new_thread(self._deadline, ())
+            start_new_thread(self._at_deadline, ())
             start_new_thread(self._drive, ())
         except RuntimeError:  # no thread to be had
             self._drive()
 
-    def _deadline(self) -> None:
+    def _at_deadline(self) -> None:
         try:
-            sleep(max(0.0, self.hands.settings.hard - 0.1 - self.now))
+            self._deadline.wait()
             if self.stop is not None:
                 self.stop.forced = True
             self.say("hard deadline: ending the process")
@@ -84,7 +88,8 @@ class Teardown:
 
     def _drive(self) -> None:
         try:
-            facts = self.hands.facts(self._account.cause)
+            self._shorten()
+            facts = native.call(lambda: self.hands.facts(self._account.cause))
             self._owner = facts.owner
             stop = self.stop = protocol.Stop(self._limits(), facts)
             self._open()
@@ -98,6 +103,8 @@ class Teardown:
                 except _queue.Empty:
                     event, value = "tick", None
                 self._take(stop, event, value)
+        except native.Over:  # the application has ended by itself
+            sleep(_FOR_EVER)
         except BaseException as error:  # ours: it may cost the teardown, not the exit code
             problem = f"internal error: {type(error).__name__}: {error}"
             if self.stop is not None:
@@ -106,10 +113,14 @@ class Teardown:
         finally:
             self._finish()
 
+    def _shorten(self) -> None:
+        if self._account.signum is not None:
+            self._deadline.shorten(self.hands.time_left, self.exit_code)
+
     @property
     def now(self) -> float:
         """Seconds since the signal."""
-        return monotonic() - self.started
+        return self._deadline.now
 
     @property
     def delivers(self) -> bool:
@@ -136,7 +147,7 @@ class Teardown:
 
     def _look(self, stop: protocol.Stop) -> None:
         """Notice what sends no event."""
-        shown = self.hands.look(self.committed)
+        shown = native.call(lambda: self.hands.look(self.committed))
         if shown.ended and "ended" not in stop.heard and (self.committed or not self._owner):
             self._take(stop, "ended", None)
         for what in ("saving", "still"):
@@ -174,8 +185,8 @@ class Teardown:
     def _limits(self) -> terms.Limits:
         s = self.hands.settings
         return terms.Limits(
-            hard=s.hard - _LAST_WORDS - 0.1,
-            yield_=s.yield_seconds,
+            hard=self._deadline.hard - _LAST_WORDS - 0.1,
+            yield_=self._account.yields,
             step=s.step_timeout,
             drain=s.drain_timeout,
             destroy=s.destroy_timeout,
@@ -198,7 +209,8 @@ class Teardown:
         # From here on the program's own code decides how the process ends: it may call os._exit, or free what cannot
         # be freed. So the report is written before, and the fuse made shorter.
         lastwords.write(self.story(), self.hands, _LAST_WORDS, final=False)
-        self._light_fuse(self.now + self.hands.settings.exit_timeout + _LONG_LAST_WORDS + _LAST_WORDS)
+        latest = self.now + self.hands.settings.exit_timeout + _LONG_LAST_WORDS + _LAST_WORDS
+        self._deadline.light(self.exit_code, latest)
         if self.hands.is_stuck_outside():
             self._finish()
         self.leaving, self._left_at = True, self.now
@@ -220,10 +232,8 @@ class Teardown:
             return  # the application may have sent it to itself, as uvicorn does when it has shut down
         if self._account.signum is None and (stop is None or "departed" not in stop.heard):
             self._account.signum = signum
-            self._light_fuse(self.hands.settings.hard)
-
-    def _light_fuse(self, at: float) -> None:
-        self._fuse.light(min(at, self.hands.settings.hard) - 0.02 - self.now, self.exit_code)
+            self._deadline.light(self.exit_code)
+            self._orders.start(None, self._shorten)
 
     def ended(self) -> None:
         """On the main thread, last of all atexit callbacks, when the program is over."""
@@ -233,17 +243,17 @@ class Teardown:
     def _finish(self, patience: Optional[float] = None) -> None:
         """End the process. Whoever comes first does it; the others wait for the end, but for the deadline."""
         if not self._finishing.acquire(False) and patience is None:
-            sleep(3600)
+            sleep(_FOR_EVER)
         try:
             if patience is None:
-                left = self.hands.settings.hard - _LAST_WORDS - self.now
+                left = self._deadline.hard - _LAST_WORDS - self.now
                 patience = max(_LAST_WORDS, min(_LONG_LAST_WORDS, left))
             story = self.story(final=True)
             lastwords.write(story, self.hands, patience, final=True)
             if (
                 self.stop is not None
                 and self.stop.wedged
-                and self.now < self.hands.settings.hard - _LONG_LAST_WORDS
+                and self.now < self._deadline.hard - _LONG_LAST_WORDS
             ):
                 lastwords.write_evidence(story, self.hands, _LAST_WORDS)
             self.say(story.summary(), event="done", outcome=story.outcome)

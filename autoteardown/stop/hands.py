@@ -49,6 +49,9 @@ class Hands(Protocol):
     def mark(self, **fields: Any) -> None:
         """Tell the node's registry."""
 
+    def time_left(self) -> Optional[float]:
+        """Seconds until whoever drains this node kills the process; None: nobody has said so. Reads a file or two."""
+
     def unlist(self, outcome: str, exit_code: int) -> None:
         """Leave the node's registry."""
 

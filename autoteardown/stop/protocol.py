@@ -38,8 +38,9 @@ class Stop(Machine):
     (origin, with what `tell` said as `left`; before `begin` if that is why this rank stops), `plan` (see there),
     `more`, `even`, `halt`, `busy` (whether somebody saves), `rest`, `abort`, `quiet` (clean), `departed`, `gone`; from
     the channel `down` (why it is, or None); from the application `released` (it has put its handler away), `leaves` (it
-    has destroyed its group, or ended); from the training thread `stopped` (iteration), `parked`, `ended`, `swallowed`;
-    `saving`, `still` (bools), `progress` (when the device last made some); from the workers `drained`, `unwaitable`
+    has destroyed its group, or ended), `exits` (it runs its last exit callbacks); from the training thread `stopped`
+    (iteration), `parked`, `ended`, `swallowed`; `saving`, `still` (bools), `progress` (when the device last made some);
+    from the workers `drained`, `unwaitable`
     (which devices), `called`, `destroyed`, `aborted` (None, or what went wrong); `fault` (what went wrong elsewhere);
     `tick`, when `wake` has come and no event is waiting.
     """
@@ -203,6 +204,11 @@ class Stop(Machine):
             self._end("ok", now, "those that end by themselves have left")
         elif delivered and not self.facts.owner and self._clock >= self._down_at + RECONNECTING:
             self._end("ok", now, "the hub has left, and nobody says who else has")
+        elif (
+            "exits" in self.heard
+        ):  # with its own exit code; it stays a moment for the others if it is the hub
+            self.wake = self.limits.hard
+            return False
         elif self._due:
             self._end("timeout", now, "the application's handler did not end the process")
         else:

@@ -1,11 +1,13 @@
 """Hosts as network namespaces on a switch (a bridge in one more), with cables to pull. Root only."""
 
 import ctypes
+import itertools
 import os
 import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -41,6 +43,9 @@ def needs(*tools):
     return pytest.mark.skipif(why is not None, reason=why or "")
 
 
+_INPUT, _OUTPUT = (f"type filter hook {hook} priority 0;" for hook in ("input", "output"))
+
+
 class Host:
     """One of them."""
 
@@ -62,6 +67,12 @@ class Host:
             self.ip("addr", "add", address, "dev", interface, *(["nodad"] if ":" in address else []))
         self.ip("link", "set", interface, "up")
 
+    def file(self, name, text):
+        """What programs that are started with `prefix` find as /etc/NAME."""
+        folder = Path("/etc/netns") / self.name
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
     def ip(self, *command):
         return run("ip", "-n", self.name, *command)
 
@@ -80,12 +91,63 @@ class Host:
     def plug_in(self):
         run("ip", "-n", self.net.switch, "link", "set", f"p{self.number}eth0", "up")
 
+    def lines(self, pid=None):
+        """Local and remote ends of the lines to a hub that rank `pid` keeps, or all of this host.
+
+        Of the connections of a job they are the ones with keep-alive.
+        """
+        found = []
+        for line in self.run("ss", "-Htnpo", "state", "established").splitlines():
+            if "timer:(keepalive" in line and (pid is None or f"pid={pid}," in line):
+                local, remote = line.split()[2:4]
+                found.append((local, remote))
+        return found
+
+    def reset(self, *lines):
+        """End connections, given as local and remote ends, as whatever lies between may do."""
+        for local, remote in lines:
+            self.run("ss", "-K", "-tn", "src", local, "dst", remote)
+
+    def forget(self, *lines):
+        """Swallow the packets of connections, both ways, as an address translator that has forgotten them."""
+        rules = []
+        for number, (local, remote) in enumerate(lines):
+            (_, here), (_, there) = split(local), split(remote)
+            rules += [
+                f"chain i{number} {{ {_INPUT} tcp dport {here} tcp sport {there} drop; }}",
+                f"chain o{number} {{ {_OUTPUT} tcp sport {here} tcp dport {there} drop; }}",
+            ]
+        self.nft(*rules)
+
+    def lose(self, percent):
+        """So many of the packets that come to this host and go from it, but for its own."""
+        some = f"numgen random mod 100 < {percent} drop"
+        self.nft(
+            f"chain i {{ {_INPUT} iifname != lo {some}; }}", f"chain o {{ {_OUTPUT} oifname != lo {some}; }}"
+        )
+
+    def close_port(self, port, verdict="drop", new=False):
+        """A policy for what other hosts send to that port: `drop`, or `reject with tcp reset`.
+
+        `new`: only for what opens a connection.
+        """
+        opens = "tcp flags & (syn | ack) == syn" if new else ""
+        self.nft(f"chain i {{ {_INPUT} iifname != lo tcp dport {port} {opens} {verdict}; }}")
+
+
+def split(end):
+    """Address and port of one end of a connection, as `ss` writes it."""
+    host, _, port = end.rpartition(":")
+    return host.strip("[]"), int(port)
+
 
 class Net:
     """A switch and its hosts."""
 
+    _count = itertools.count()
+
     def __init__(self):
-        self.name = f"at{os.getpid()}"
+        self.name = f"at{os.getpid()}n{next(self._count)}"
         self.switch = f"{self.name}-s"
         self.names = [self.switch]
         self.helpers = []
@@ -102,12 +164,22 @@ class Net:
         self.names.append(f"{self.name}-h{number}")
         return Host(self, number, v4, v6)
 
+    def proxy(self, host, port, mark, idle):
+        """A proxy on that host; see programs/proxy.py."""
+        program = Path(__file__).parent.parent / "programs" / "proxy.py"
+        command = [*host.prefix, sys.executable, str(program), str(port), str(mark), str(idle)]
+        self.helpers.append(subprocess.Popen(command, stdout=subprocess.PIPE))
+        assert self.helpers[-1].stdout.readline() == b"ready\n"
+
     def close(self):
         for helper in self.helpers:
             helper.kill()
             helper.wait()
+            if helper.stdout is not None:
+                helper.stdout.close()
         for name in self.names:
             run("ip", "netns", "del", name, check=False)
+            shutil.rmtree(Path("/etc/netns") / name, ignore_errors=True)
 
 
 def slow_line(net, one, other, seconds, loss):

@@ -1,11 +1,10 @@
 """The channel over networks that break: hosts are network namespaces, so this needs root."""
 
 import re
-import signal
 import time
 
 import pytest
-from hosts import Net, needs, slow_line
+from hosts import Net, needs, slow_line, split
 from talkers import Talk, expect_lost
 
 from autoteardown.channel import connection, hub, rendezvous, sockets
@@ -13,7 +12,7 @@ from autoteardown.channel import connection, hub, rendezvous, sockets
 pytestmark = needs()
 
 # From the moment that packets are no longer answered to the moment that all know.
-NOTICED = 5 + 3 + sockets.UNANSWERED + hub.BACK_WITHIN + connection.LOST_AFTER
+NOTICED = sockets.UNANSWERED + sockets.IDLE + hub.BACK_WITHIN + connection.LOST_AFTER
 
 
 @pytest.fixture
@@ -149,6 +148,37 @@ def test_a_cable_that_is_pulled_for_a_while(net, talk, whose):
     assert ranks[0].heard("lost") == []
 
 
+@needs("nft")
+def test_a_live_rank_behind_a_firewall_is_not_known_to_be_dead(net, talk):
+    """Its connection is reset, and the next ones are refused for a while: no more than lost, and then back."""
+    hosts = [net.host(number) for number in (1, 2)]
+    ranks = spread(talk, hosts)
+    (local, remote), *_ = hosts[1].lines(ranks[1].pid)
+    hosts[0].close_port(split(remote)[1], "reject with tcp reset", new=True)
+    hosts[1].reset((local, remote))
+    ranks[0].expect("heard", "lost", [1, False])
+    time.sleep(hub.DEAD_AFTER / 2 - hub.BACK_WITHIN)
+    hosts[0].nft()
+    ranks[0].expect("heard", "back", [1, None])
+    assert ranks[0].heard("lost") == [["lost", [1, False]]]
+    assert all_hear(ranks, ranks[0], "notice") < 5
+
+
+@pytest.mark.slow
+def test_a_rank_of_another_host_that_was_killed(net, talk):
+    """Lost at once, and known to be dead when a live one would be back."""
+    hosts = [net.host(number) for number in (1, 2, 3)]
+    ranks = spread(talk, hosts)
+    ranks[2].kill()
+    start = time.monotonic()
+    for rank in ranks[:2]:
+        rank.expect("heard", "lost", [2, False])
+    assert time.monotonic() - start < hub.BACK_WITHIN + 5
+    for rank in ranks[:2]:
+        rank.expect("heard", "lost", [2, True])
+    assert time.monotonic() - start > hub.DEAD_AFTER - 1
+
+
 @pytest.mark.slow
 def test_a_host_that_loses_power(net, talk):
     """Its kernel says nothing to anybody."""
@@ -273,10 +303,10 @@ def test_a_frozen_hub(net, talk):
     """Its host answers, it does not: nobody takes that for a loss, and it goes on where it was."""
     hosts = [net.host(1), net.host(2)]
     ranks = spread(talk, hosts)
-    ranks[0].signal(signal.SIGSTOP)
+    ranks[0].freeze()
     ranks[1].tell("post", "during", None)
     time.sleep(3)
-    ranks[0].signal(signal.SIGCONT)
+    ranks[0].thaw()
     for rank in ranks:
         rank.expect("heard", "during", patience=30)
     assert ranks[0].heard("during") == [["during", [1, None]]]

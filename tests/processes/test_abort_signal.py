@@ -41,3 +41,61 @@ def test_without_it(job):
     """The control."""
     rank = job.start(PROGRAM.format(held=False, main=False, c=True), mode=NONE)
     assert rank.wait() == -signal.SIGABRT, rank.story()
+
+
+def test_whatever_our_own_code_waits_for(job):
+    """The fuse burns before anything else is done: on a starved machine any hand-over of the GIL may be the last."""
+    rank = job.start(
+        """
+        import time
+        import torch.distributed as dist
+        from autoteardown.frameworks import ray
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        ray.call_abort_off = lambda: time.sleep(3600)
+        print("ready", flush=True)
+        time.sleep(3600)
+        """,
+        AUTOTEARDOWN_GRACE=4,
+    )
+    rank.wait_for("ready")
+    assert rank.evict(grace=8) == 0, rank.story()
+    assert rank.said == [], rank.story()  # nobody got to say anything
+
+
+def test_an_exit_while_our_thread_is_in_cpp(job):
+    """A thread that comes back from C++ to an interpreter that is gone is an abort: none of ours is there by then."""
+    rank = job.start(
+        """
+        import datetime, os, signal, time
+        import torch.distributed as dist
+        from autoteardown.rank import backends
+        store = dist.HashStore()
+        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+        going = []
+
+        def progress():  # in C++, without the GIL, nearly all the time
+            for _ in range(200):
+                going.append(1)
+                try:
+                    store.wait(["never"], datetime.timedelta(milliseconds=2))
+                except Exception:
+                    pass
+
+        backends.progress = progress
+
+        def leave(signum, frame):
+            seen = len(going)
+            while len(going) < seen + 3:
+                time.sleep(0.001)
+            raise SystemExit(5)
+
+        signal.signal(signal.SIGTERM, leave)
+        print("ready", flush=True)
+        while True:
+            time.sleep(0.1)
+        """,
+        AUTOTEARDOWN_GRACE=20,
+    )
+    rank.wait_for("ready")
+    assert rank.evict(grace=20) == 5, rank.story()
+    assert "terminate called" not in rank.stderr

@@ -76,6 +76,37 @@ def test_torchrun_restarts_only_what_failed(job, code, attempts):
     assert trained(launcher) == (attempts == 2)
 
 
+@pytest.mark.parametrize("what", ["steps", pytest.param("apart", marks=pytest.mark.slow)])
+def test_torchrun_restarts_when_a_rank_was_killed(job, what):
+    """Its own way: it looks more often than anybody is lost for long."""
+    launcher = job.torchrun("attempts.py", what, ranks=3, nodes=RESTARTS, **OWN_STORE, **PATIENT)
+    first = pids(launcher, world=3)
+    os.kill(first[0], signal.SIGKILL)
+    pids(launcher, attempt=1, world=3)
+    assert launcher.wait() == 0, launcher.story()
+    assert launcher.stdout.count("trained") == 3
+    reports = job.all_reports()
+    assert {report["cause"] for report in reports.values()} <= {"signal"}, reports
+    assert {report["pid"] for report in reports.values()} <= set(first.values())
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_what_a_lost_rank_has_ended(job):
+    """Where torchrun sees nothing for longer than AUTOTEARDOWN_LOST: it finds failed ranks, as after any failure."""
+    more = {**OWN_STORE, **PATIENT, "AUTOTEARDOWN_LOST": 1}
+    launcher = job.torchrun("attempts.py", "apart", ranks=3, nodes=RESTARTS, **more)
+    first = pids(launcher, world=3)
+    wait_until(lambda: launcher.stdout.count("apart") == 3, "the groups of their own")
+    launcher.signal(signal.SIGSTOP)
+    os.kill(first[0], signal.SIGKILL)
+    reports = wait_until(lambda: len(job.all_reports()) == 2 and job.all_reports(), "the ends of the others")
+    launcher.signal(signal.SIGCONT)
+    assert [(reports[rank]["cause"], reports[rank]["exit_code"]) for rank in (1, 2)] == [("lost", 143)] * 2
+    pids(launcher, attempt=1, world=3)
+    assert launcher.wait() == 0, launcher.story()
+    assert launcher.stdout.count("trained") == 3
+
+
 def two_nodes(job, **options):
     """Two torchrun agents that also go on with one; in the order of their ranks."""
     port = free_port()

@@ -52,7 +52,8 @@ def test_not_where_it_is_off(job):
         ranks[1].wait(8)
 
 
-def test_a_program_that_heals_is_left_alone(job):
+@pytest.mark.parametrize("patience", [1, 30])
+def test_a_program_that_heals_is_left_alone(job, patience):
     """It catches the collective's error, destroys its group, and makes one without the rank that is gone."""
     ranks = job.world(
         """
@@ -79,7 +80,7 @@ def test_a_program_that_heals_is_left_alone(job):
             time.sleep(0.01)
         """,
         3,
-        AUTOTEARDOWN_LOST=1,
+        AUTOTEARDOWN_LOST=patience,
         AUTOTEARDOWN_GRACE=25,
     )
     for rank in ranks:

@@ -30,6 +30,34 @@ def test_without_a_channel(job):
     assert any("saved" in rank.stdout for rank in ranks), ranks[0].story()
 
 
+def test_its_own_signal_comes_last(job):
+    """A pod's ranks are not signalled at one moment: a notice may come first, and the signal in the last save."""
+    ranks = job.world(
+        """
+        import sys, time
+        import autoteardown
+        import torch, torch.distributed as dist
+        dist.init_process_group("gloo")
+        while not autoteardown.stop_requested():
+            dist.all_reduce(torch.ones(1))
+            time.sleep(0.01)
+            print("step", flush=True)
+        dist.destroy_process_group()
+        print("saving", flush=True)
+        time.sleep(1)
+        sys.exit(42)
+        """,
+        2,
+        **PATIENT,
+    )
+    for rank in ranks:
+        rank.wait_for("step")
+    ranks[0].signal()
+    ranks[1].wait_for("saving")
+    assert ranks[1].evict(grace=16) == 42, ranks[1].story()
+    assert ranks[0].outlast(16) == 42, ranks[0].story()
+
+
 QUIET = """
     import sys, threading
     import autoteardown

@@ -211,6 +211,66 @@ def test_a_handler_that_raises(job):
     assert len({rank.stdout.split("handler at ")[1].split()[0] for rank in ranks}) == 1
 
 
+def test_a_delivery_on_top_of_the_signal_s_own_handler(job):
+    """The agreement can be faster than Python's handler on the main thread: one signal is still one call."""
+    (rank,) = job.world(
+        """
+        import _thread, signal, sys, time
+        from autoteardown.rank import main_thread
+        import torch.distributed as dist
+
+        def owner(self, signum):
+            if _thread.get_native_id() == main:
+                time.sleep(0.5)
+            return real(self, signum)
+
+        real, main_thread.MainThread.owner = main_thread.MainThread.owner, owner
+        main = _thread.get_native_id()
+        calls = []
+        signal.signal(signal.SIGTERM, lambda *_: calls.append(1))
+        dist.init_process_group("gloo")
+        print("ready", flush=True)
+        while not calls:
+            time.sleep(0.01)
+        time.sleep(1)
+        sys.exit(40 + len(calls))
+        """,
+        1,
+        **PATIENT,
+    )
+    rank.wait_for("ready")
+    assert rank.evict(16) == 41, rank.story()
+
+
+def test_one_that_fails_while_another_still_saves(job):
+    """The hub stays a moment for the others after its own end, and keeps its exit code if their time is over then."""
+    ranks = job.world(
+        """
+        import os, signal, sys, time
+        import torch, torch.distributed as dist
+        stop = []
+        signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
+        dist.init_process_group("gloo")
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+        while not stop:
+            dist.all_reduce(torch.ones(1))
+            optimizer.step()
+            os.write(1, b"step\\n")
+        if dist.get_rank() == 0:
+            raise RuntimeError("the disk is full")
+        time.sleep(60)
+        """,
+        2,
+        AUTOTEARDOWN_GRACE=8,
+    )
+    for rank in ranks:
+        rank.wait_for("step\n(.*\n)*step")
+    ranks[1].signal()
+    assert ranks[0].outlast(8) == 1, ranks[0].story()
+    assert ranks[1].outlast(8) == 0, ranks[1].story()
+    assert "at exit" not in ranks[0].stderr and "terminate called" not in ranks[0].stderr, ranks[0].story()
+
+
 def test_an_iteration_that_does_not_end(job):
     """No agreement in time: the handlers run at once, and the application has the rest of its time."""
     ranks = started(job, "inside", 3600)

@@ -1,7 +1,9 @@
 """Under torchrun. The first attempt does not end by itself; a later one trains five steps.
 
-`attempts.py blocked`: at the first, rank 0 waits in a collective that the others never join. `attempts.py steps`: all
-train. Prints `attempt A rank R of W pid P`, after the first barrier, and `attempt A rank R trained`.
+`attempts.py blocked`: at the first, rank 0 waits in a collective that the others never join. `attempts.py apart`: ranks
+1 and 2 wait for each other, which rank 0 has no part in. `attempts.py steps`: all train.
+
+Prints `attempt A rank R of W pid P`, after the first barrier, and `attempt A rank R trained`.
 """
 
 import os
@@ -20,6 +22,17 @@ os.write(1, f"attempt {attempt} rank {rank} of {dist.get_world_size()} pid {os.g
 if attempt == 0 and sys.argv[1] == "blocked":
     if rank == 0:
         dist.all_reduce(torch.ones(1))
+    while True:
+        time.sleep(0.01)
+if attempt == 0 and sys.argv[1] == "apart":
+    import autoteardown
+
+    groups = [dist.new_group([1, 2]), dist.new_group([1, 2])]
+    while not autoteardown.status()["connected"]:  # else nobody knows of it when it is gone
+        time.sleep(0.01)
+    os.write(1, f"rank {rank} apart\n".encode())
+    if rank:
+        dist.all_reduce(torch.ones(1), group=groups[rank - 1])
     while True:
         time.sleep(0.01)
 model = DistributedDataParallel(torch.nn.Linear(4, 1))

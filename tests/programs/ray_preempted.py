@@ -1,7 +1,7 @@
-"""Ray Train that knows of preemption, as in its docs. `ray_preempted.py ADDRESS FOLDER`
+"""Ray Train that knows of preemption, as in its docs. `ray_preempted.py ADDRESS FOLDER MAX_FAILURES`
 
 It trains until it hears that a node is being preempted, saves a checkpoint, and trains on until it is stopped. The next
-attempt begins with that checkpoint and takes three steps.
+attempt begins with that checkpoint, or from the beginning, and takes three steps.
 """
 
 import os
@@ -27,6 +27,8 @@ def train(config):
             step = int(Path(path, "step").read_text())
         last = step + 3
         Path(folder, f"resumed-{rank}").write_text(str(step))
+    elif Path(folder, f"stepping-{rank}").exists():
+        last = 3
     while step < last:
         optimizer.zero_grad()
         model(torch.randn(2, 4)).square().mean().backward()
@@ -48,13 +50,16 @@ def train(config):
 
 
 os.environ["RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S"] = "0.5"
-address, folder = sys.argv[1:]
+address, folder, max_failures = sys.argv[1:]
 ray.init(address, log_to_driver=True)
 trainer = ray.train.torch.TorchTrainer(
     train,
     train_loop_config={"folder": folder},
     scaling_config=ray.train.ScalingConfig(num_workers=2, resources_per_worker={"CPU": 0, "slot": 1}),
-    run_config=ray.train.RunConfig(storage_path=f"{folder}/storage"),
+    run_config=ray.train.RunConfig(
+        storage_path=f"{folder}/storage",
+        failure_config=ray.train.FailureConfig(max_failures=int(max_failures)),
+    ),
 )
 try:
     trainer.fit()

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 
+from autoteardown import native
 from autoteardown.channel import channel as channels
 from autoteardown.channel.loop import Loop
 
@@ -142,6 +143,7 @@ def main():
             say("done")
         elif what == "end":
             channels.close_all()
+            native.settle(2)
             return
         elif what == "exit":
             os._exit(0)

@@ -160,6 +160,15 @@ def test_a_rank_that_is_only_out_of_reach_may_still_have_kernels():
     assert group(1, "quiet", True) == []
 
 
+def test_nor_is_it_waited_for_any_longer_when_it_turns_out_to_be_dead():
+    group = Group()
+    group(0, "tell", {})
+    group(2, "lost", False)
+    group(0, "quiet", True)
+    group(1, "quiet", True)
+    assert group.values(2, "lost", True)[-1] == (None, "quiet", False)
+
+
 def test_wedged_ranks_abort_when_the_last_has_said_so():
     group = Group()
     group.agreed(7, 7, 7)

@@ -642,6 +642,16 @@ def test_a_notice_in_the_yield_leaves_the_application_its_time():
     assert on.phases == [("yield", "timeout"), ("step", "skipped"), ("park", "")]
 
 
+def test_an_application_in_its_exit_callbacks_has_ended_by_itself():
+    """Its own exit code stays; what it waits for there is bounded."""
+    on = Script(ALONE, YIELD)
+    on(0.0, "begin")
+    on(17.0, "leaves")
+    on(17.0, "exits")
+    assert on(18.0, "tick") == []
+    assert on.stop.state == "yield" and on.stop.wake == YIELD.hard
+
+
 def test_a_notice_takes_at_most_half_of_a_short_yield():
     on = Script(ALONE, LIMITS._replace(hard=9.0, yield_=3.0))
     on(0.0, "begin")

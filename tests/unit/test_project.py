@@ -131,6 +131,6 @@ def test_the_changelog_keeps_its_form() -> None:
     text = (ROOT / "CHANGELOG.md").read_text("utf-8")
     heads = re.findall(r"^## (.*)$", text, re.M)
     assert heads[0] == "[Unreleased]"
-    assert all(re.fullmatch(r"\d+\.\d+\.\d+( - \d{4}-\d\d-\d\d)?", head) for head in heads[1:])
+    assert all(re.fullmatch(r"\[?\d+\.\d+\.\d+\]?( - \d{4}-\d\d-\d\d)?", head) for head in heads[1:])
     kinds = {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
     assert set(re.findall(r"^### (.*)$", text, re.M)) <= kinds

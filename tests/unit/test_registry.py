@@ -116,6 +116,52 @@ def test_an_outcome_is_left_only_for_a_drain(runtime):
     assert [path.name for path in runtime.iterdir()] == [entry.name]
 
 
+def test_a_drain_tells_how_much_time_is_left(runtime):
+    entry = enter(runtime)
+    assert entry.time_left() is None
+    marker = registry.DrainMarker(str(runtime))
+    assert entry.time_left() is None
+    marker.tell([entry.name], time.monotonic() + 7)
+    assert 5 < entry.time_left() <= 7
+    marker.tell(["another", entry.name], time.monotonic() - 1)
+    assert entry.time_left() < 0
+    marker.tell(["another"], time.monotonic() + 7)
+    assert entry.time_left() is None
+    marker.tell([entry.name], time.monotonic() + 7)
+    marker.close()
+    assert entry.time_left() is None
+
+
+def test_a_drain_that_is_dead_tells_nothing(runtime):
+    entry = enter(runtime)
+    (runtime / f"drain-{dead_name()}").write_text(json.dumps({"until": 1, "ranks": [entry.name]}))
+    assert entry.time_left() is None
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"[]",
+        b"7",
+        b"\xff",
+        b'{"until": 1}',
+        b'{"until": "soon", "ranks": [NAME]}',
+        b'{"until": 1, "ranks": 1}',
+        b'{"until": NaN, "ranks": [NAME]}',
+        b'{"until": Infinity, "ranks": [NAME]}',
+        b"[" * 60000,
+    ],
+)
+def test_a_drain_that_tells_nonsense(runtime, content):
+    entry = enter(runtime)
+    marker = registry.DrainMarker(str(runtime))
+    (path,) = runtime.glob("drain-*")
+    path.write_bytes(content.replace(b"NAME", json.dumps(entry.name).encode()))
+    assert entry.time_left() is None
+    marker.close()
+
+
 def test_the_marker_of_a_dead_drain_does_not_count(runtime):
     entry = enter(runtime)
     (runtime / f"drain-{dead_name()}").write_text("{}")

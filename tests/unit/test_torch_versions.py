@@ -148,7 +148,7 @@ def test_the_shapes_of_the_installed_torch_are_the_recorded_ones():
 @pytest.mark.parametrize("version", VERSIONS)
 def test_the_world(fake, version):
     made = fake(version)
-    assert backends.world() == (1, 4, "nccl", "store")
+    assert backends.world() == (1, 4, "nccl", "store", "")
     made.c10d._get_default_store = lambda: 1 / 0
     assert backends.world().store is None
     made.destroy_process_group()
