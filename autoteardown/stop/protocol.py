@@ -185,6 +185,7 @@ class Stop(Machine):
         if self.limits.yield_ <= now or "rest" in self.heard:
             self._do("park")
             return self._enter("park", now, 0.0)
+        self.heard.pop("stopped", None)  # it runs on from there
         self._do("deliver")
         return self._enter("yield", now, self.limits.yield_ - now)
 
