@@ -236,7 +236,7 @@ def test_both_ends_of_the_range_of_wrapt(tmp_path, wrapt):
     (next((tmp_path / "venv").glob("lib/*/site-packages")) / "rest.pth").write_text(
         sysconfig.get_path("purelib")
     )
-    suite_passes(executable, "test_startup.py", "test_checkpoint.py")
+    suite_passes(executable, "image/test_startup.py", "processes/test_checkpoint.py")
 
 
 @pytest.mark.slow
@@ -252,5 +252,11 @@ def test_every_python_at_hand(tmp_path, minor, wrapt):
     needs = ("hatchling", "hatch-fancy-pypi-readme", "pytest", "pytest-timeout", "hypothesis")
     executable = environment_with(tmp_path / "venv", wrapt, python, *needs)
     suite_passes(
-        executable, "test_startup.py", "test_settings.py", "test_registry.py", "test_torch_versions.py"
+        executable,
+        *(
+            "image/test_startup.py",
+            "unit/test_settings.py",
+            "unit/test_registry.py",
+            "unit/test_torch_versions.py",
+        ),
     )
