@@ -2,7 +2,7 @@
 
 The loop is the program's own, so this is an `on_teardown` callback: every rank stopped after the agreed iteration.
 With `automatic_checkpoint_naming` the checkpoint is the next of the numbered ones; without, it is the folder
-`autoteardown-checkpoint` in the project's folder, or in the current one. It has that name when it is whole.
+`autoteardown-checkpoint` in the project's folder, or in the current one. It has either name when it is whole.
 """
 
 from __future__ import annotations
@@ -53,14 +53,29 @@ def patch(
 
 def _save(accelerator: Any) -> None:
     project = accelerator.project_configuration
-    if project.automatic_checkpoint_naming:
-        accelerator.save_state()
-        return
-    final = os.path.join(project.project_dir or ".", _NAME)
-    accelerator.save_state(final + ".unfinished")
+    folder = project.project_dir or "."
+    # Not among the numbered ones, of which `load_state` takes the last.
+    unfinished = os.path.join(folder, _NAME + ".unfinished")
+    if accelerator.is_local_main_process:
+        shutil.rmtree(unfinished, ignore_errors=True)  # of a stop that did not get so far
     accelerator.wait_for_everyone()
-    if accelerator.is_local_main_process and os.path.isdir(final + ".unfinished"):
+    numbered, project.automatic_checkpoint_naming = project.automatic_checkpoint_naming, False
+    try:
+        accelerator.save_state(unfinished)
+    finally:
+        project.automatic_checkpoint_naming = numbered
+    accelerator.wait_for_everyone()
+    if accelerator.is_local_main_process and os.path.isdir(unfinished):
+        final = _next(os.path.join(folder, "checkpoints")) if numbered else os.path.join(folder, _NAME)
         if os.path.isdir(final):
             os.rename(final, final + ".old")
-        os.rename(final + ".unfinished", final)
+        os.rename(unfinished, final)
         shutil.rmtree(final + ".old", ignore_errors=True)
+
+
+def _next(checkpoints: str) -> str:
+    """The numbered name after the last."""
+    os.makedirs(checkpoints, exist_ok=True)
+    names = [name.rpartition("_")[2] for name in os.listdir(checkpoints)]
+    number = max((int(name) + 1 for name in names if name.isdecimal()), default=0)
+    return os.path.join(checkpoints, f"checkpoint_{number}")

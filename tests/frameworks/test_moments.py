@@ -4,6 +4,7 @@ Each time it is started again, as a scheduler would; in the end its losses are t
 """
 
 import re
+import signal
 
 import pytest
 import slow_disk
@@ -168,3 +169,30 @@ def test_trl(job, tmp_path):
     assert 4 <= training.done < 7, "before its first own checkpoint"
     finish(training)
     as_uninterrupted(job, training, tmp_path / "control")
+
+
+@pytest.mark.parametrize(
+    ("framework", "package", "pattern"),
+    [("trainer", "transformers", "checkpoint-*"), ("accelerate", "accelerate", "checkpoint*_*")],
+)
+def test_a_checkpoint_that_cannot_be_finished(job, tmp_path, framework, package, pattern):
+    """The disk is too slow: out in time, and nothing that looks whole is left."""
+    pytest.importorskip(package)
+    folder = tmp_path / "run"
+    ranks = job.world(
+        "fw_moments.py",
+        2,
+        framework,
+        folder,
+        fresh=True,
+        AUTOTEARDOWN_GRACE=10,
+        AUTOTEARDOWN_CHECKPOINT="on",
+        **slow_disk.environment(folder, 2000),
+    )
+    at_step(ranks, 3)
+    ranks[1].signal()
+    for rank in ranks:
+        rank.signalled = ranks[1].signalled
+        assert rank.outlast(10) != -signal.SIGKILL, rank.story()
+    assert list(folder.glob("*unfinished*")), "it was being written"
+    assert not list(folder.rglob(pattern)), ranks[0].story()

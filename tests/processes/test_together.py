@@ -315,7 +315,7 @@ def test_at_random_moments_under_torchrun(job, seed):
     """The same with a launcher, itself or one of its workers, which reacts to the first who leaves."""
     chance = random.Random(seed)
     launcher = job.torchrun("saver.py", "flag", 0, ranks=4, **PATIENT)
-    wait_until(lambda: launcher.stdout.count("step 5\n") >= 4, "four ranks at work")
+    wait_until(lambda: launcher.stdout.count("step 5\n") >= 4, "four ranks at work", 240)
     victim = chance.choice([launcher.pid, *workers(launcher, 4)])
     time.sleep(chance.uniform(0, 0.1))
     os.kill(victim, SIGTERM)
