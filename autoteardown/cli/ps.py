@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps([as_dict(record) for record in records], indent=2))
     elif records:
         rows = [
-            ("PID", "JOB", "RANK", "BACKEND", "PROGRAM", "STATE", "AGE"),
+            ("PID", "JOB", "RANK", "BACKEND", "PROGRAM", "STATE", "AGE", "PEERS"),
             *(_row(record) for record in records),
         ]
         widths = [max(map(len, column)) for column in zip(*rows)]
@@ -53,6 +53,7 @@ def as_dict(record: Record) -> dict[str, object]:
         "backend": record.backend,
         "program": record.program,
         "state": record.state,
+        "alone": record.alone,
         "armed_at": record.armed_at,
         "age": round(record.age, 3),
     }
@@ -67,7 +68,14 @@ def none_here(runtime_dir: str) -> str:
 
 def _row(record: Record) -> tuple[str, ...]:
     named = (printable(text) for text in (record.backend, record.program, record.state))
-    return (str(record.pid), printable(record.job), record.place, *named, _age(int(record.age)))
+    return (str(record.pid), printable(record.job), record.place, *named, _age(int(record.age)), peers(record))
+
+
+def peers(record: Record) -> str:
+    """Whether the other ranks would be told now that this one is evicted."""
+    if record.alone is None:
+        return "-"
+    return f"not told: {printable(record.alone)}" if record.alone else "connected"
 
 
 def _age(seconds: int) -> str:

@@ -83,6 +83,8 @@ class Guard(Armed):
                 world.store, world.rank, world.size, loop, guarded(self._hear), lambda: Council(world.size)
             )
             self._watch = Watch(loop, self.gate, self.settings.lost, self._lost)
+        if world.size > 1 and (self.channel is None or self.channel.is_hub):  # else it has yet to connect
+            self.identity.mark(alone=self.alone)
 
     def leave(self) -> None:
         """After torch's destroy: nothing to guard any more, and the application gets its handler back."""
@@ -118,6 +120,8 @@ class Guard(Armed):
 
     def _hear(self, kind: str, value: Any) -> None:
         """On the loop thread: from the council, or of the line to it."""
+        if kind in ("up", "down") and self.teardown is None:
+            self.identity.mark(alone=value or "")
         if kind == "note":
             self.identity.log.line(value, level="debug")
         elif kind in ("lost", "back") and self._watch is not None:

@@ -604,8 +604,8 @@ def test_ps_lists_the_ranks(runtime):
     run = ps(runtime)
     assert (run.returncode, run.stderr) == (0, "")
     head, row = run.stdout.splitlines()
-    assert head.split() == ["PID", "JOB", "RANK", "BACKEND", "PROGRAM", "STATE", "AGE"]
-    assert row.split() == [str(os.getpid()), "llama", "7b", "3/16", "gloo", "train.py", "armed", "2h5m"]
+    assert head.split() == ["PID", "JOB", "RANK", "BACKEND", "PROGRAM", "STATE", "AGE", "PEERS"]
+    assert row.split() == [str(os.getpid()), "llama", "7b", "3/16", "gloo", "train.py", "armed", "2h5m", "-"]
     for title, cell in zip(
         head.split(), [str(os.getpid()), "llama 7b", "3/16", "gloo", "train.py", "armed", "2h5m"]
     ):
@@ -663,3 +663,14 @@ def test_names_cannot_forge_a_line_of_ps(runtime):
     assert len(run.stdout.splitlines()) == 2
     assert all(letter.isprintable() for line in run.stdout.splitlines() for letter in line)
     assert json.loads(ps(runtime, "--json").stdout)[0]["program"].startswith("x\n")
+
+
+def test_ps_and_doctor_say_whose_peers_are_not_told(runtime):
+    entry = enter(runtime, rank=3, world_size=16, alone="")
+    assert ps(runtime).stdout.splitlines()[1].endswith("connected")
+    entry.update(alone="the hub cannot be reached:\x1b refused")
+    assert ps(runtime).stdout.rstrip().endswith("not told: the hub cannot be reached:? refused")
+    command = [sys.executable, "-m", "autoteardown", "doctor"]
+    env = {**os.environ, "AUTOTEARDOWN_RUNTIME_DIR": str(runtime), "AUTOTEARDOWN": "1"}
+    said = subprocess.run(command, env=env, capture_output=True, text=True).stdout
+    assert "rank 3/16" in said and "could not tell them of its eviction now" in said, said

@@ -12,6 +12,7 @@ from autoteardown import settings
 from autoteardown.cli.doctor.activation import Process
 from autoteardown.cli.doctor.finding import NOTE, OK, PROBLEM, WARNING, Finding
 from autoteardown.node import folder, registry
+from autoteardown.node.record import printable
 
 _OLDEST_WRAPT, _FIRST_WRAPT_TOO_NEW = (1, 14), (3,)
 _OLDEST_TORCH = (2, 4)
@@ -79,8 +80,15 @@ def _folders(found: settings.Settings) -> list[Finding]:
     findings = []
     try:
         os.close(folder.open_own(folder.absolute(found.runtime_dir)))
-        armed = len(registry.read(found.runtime_dir))
-        findings.append(Finding("registry", OK, f"{found.runtime_dir}, armed ranks on this node: {armed}"))
+        ranks = registry.read(found.runtime_dir)
+        findings.append(
+            Finding("registry", OK, f"{found.runtime_dir}, armed ranks on this node: {len(ranks)}")
+        )
+        for rank in ranks:
+            if rank.alone:
+                text = f"rank {rank.place} (pid {rank.pid}) could not tell them of its eviction now: "
+                advice = "it tries again as long as its group lives; until then an eviction of it stops it alone"
+                findings.append(Finding("peers", WARNING, text + printable(rank.alone), advice))
     except FileNotFoundError:
         findings.append(_creatable("registry", Path(found.runtime_dir), "AUTOTEARDOWN_RUNTIME_DIR"))
     except OSError as error:
