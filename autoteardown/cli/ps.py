@@ -68,7 +68,14 @@ def none_here(runtime_dir: str) -> str:
 
 def _row(record: Record) -> tuple[str, ...]:
     named = (printable(text) for text in (record.backend, record.program, record.state))
-    return (str(record.pid), printable(record.job), record.place, *named, _age(int(record.age)), peers(record))
+    return (
+        str(record.pid),
+        printable(record.job),
+        record.place,
+        *named,
+        _age(int(record.age)),
+        peers(record),
+    )
 
 
 def peers(record: Record) -> str:

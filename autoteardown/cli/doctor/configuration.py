@@ -87,7 +87,9 @@ def _folders(found: settings.Settings) -> list[Finding]:
         for rank in ranks:
             if rank.alone:
                 text = f"rank {rank.place} (pid {rank.pid}) could not tell them of its eviction now: "
-                advice = "it tries again as long as its group lives; until then an eviction of it stops it alone"
+                advice = (
+                    "it tries again as long as its group lives; until then an eviction of it stops it alone"
+                )
                 findings.append(Finding("peers", WARNING, text + printable(rank.alone), advice))
     except FileNotFoundError:
         findings.append(_creatable("registry", Path(found.runtime_dir), "AUTOTEARDOWN_RUNTIME_DIR"))
