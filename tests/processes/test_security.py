@@ -121,6 +121,7 @@ def test_what_is_patched_is_what_the_page_says():
         "signal.getsignal",
         "torch.distributed.distributed_c10d.init_process_group",
         "torch.distributed.distributed_c10d.destroy_process_group",
+        "torch.distributed.distributed_c10d._new_process_group_helper",
         "torch.serialization.save",
         "torch.distributed.checkpoint.state_dict_saver.save",
         "torch.distributed.checkpoint.state_dict_saver.save_state_dict",
