@@ -531,7 +531,11 @@ def test_plain_where_no_terminal_is():
     show(view)
     assert type(view) is display.Display
     text = stream.getvalue()
-    assert "\x1b" not in text and "SIGTERM to rank 1 [pid 4711]" in text and re.search(r"hand-written +no ", text), text
+    assert (
+        "\x1b" not in text
+        and "SIGTERM to rank 1 [pid 4711]" in text
+        and re.search(r"hand-written +no ", text)
+    ), text
 
 
 def test_plain_without_rich(monkeypatch):
