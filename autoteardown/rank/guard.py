@@ -84,7 +84,9 @@ class Guard(Armed):
             )
             self._watch = Watch(loop, self.gate, self.settings.lost, self._lost)
         if world.size > 1 and (self.channel is None or self.channel.is_hub):  # else it has yet to connect
-            self.identity.mark(alone=self.alone)
+            alone = self.alone
+            if loop is not None:  # it is a file to write, which init need not wait for
+                loop.call(lambda: self.identity.mark(alone=alone))
 
     def leave(self) -> None:
         """After torch's destroy: nothing to guard any more, and the application gets its handler back."""

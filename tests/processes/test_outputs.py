@@ -11,6 +11,8 @@ from datetime import datetime, timezone
 import pytest
 from harness import AGENT, GRACE, HANDWRITTEN, LOG_LINE, NONE, SHORT, SIGTERM, wait_until
 
+from autoteardown.node import registry
+
 FIELDS = {
     "schema", "host", "pid", "program", "rank", "local_rank", "world_size", "backend", "python", "torch", "cause",
     "signal", "origin", "received_at", "phases", "steps", "stuck", "outcome", "exit_code",
@@ -345,3 +347,25 @@ def test_control_nothing_is_said_without_us(job):
     ranks = job.world("train.py", 2, "--steps", 2, mode=NONE)
     assert [rank.wait() for rank in ranks] == [0, 0]
     assert [rank.said for rank in ranks] == [[], []]
+
+
+@pytest.mark.parametrize("peers, said", [("on", ""), ("off", "AUTOTEARDOWN_PEERS is off")])
+def test_the_registry_says_whether_peers_are_told(job, peers, said):
+    """What `ps` and `doctor` show of each rank, the hub's own included."""
+    ranks = job.world(
+        """
+        import time, torch, torch.distributed as dist
+        dist.init_process_group("gloo")
+        print("ready", flush=True)
+        time.sleep(3600)
+        """,
+        2,
+        AUTOTEARDOWN_PEERS=peers,
+    )
+    for rank in ranks:
+        rank.wait_for("ready")
+
+    def told():
+        return {record.rank: record.alone for record in registry.read(str(job.runtime))}
+
+    wait_until(lambda: told() == {0: said, 1: said}, f"{said!r}")
