@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Callable, Optional
 
-from autoteardown.primitives import allocate_lock, monotonic, sleep, start_new_thread
+from autoteardown.primitives import monotonic, sleep
+from autoteardown.stop.aside import aside
 from autoteardown.stop.fuse import Fuse
 
 _BEFORE = 0.1  # seconds before the deadline when a thread of ours ends the process; the fuse comes after it
@@ -50,18 +51,8 @@ class Deadline:
             time_left: how many seconds the drain leaves, if it has said so; reads a file, and a disk may be dead.
             code: the exit code.
         """
-        looked = allocate_lock()
-        looked.acquire()
         found: list[Optional[float]] = []
-
-        def look() -> None:
-            try:
-                found.append(time_left())
-            finally:
-                looked.release()
-
-        start_new_thread(look, ())
-        looked.acquire(timeout=_READING)
+        aside(lambda: found.append(time_left()), _READING)
         left = found[0] if found else None
         if left is not None and self.now + left - _FREE < self.hard:
             self.hard = max(_LEAST, self.now + left - _FREE)

@@ -122,11 +122,6 @@ class Teardown:
         """Seconds since the signal."""
         return self._deadline.now
 
-    @property
-    def delivers(self) -> bool:
-        """Whether a signal that arrives now is the application's: its handler has been called, or is about to be."""
-        return self.stop is not None and self.stop.state == "yield"
-
     def _take(self, stop: protocol.Stop, event: str, value: Any) -> None:
         for action in stop.on(event, value, self.now):
             self._commit(stop)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import sys
 
-from autoteardown.primitives import allocate_lock, start_new_thread
 from autoteardown.stop import report
+from autoteardown.stop.aside import aside
 from autoteardown.stop.hands import Hands
 from autoteardown.stop.story import Story
 
@@ -23,8 +23,6 @@ def write(story: Story, hands: Hands, seconds: float, final: bool) -> None:
     Raises:
         RuntimeError: no thread to be had.
     """
-    written = allocate_lock()
-    written.acquire()
 
     def run() -> None:
         try:
@@ -34,10 +32,8 @@ def write(story: Story, hands: Hands, seconds: float, final: bool) -> None:
                     stream.flush()
         except BaseException as error:
             hands.log.line(f"last words failed: {type(error).__name__}: {error}", story.seconds)
-        written.release()
 
-    start_new_thread(run, ())
-    written.acquire(timeout=seconds)
+    aside(run, seconds)
 
 
 def write_evidence(story: Story, hands: Hands, seconds: float) -> None:
@@ -48,8 +44,6 @@ def write_evidence(story: Story, hands: Hands, seconds: float) -> None:
     folder = hands.settings.report_dir
     if not folder:
         return
-    written = allocate_lock()
-    written.acquire()
 
     def run() -> None:
         try:
@@ -58,10 +52,8 @@ def write_evidence(story: Story, hands: Hands, seconds: float) -> None:
                 _write_report(story, hands)  # which operation it was is known by now
         except BaseException as error:
             hands.log.line(f"no evidence: {type(error).__name__}: {error}", story.seconds)
-        written.release()
 
-    start_new_thread(run, ())
-    written.acquire(timeout=seconds)
+    aside(run, seconds)
 
 
 def _name(story: Story) -> str:

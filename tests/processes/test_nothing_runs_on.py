@@ -112,6 +112,22 @@ def after(rank, steps):
     wait_until(lambda: rank.stdout.count("step\n") >= steps or not rank.running, f"{steps} steps")
 
 
+def evicted(job, body, steps, **settings):
+    """Two ranks that have trained for so many steps, the first of which was evicted: both are out, with their codes."""
+    ranks = job.world(
+        TRAINING.replace("{body}", body),
+        2,
+        AUTOTEARDOWN_ON_TEARDOWN="__main__:stopped",
+        AUTOTEARDOWN_GRACE=12,
+        **settings,
+    )
+    for rank in ranks:
+        after(rank, steps)
+    ranks[0].signal()
+    assert [rank.outlast(12) for rank in ranks] == [0, 143], ranks[0].story()
+    return ranks
+
+
 def after_the_stop(rank):
     """What it said after it had been stopped."""
     assert "stopped\n" in rank.stdout, rank.story()
@@ -121,17 +137,7 @@ def after_the_stop(rank):
 @pytest.mark.parametrize("stop_at", ["step", "now"])
 @pytest.mark.parametrize("where", SWALLOWS)
 def test_a_program_that_catches_its_end(job, where, stop_at):
-    ranks = job.world(
-        TRAINING.replace("{body}", SWALLOWS[where]),
-        2,
-        AUTOTEARDOWN_ON_TEARDOWN="__main__:stopped",
-        AUTOTEARDOWN_STOP_AT=stop_at,
-        AUTOTEARDOWN_GRACE=12,
-    )
-    for rank in ranks:
-        after(rank, 20)
-    ranks[0].signal()
-    assert [rank.outlast(12) for rank in ranks] == [0, 143], ranks[0].story()
+    ranks = evicted(job, SWALLOWS[where], steps=20, AUTOTEARDOWN_STOP_AT=stop_at)
     for rank in ranks:
         report = rank.report()
         if (
@@ -148,10 +154,9 @@ def test_a_program_that_catches_its_end(job, where, stop_at):
 
 def test_code_on_the_way_out_keeps_its_time(job):
     """`finally`, `except SystemExit`, atexit: what a program does on its way out is its own."""
-    ranks = job.world(
-        TRAINING.replace(
-            "{body}",
-            """
+    ranks = evicted(
+        job,
+        """
     import atexit
     atexit.register(say, "atexit")
     try:
@@ -165,15 +170,8 @@ def test_code_on_the_way_out_keeps_its_time(job):
         time.sleep(1)
         say("finally")
     """,
-        ),
-        2,
-        AUTOTEARDOWN_ON_TEARDOWN="__main__:stopped",
-        AUTOTEARDOWN_GRACE=12,
+        steps=5,
     )
-    for rank in ranks:
-        after(rank, 5)
-    ranks[0].signal()
-    assert [rank.outlast(12) for rank in ranks] == [0, 143], ranks[0].story()
     for rank in ranks:
         assert after_the_stop(rank) == ["own", "finally", "atexit"], rank.story()
         assert rank.report()["outcome"] == "clean", rank.story()
@@ -181,10 +179,9 @@ def test_code_on_the_way_out_keeps_its_time(job):
 
 def test_a_sharded_save_does_not_begin_alone(job):
     """Seen: a rank whose group was gone overwrote a good sharded checkpoint with its own part."""
-    ranks = job.world(
-        TRAINING.replace(
-            "{body}",
-            """
+    ranks = evicted(
+        job,
+        """
     import torch.distributed.checkpoint as dcp
     dcp.save({"weight": weight.detach()}, checkpoint_id="sharded")
     while True:
@@ -195,14 +192,7 @@ def test_a_sharded_save_does_not_begin_alone(job):
             dcp.save({"weight": weight.detach() * 0 + 1e9}, checkpoint_id="sharded")
             say("overwritten")
     """,
-        ),
-        2,
-        AUTOTEARDOWN_ON_TEARDOWN="__main__:stopped",
-        AUTOTEARDOWN_GRACE=12,
+        steps=5,
     )
-    for rank in ranks:
-        after(rank, 5)
-    ranks[0].signal()
-    assert [rank.outlast(12) for rank in ranks] == [0, 143], ranks[0].story()
     for rank in ranks:
         assert "overwritten" not in rank.stdout
