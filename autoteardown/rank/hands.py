@@ -56,8 +56,12 @@ class RankHands:
             together=settings.handlers == "together",
             iterates=self._gate.begun or stepping.any_optimizer(),
             callbacks=bool(callbacks.registered or settings.on_teardown),
-            unwaitable=", ".join(backends.unwaitable()),
+            unwaitable=self.unwaitable(),
         )
+
+    def unwaitable(self) -> str:
+        """See `stop.hands.Hands`."""
+        return ", ".join(backends.unwaitable())
 
     def look(self, stopping: bool) -> Look:
         """See `stop.hands.Hands`."""

@@ -49,6 +49,9 @@ class Hands(Protocol):
     def mark(self, **fields: Any) -> None:
         """Tell the node's registry."""
 
+    def unwaitable(self) -> str:
+        """The devices in use that nobody can wait for, in words; empty if there are none."""
+
     def time_left(self) -> Optional[float]:
         """Seconds until whoever drains this node kills the process; None: nobody has said so. Reads a file or two."""
 

@@ -49,7 +49,7 @@ class Orders:
     def _drain(self) -> Any:
         problem = self._hands.drain()
         # Asked again: some turn out to be when they are waited for.
-        unwaitable = self._hands.facts(self._account.cause).unwaitable
+        unwaitable = self._hands.unwaitable()
         if unwaitable:
             self._hands.events.put(("unwaitable", unwaitable))
             self._hands.events.put(("fault", f"nobody can wait for this device: {unwaitable}"))
