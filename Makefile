@@ -4,16 +4,19 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TEST ?=
+# The two ends of what is claimed to work; the torch between them is what everything else is run with.
+TORCH_VERSIONS ?= 2.4.0 2.14.1
 # Most tests wait for processes rather than compute: more of them at a time than there are cores.
 JOBS ?= 4
 DRILL ?=
 BENCH ?=
 
-.PHONY: help drill test lint format bench unchanged chaos network network-chaos frameworks gpu wheel docs clean
+.PHONY: help drill test torch-versions lint format bench unchanged chaos network network-chaos frameworks gpu wheel docs clean
 
 help:
 	@echo "make drill        evict a rank of a real training job here, and see what happens"
 	@echo "make test         the tests"
+	@echo "make torch-versions   the tests with the oldest and the newest torch (several GB each)"
 	@echo "make lint         ruff and mypy          make format   let ruff fix what it can"
 	@echo "make bench        what the agent costs   make chaos    long randomized fault injection"
 	@echo "make frameworks   tests with real Ray, Lightning, ...   make gpu   tests that need a GPU"
@@ -27,6 +30,20 @@ drill: $(VENV)/.has-drill
 
 test: $(VENV)/.has-test
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(TEST)
+
+# An environment for each: 5 to 10 GB of disk, for the CUDA builds that an index has of them.
+torch-versions: $(TORCH_VERSIONS:%=torch-%)
+
+torch-%: .venv-torch/%/.has-test
+	.venv-torch/$*/bin/python -m pytest -n $(JOBS) --dist worksteal $(TEST)
+
+# The first line is the version's own torch; numpy 2 came after the oldest.
+.venv-torch/%/.has-test: pyproject.toml $(wildcard startup_files/*)
+	$(PYTHON) -m venv .venv-torch/$*
+	.venv-torch/$*/bin/pip install -q --disable-pip-version-check 'pip>=25.1,<26'
+	.venv-torch/$*/bin/pip install -q --disable-pip-version-check 'torch==$*' $(if $(filter 2.4.%,$*),'numpy<2',numpy)
+	.venv-torch/$*/bin/pip install -q --disable-pip-version-check -e '.[drill]' --group test
+	@touch $@
 
 lint: $(VENV)/.has-lint
 	$(BIN)/ruff check .
@@ -91,4 +108,4 @@ $(VENV)/.has-%: pyproject.toml $(wildcard startup_files/*) | $(BIN)/python
 	@touch $@
 
 clean:
-	rm -rf $(VENV) dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-torch dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis
