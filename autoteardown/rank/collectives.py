@@ -19,6 +19,7 @@ import sys
 from collections.abc import Hashable
 from typing import Any, Callable, Optional
 
+from autoteardown.node import folder
 from autoteardown.rank import custom_groups, devices
 
 
@@ -101,7 +102,7 @@ def evidence(path: str, stuck: Optional[dict[str, Any]] = None) -> list[str]:
         The paths that were written.
 
     Raises:
-        OSError: it could not be written.
+        OSError: it could not be written. What lies under its name already is left there.
     """
     written = []
     for backend, dump in _recorders():
@@ -112,12 +113,19 @@ def evidence(path: str, stuck: Optional[dict[str, Any]] = None) -> list[str]:
         if stuck is not None and stuck["op"] is None:
             stuck["op"] = _op_of(entries, stuck)
         target = f"{path}-{backend}.trace"  # no `.json`: that is what reports are called
-        unfinished = f"{target}.{os.getpid()}"
-        with open(unfinished, "wb") as file:
-            file.write(data)
-        os.replace(unfinished, target)
+        _write(target, data)
         written.append(target)
     return written
+
+
+def _write(path: str, data: bytes) -> None:
+    where, name = os.path.split(path)
+    # O_PATH, and never through what somebody has put there: all may write to that folder.
+    descriptor = os.open(where, getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        folder.create(descriptor, name, data, 0o644)
+    finally:
+        os.close(descriptor)
 
 
 Dump = Callable[..., Any]

@@ -47,7 +47,7 @@ def write_evidence(story: Story, hands: Hands, seconds: float) -> None:
 
     def run() -> None:
         try:
-            path = os.path.join(folder, report.stamped(_name(story), story.as_dict()))
+            path = os.path.join(folder, report.taken(folder, _name(story), story.as_dict()))
             if hands.evidence(path.rpartition(".json")[0], story.collective) and story.collective is not None:
                 _write_report(story, hands)  # which operation it was is known by now
         except BaseException as error:

@@ -131,7 +131,7 @@ def write_report(directory: str, name: str, report: dict[str, Any]) -> Optional[
     Returns:
         What went wrong, or None.
     """
-    name = printable(stamped(name, report))
+    name = _wanted(name, report)
     try:
         os.makedirs(directory, 0o755, exist_ok=True)
         # O_PATH: a folder that all may write to and nobody may list will do.
@@ -144,6 +144,16 @@ def write_report(directory: str, name: str, report: dict[str, Any]) -> Optional[
     except (OSError, ValueError) as error:
         return f"report {os.path.join(directory, name)!r} not written: {error}"
     return None
+
+
+def taken(directory: str, name: str, report: dict[str, Any]) -> str:
+    """The file name that this process's report of that name has, or would have."""
+    wanted = _wanted(name, report)
+    return _own.get((directory, wanted), wanted)
+
+
+def _wanted(name: str, report: dict[str, Any]) -> str:
+    return printable(stamped(name, report))
 
 
 def stamped(name: str, report: dict[str, Any]) -> str:

@@ -14,19 +14,38 @@ from pathlib import Path
 from typing import Any
 
 OUTCOMES = ("clean", "partial", "aborted", "forced")
+MOST_BYTES = 4 << 20
+DAY = 86_400
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """The reports of a folder; what is none is left out."""
+    """The reports of a folder; what is none is left out. Any process of any job may have written there."""
     found = []
     for path in sorted(folder.glob("*.json")):
         try:
-            report = json.loads(path.read_bytes())
-        except (OSError, ValueError):
+            if not path.is_file():  # a FIFO would never end
+                continue
+            with path.open("rb") as file:
+                report = json.loads(file.read(MOST_BYTES))
+        except (OSError, ValueError, RecursionError):
             continue
         if isinstance(report, dict) and report.get("schema") in (1, 2):
             found.append(report)
     return found
+
+
+def job_of(report: dict[str, Any]) -> str:
+    """The name of its job, as UTF-8 can write it."""
+    return str(report.get("job") or "")[:200].encode("utf-8", "replace").decode()
+
+
+def lasted(report: dict[str, Any]) -> float:
+    """Seconds to the end of its last phase."""
+    phases = report.get("phases")
+    ends = (
+        [phase.get("end") for phase in phases if isinstance(phase, dict)] if isinstance(phases, list) else []
+    )
+    return max((float(end) for end in ends if type(end) in (int, float) and 0 <= end <= DAY), default=0.0)
 
 
 def metrics(reports: list[dict[str, Any]]) -> str:
@@ -36,16 +55,15 @@ def metrics(reports: list[dict[str, Any]]) -> str:
     slowest: dict[str, float] = {}
     latest: dict[str, str] = {}
     for report in reports:
-        job = str(report.get("job") or "")
+        job = job_of(report)
         ranks[job, str(report.get("outcome"))] += 1
         evictions[job] += report.get("cause") == "signal"
-        ends = [phase.get("end") or 0.0 for phase in report.get("phases") or []]
         received = str(report.get("received_at"))
         stop = received[:16]  # the minute: the ranks of one stop hear of it within a second or so
         if stop > latest.get(job, ""):
             latest[job], slowest[job] = stop, 0.0
         if stop == latest[job]:
-            slowest[job] = max([slowest[job], *ends])
+            slowest[job] = max(slowest[job], lasted(report))
     lines = []
 
     def family(name: str, kind: str, text: str, rows: list[tuple[dict[str, str], float]]) -> None:
@@ -91,9 +109,7 @@ def lost(reports: list[dict[str, Any]]) -> Counter[str]:
     for report in reports:
         steps = report.get("steps")
         if isinstance(steps, dict):
-            found[str(report.get("job") or "")] += (
-                steps.get("agreed") is None or steps.get("stopped_at") is None
-            )
+            found[job_of(report)] += steps.get("agreed") is None or steps.get("stopped_at") is None
     return found
 
 

@@ -1,6 +1,7 @@
 """Devices and collectives as vendors and torch versions have them: each fake lacks what some of them lack."""
 
 import json
+import os
 import pickle
 import sys
 import threading
@@ -219,6 +220,26 @@ def test_the_flight_recorder(torch, tmp_path, dumps):
     written = backends.evidence(str(tmp_path / "report"), stuck)
     assert written == [str(tmp_path / "report-nccl.trace")] == [str(path) for path in tmp_path.iterdir()]
     assert stuck["op"] == "_all_gather_base"
+
+
+def test_a_dump_goes_through_no_link_and_over_no_file(torch, tmp_path):
+    """In a folder that all may write: whoever knows host, pid and time knows the name, too."""
+    torch.recorders._dump_nccl_trace_json = as_json
+    precious = tmp_path / "precious"
+    precious.write_text("precious")
+    folder = tmp_path / "reports"
+    folder.mkdir()
+    planted = [folder / f"report-nccl.trace.{os.getpid()}", folder / ".report-nccl.trace"]
+    for path in planted:
+        path.symlink_to(precious)
+    (written,) = backends.evidence(str(folder / "report"))
+    assert json.loads((folder / "report-nccl.trace").read_bytes())["entries"]
+    assert precious.read_text() == "precious"
+    assert {str(path) for path in folder.iterdir()} == {written, *map(str, planted)}
+    (folder / "other-nccl.trace").symlink_to(precious)
+    with pytest.raises(FileExistsError):
+        backends.evidence(str(folder / "other"))
+    assert precious.read_text() == "precious" and (folder / "other-nccl.trace").is_symlink()
 
 
 def test_entries_are_not_asked_for_while_a_device_may_hang(torch):

@@ -1,6 +1,7 @@
 """Logs and metrics: what the docs say of them, and the script that makes metrics of reports."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -22,7 +23,7 @@ def exported(tmp_path, reports):
     folder = sample.write(tmp_path / "reports", reports)
     (folder / "cut.json").write_text("{")
     target = tmp_path / "autoteardown.prom"
-    subprocess.run([sys.executable, OBSERVE / "textfile.py", folder, target], check=True)
+    subprocess.run([sys.executable, OBSERVE / "textfile.py", folder, target], check=True, timeout=60)
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".prom" or path.name[0] == "."] == [
         target.name
     ]
@@ -48,6 +49,36 @@ def test_the_metrics_of_a_stop(tmp_path):
 def test_the_name_of_a_job_cannot_forge_a_sample(tmp_path):
     found = exported(tmp_path, [sample.report(0, 1, job='x"} 1\nother{a="\\')])
     assert all('job_name="x\\"} 1\\nother{a=\\"\\\\"' in labels for _, labels in found)
+
+
+def test_reports_that_make_no_sense_cost_the_others_nothing(tmp_path):
+    """Any process of any job can write into that folder."""
+    good = sample.job(2)
+    bad = [
+        {"phases": 5},
+        {"phases": ["x", None, {"end": "soon"}, {"end": [1]}]},
+        {"phases": [{"end": 1e999}]},
+        {"job": "\ud800", "outcome": ["x"]},
+        {"job": {"a": 1}, "steps": [1]},
+        {"received_at": "9999-12-31T23:59"},
+        {"received_at": 7, "schema": True},
+    ]
+    before = exported(tmp_path / "good", good)
+    ours = {key: value for key, value in before.items() if 'job_name="4711"' in key[1]}
+    assert ours
+    hostile = [
+        {**sample.report(0, 1), "host": f"theirs-{n}", "job": "theirs", **each} for n, each in enumerate(bad)
+    ]
+    folder = tmp_path / "bad" / "reports"
+    folder.mkdir(parents=True)
+    os.mkfifo(folder / "fifo.json")
+    (folder / "deep.json").write_text("[" * 100_000)
+    (folder / "large.json").write_bytes(b" " * (5 << 20) + b"{}")
+    (folder / "folder.json").mkdir()
+    (folder / "link.json").symlink_to("/dev/zero")
+    after = exported(tmp_path / "bad", [*good, *hostile])
+    assert {key: value for key, value in after.items() if 'job_name="4711"' in key[1]} == ours
+    assert all(value == value and value < 1e9 for value in after.values())
 
 
 def test_every_metric_of_the_page_and_the_dashboard_is_exported(tmp_path):
