@@ -144,6 +144,22 @@ def test_the_epilog_drains_the_jobs_ranks_and_nobody_elses(cluster, tmp_path, jo
     assert theirs.poll() is None
 
 
+def test_the_epilog_never_fails(cluster, tmp_path):
+    """SLURM puts a node whose epilog does into the state DRAIN."""
+    epilog = cluster("bash", SLURM / "epilog.sh", AUTOTEARDOWN_RUNTIME_DIR="/etc/passwd")
+    assert epilog.wait(60) == 0
+    assert "is not used" in said(tmp_path)
+
+
+def test_the_epilog_hands_a_search_path_on(tmp_path):
+    """SLURM gives it none."""
+    path = tmp_path / "epilog.sh"
+    path.write_text("command() { true; }; autoteardown() { env; }\n" + (SLURM / "epilog.sh").read_text())
+    env = {"SLURM_JOB_ID": "4711"}
+    run = subprocess.run(["/bin/bash", path], env=env, capture_output=True, text=True)
+    assert run.returncode == 0 and re.search("^PATH=/.*/bin", run.stdout, re.M), run.stdout + run.stderr
+
+
 def world(job):
     return {
         "AUTOTEARDOWN": "1",
