@@ -6,7 +6,7 @@ import functools
 from typing import TYPE_CHECKING, Any, Callable, Optional
 
 from autoteardown.channel import sockets
-from autoteardown.channel.messages import Lines, Malformed, encode, proof, proven, whole
+from autoteardown.channel.messages import FIRST, Lines, Malformed, encode, proof, proven, whole
 from autoteardown.channel.sockets import Ended, Stream
 from autoteardown.node.record import printable, text
 
@@ -108,7 +108,7 @@ class Dial:
 
     def _hear(self, link: Link, events: int) -> None:
         try:
-            lines = link.lines.feed(link.receive())
+            lines = link.lines.feed(link.receive(FIRST))
             if not lines:
                 return
             kind, *rest = lines.pop(0)

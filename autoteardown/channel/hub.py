@@ -13,7 +13,7 @@ from autoteardown.boundary import failed
 from autoteardown.channel import descriptors, sockets
 from autoteardown.channel.council import BORN, FAREWELLS, Council
 from autoteardown.channel.door import Door, Peer
-from autoteardown.channel.messages import Malformed, encode, kind_of, whole
+from autoteardown.channel.messages import FIRST, Malformed, encode, kind_of, whole
 from autoteardown.channel.sitting import Sitting
 from autoteardown.channel.sockets import Ended
 
@@ -173,7 +173,8 @@ class Hub:
         if peer.closed:
             return
         try:
-            for line in peer.lines.feed(peer.receive()):
+            data = peer.receive() if peer.member is not None else peer.receive(FIRST)
+            for line in peer.lines.feed(data):
                 if peer.member is None:
                     self._admit(peer, line)
                 else:

@@ -24,7 +24,7 @@ IDLE = 3
 _INTERVAL, _PROBES = 1, 3  # seconds, how many: where there is no time-out for what is not acknowledged
 UNANSWERED = 6.0
 """Seconds after which the kernel gives a connection up whose other end acknowledges nothing, idle or not."""
-_CHUNK = 1 << 16
+_CHUNK = 1 << 16  # bytes
 
 
 def family_of(host: str) -> int:
@@ -192,14 +192,14 @@ class Stream:
         elif sent < len(data):
             waiting += data[sent:]
 
-    def receive(self) -> bytes:
-        """What has come; empty if nothing has.
+    def receive(self, most: int = _CHUNK) -> bytes:
+        """What has come, so many bytes of it at most; empty if nothing has.
 
         Raises:
             Ended: the connection is over.
         """
         try:
-            data: bytes = self._sock.recv(_CHUNK, _socket.MSG_DONTWAIT)
+            data: bytes = self._sock.recv(most, _socket.MSG_DONTWAIT)
         except BlockingIOError:
             return b""
         except OSError as error:

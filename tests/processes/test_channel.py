@@ -452,6 +452,23 @@ def test_garbage(talk, garbage):
     assert ranks[0].stderr == ""
 
 
+def test_garbage_costs_no_more_the_more_of_it_there_is(talk):
+    """A first line is short: what a stranger sends beyond it is not even read, let alone parsed."""
+    ranks = talk.world(2)
+    card = card_of(talk)
+
+    def cost(text):
+        before = ticks(ranks[0])
+        for _ in range(300):
+            with call_on(card) as sock, contextlib.suppress(ConnectionError):
+                sock.sendall(text)
+                until_closed(sock)
+        return ticks(ranks[0]) - before
+
+    assert cost(b'["hello"]\n' * 6000) < 3 * cost(b'["hello"]\n') + 50
+    still_well(ranks, "after")
+
+
 def test_a_wrong_token(talk):
     ranks = talk.world(3)
     card = card_of(talk)
