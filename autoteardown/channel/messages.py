@@ -27,8 +27,8 @@ from typing import Any, NoReturn
 LIMIT = 16384
 """Longest line, in bytes."""
 FIRST = 512
-"""Bytes that are read at a time while the other end has yet to prove who it is: all that is read is parsed. Its line has
-some 130."""
+"""Bytes that are read at a time while the other end has yet to prove who it is: all that is read is parsed. A first
+line has some 130."""
 KIND = 32
 """Longest kind of a message, in characters."""
 

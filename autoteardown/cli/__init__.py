@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
 
 import autoteardown
+from autoteardown.node.record import printable
 
 COMMANDS = {
     "doctor": "is the agent active here, and if not, why",
@@ -25,6 +27,7 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit status."""
+    _prepare_streams()
     words = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="autoteardown", description=autoteardown.__doc__.splitlines()[0])
     parser.add_argument("--version", action="version", version=f"autoteardown {autoteardown.__version__}")
@@ -41,8 +44,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return int(status)
     except BrokenPipeError:
-        # `autoteardown ps | head`: nobody reads on. Python would complain once more when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # `autoteardown ps | head`: nobody reads on.
+        _give_stdout_up()
         return 141
+    except OSError as error:  # a full disk behind stdout: what the command did is done
+        _give_stdout_up()
+        sys.stderr.write(f"autoteardown {args.command}: {printable(str(error))}\n")
+        return 1
     except KeyboardInterrupt:
         return 130
+
+
+def _prepare_streams() -> None:
+    """Have streams that can be written to: a hook may run with closed ones, or in a locale that lacks our letters."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _give_stdout_up() -> None:
+    """Python would complain once more when it flushes at exit."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError):
+        pass

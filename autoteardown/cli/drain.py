@@ -25,7 +25,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--job", help="only the ranks of this job, as `ps` shows it")
     parser.add_argument(
-        "--pid", type=int, action="append", default=[], help="only this rank; may be given several times"
+        "--pid", type=_pid, action="append", default=[], help="only this rank; may be given several times"
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="say whom it would signal, signal nobody, wait for nothing"
@@ -35,7 +35,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0 when every rank left cleanly, or there was none; 1 otherwise. A dry run: 0 when the registry could be read."""
-    found, _ = settings.load(os.environ)
+    found, refused = settings.load(os.environ)
+    for line in refused:
+        print(f"autoteardown: {line}", file=sys.stderr)
     which = drain.Which(args.job, args.pid)
     if args.dry_run:
         return _dry_run(found, which, args.json)
@@ -91,6 +93,12 @@ def _seconds(text: str) -> float:
     if not 0 <= seconds <= _DAY:  # NaN fails it, too
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0 to {_DAY}")
     return seconds
+
+
+def _pid(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a process id, a whole number above 0")
+    return int(text)
 
 
 def _as_dict(rank: drain.Drained) -> dict[str, object]:

@@ -59,7 +59,9 @@ def run(args: argparse.Namespace) -> int:
         text = html(stops, problems, args.grace, reports.plain(str(args.dir)))
     target = args.output or DEFAULT_FILE[args.format]
     if target == "-":
-        sys.stdout.write(text)
+        # What the page says it is, whatever the locale.
+        sys.stdout.flush()
+        sys.stdout.buffer.write(text.encode())
         return 0
     try:
         _write(Path(target), text)
@@ -174,9 +176,14 @@ def _write(path: Path, text: str) -> None:
 
 
 def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= reports.LONGEST:
-        raise argparse.ArgumentTypeError(f"{text}: not a number of seconds above 0")
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= reports.LONGEST:  # NaN fails it, too
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a number of seconds above 0, {reports.LONGEST:g} at most"
+        )
     return value
 
 

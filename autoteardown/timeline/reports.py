@@ -27,10 +27,15 @@ REQUIRED = ("host", "pid", "rank", "world_size", "cause", "received_at", "phases
 
 
 def read(folder: Path) -> tuple[list[Stop], list[str]]:
-    """The stops in a folder of reports, oldest first, and one line for each thing wrong with the reports."""
+    """The stops in a folder of reports, oldest first, and one line for each thing wrong with the reports.
+
+    Raises:
+        OSError: the folder cannot be read.
+    """
     ranks: list[Rank] = []
     problems: list[str] = []
-    for path in sorted(folder.glob("*.json")):
+    # Not `glob`, to which a folder that may not be read is an empty one.
+    for path in sorted(path for path in folder.iterdir() if path.suffix == ".json"):
         name = plain(path.name)
         try:
             value = _load(path)
