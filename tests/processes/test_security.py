@@ -503,3 +503,52 @@ def test_other_nonsense(job, kind, value):
     assert ranks[1].outlast() == 143, ranks[0].story() + ranks[1].story()
     for rank in ranks:
         assert all(LOG_LINE.match(line) for line in lines_of(rank.stderr)), rank.stderr
+
+
+# And so can a hub. This one says a lot to rank 1 alone.
+HUB_SAYS = """
+import os, json
+if dist.get_rank() == 0:
+    from autoteardown.rank import guard
+    hub = guard.guard.channel._end
+    while not (1 in hub._members and hub._members[1].peer):
+        time.sleep(0.01)
+    def say():
+        for kind, value in json.loads(os.environ["SAYS"]):
+            hub._said.add(1, kind, value)
+        hub._tell()
+    if os.environ["WHEN"] == "before":
+        hub._loop.call(say)
+    else:
+        hear = hub._sitting.happened
+        def happened(rank, kind, value):
+            if kind == "tell":
+                say()
+            hear(rank, kind, value)
+        hub._sitting.happened = happened
+print("said", flush=True)
+while True:
+    time.sleep(0.01)
+"""
+KINDS = (
+    "plan more even halt busy rest quiet departed lost back gone up down note tick joined tell answer "
+    "signal exits ended parked drained no_such_kind"
+).split()
+
+
+@pytest.mark.parametrize(
+    "value", [None, 7, -1, 10**40, HOSTILE, [HOSTILE], {}, {"stop": HOSTILE, "until": 5, "round": []}], ids=ascii
+)
+@pytest.mark.parametrize("when", ["before", "during"])
+def test_a_hub_that_makes_no_sense(job, value, when):
+    """Out in time with the right code, and no word of its forges a line."""
+    says = json.dumps([[kind, value] for kind in KINDS])
+    ranks = job.world(program(after=f"exec({HUB_SAYS!r})"), SAYS=says, WHEN=when)
+    for rank in ranks:
+        rank.wait_for("said")
+    assert ranks[1].evict() == 0, ranks[1].story()
+    ranks[0].signalled = ranks[1].signalled
+    assert ranks[0].outlast() == 143, ranks[0].story() + ranks[1].story()
+    for rank in ranks:
+        assert all(LOG_LINE.match(line) for line in lines_of(rank.stderr)), rank.stderr
+        assert "internal error" not in rank.stderr, rank.stderr
