@@ -122,7 +122,7 @@ class RankHands:
         for thread in gate.to_park():
             if thread != threads.main_ident():
                 park_thread(thread)
-                gate.wake_loop()
+                gate.training.wake_loop()
 
     def drain(self) -> Problem:
         """See `stop.hands.Hands`."""
@@ -153,7 +153,7 @@ class RankHands:
 
     def is_stuck_outside(self) -> bool:
         """See `stop.hands.Hands`."""
-        return ray.waits_for_method(threads.inside, self._gate.loop, self._gate.parking.stopped)
+        return ray.waits_for_method(threads.inside, self._gate.training.loop, self._gate.parking.stopped)
 
     def leave(self, exit_code: int) -> None:
         """See `stop.hands.Hands`."""
