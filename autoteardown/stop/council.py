@@ -14,7 +14,7 @@ hosts run ahead of devices, else empty.
 It is told: `notice`, `plan` (`{"stop": iteration or None, "owned": bool, "why": words}`), `more` (`{"round": n,
 "until": numbers}`: stop at the end of your next iteration that has got there), `even` (all are at the same one),
 `halt`, `busy` (whether somebody saves), `rest` (those whose applications end by themselves are gone), `abort`, `quiet`
-(whether clean), `departed` (the first that left), `lost` (a rank), `gone` (all but the hub).
+(whether clean), `departed` (the first that left), `lost` (a rank), `back` (one that was), `gone` (all but the hub).
 """
 
 from __future__ import annotations
@@ -92,7 +92,9 @@ class Council:
         self._hear_back(rank, None)
 
     def _hear_back(self, rank: int, _: Any) -> None:
-        self.lost.discard(rank)
+        if rank in self.lost:
+            self.lost.discard(rank)
+            self._out.append((None, "back", rank))
         self._dead.discard(rank)
 
     def _hear_tick(self, rank: int, _: Any) -> None:

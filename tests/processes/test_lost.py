@@ -91,3 +91,41 @@ def test_a_program_that_heals_is_left_alone(job, patience):
         assert rank.said == [], rank.story()
     ranks[0].signal()
     assert [rank.outlast(25) for rank in ranks[:2]] == [0, 143]
+
+
+def test_a_rank_that_was_lost_and_is_back_is_lost_no_more(job):
+    """Its line was cut, and it was late to come back. Much later its peers wait for it: in a healthy job, and for long."""
+    ranks = job.world(
+        """
+        import os, time
+        import torch.distributed as dist
+        dist.init_process_group("gloo")
+        from autoteardown.rank import guard
+        channel, loop = guard.guard.channel, guard.guard.channel._loop
+        dist.barrier()
+        while not channel.connected:
+            time.sleep(0.01)
+        dist.barrier()
+        if dist.get_rank() == 1:
+            def cut():
+                channel._end._link._sock.shutdown(2)
+                time.sleep(4)
+            loop.call(cut)
+        time.sleep(8)
+        print("connected", channel.connected, flush=True)
+        if dist.get_rank() == 1:
+            time.sleep(8)
+        dist.barrier()
+        print("past", flush=True)
+        while True:
+            time.sleep(0.01)
+        """,
+        3,
+        AUTOTEARDOWN_LOST=2,
+        AUTOTEARDOWN_LOG="debug",
+    )
+    for rank in ranks:
+        rank.wait_for("connected True")
+    for rank in ranks:
+        rank.wait_for("past", 30)
+    assert all(rank.running for rank in ranks)
