@@ -24,6 +24,7 @@ from autoteardown.rank.main_thread import MainThread
 from autoteardown.stop.council import Council
 from autoteardown.stop.driver import Teardown, end
 from autoteardown.stop.fuse import Fuse
+from autoteardown.stop.words import understood
 
 _GOODBYE = 0.2  # seconds for the others to hear that this rank has left by itself
 _SETTLE = 2.0  # seconds at exit for what our threads do in C++
@@ -122,6 +123,8 @@ class Guard(Armed):
 
     def _hear(self, kind: str, value: Any) -> None:
         """On the loop thread: from the council, or of the line to it."""
+        if not understood(kind, value):
+            return
         if kind in ("up", "down") and self.teardown is None:
             self.identity.mark(alone=value or "")
         if kind == "note":
@@ -137,7 +140,8 @@ class Guard(Armed):
                 self._begun.release()  # its own signal may yet come
         elif self.teardown is not None:
             if kind == "notice":
-                self.teardown.begun_by(_origin(value))  # the first to be signalled
+                value = _origin(value)
+                self.teardown.begun_by(value)  # the first to be signalled
             if kind == "gone" and self._gone.locked():
                 self._gone.release()
             if kind in ("up", "down"):
@@ -223,7 +227,7 @@ def _origin(notice: Any) -> dict[str, Any]:
     }
     left = found.get("left")
     if isinstance(left, (int, float)) and 0 <= left <= 86400:  # NaN is not
-        origin["left"] = left
+        origin["left"] = float(left)
     return origin
 
 

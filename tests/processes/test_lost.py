@@ -94,7 +94,7 @@ def test_a_program_that_heals_is_left_alone(job, patience):
 
 
 def test_a_rank_that_was_lost_and_is_back_is_lost_no_more(job):
-    """Its line was cut, and it was late to come back. Much later its peers wait for it: in a healthy job, and for long."""
+    """Its line was cut, and it was late to come back. Later its peers wait for it: in a healthy job, for long."""
     ranks = job.world(
         """
         import os, time

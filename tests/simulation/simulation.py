@@ -17,6 +17,7 @@ from simulated_rank import Member, Rank
 
 from autoteardown.stop.council import Council
 from autoteardown.stop.terms import Limits
+from autoteardown.stop.words import understood
 
 DEFAULT = Limits()
 
@@ -102,6 +103,7 @@ class World:
         if self._down or silent or schedule.board == "none":
             return
         for to, what, about in self.council.on(rank.index, kind, value, self.now):
+            assert understood(what, about), (what, about)
             for each in self.ranks if to is None else [self.ranks[to]]:
                 self.send(each.inbox, each.hear, what, about)
         if self.council.wake not in (inf, self._alarm):

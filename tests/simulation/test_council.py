@@ -6,6 +6,7 @@ import pytest
 
 from autoteardown.stop.council import Council
 from autoteardown.stop.roll_call import CONFIRM
+from autoteardown.stop.words import understood
 
 
 class Group:
@@ -19,6 +20,7 @@ class Group:
     def __call__(self, rank, kind, value=None):
         """What this word leads to: kinds to everybody, and (rank, kind) to one."""
         told = self.council.on(rank, kind, value, self.now)
+        assert all(understood(kind, value) for _, kind, value in told), told
         return [kind if to is None else (to, kind) for to, kind, _ in told]
 
     def values(self, rank, kind, value=None):
@@ -216,3 +218,41 @@ def test_a_thousand_words_cost_little():
         for rank in range(world):
             told = group(rank, kind, value)
     assert told == ["gone"] or "gone" in group.council._said
+
+
+def test_a_rank_that_was_lost_and_is_back():
+    """Its peers would else be torn down the next time that they wait for it for long."""
+    group = Group()
+    assert group(1, "lost", False) == ["lost"]
+    assert group(1, "lost", True) == []
+    assert group.values(1, "back") == [(None, "back", 1)]
+    assert group(1, "back") == []
+    assert group(1, "lost", False) == ["lost"]
+    assert group(1, "joined") == ["back"], "in its next life"
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [
+        ("plan", None),
+        ("plan", {"stop": 5, "owned": False}),
+        ("plan", {"stop": -1, "owned": False, "why": ""}),
+        ("plan", {"stop": True, "owned": False, "why": ""}),
+        ("plan", {"stop": 5, "owned": 1, "why": ""}),
+        ("plan", {"stop": 5, "owned": False, "why": "x" * 9999}),
+        ("more", {"round": 1}),
+        ("more", {"round": 1, "until": {"0": "x"}}),
+        ("quiet", 1),
+        ("lost", "1"),
+        ("halt", None),
+        ("even", True),
+        ("drained", None),
+        ("parked", None),
+        ("begin", None),
+        ("fault", "x"),
+        ("no_such_kind", None),
+    ],
+)
+def test_what_is_no_word_of_the_councils_is_not_heard(kind, value):
+    """Not even where it would be an event of the rank's own: nobody else can say that a device is idle."""
+    assert not understood(kind, value)

@@ -1,0 +1,81 @@
+"""What a rank is told by its group, and in which shape. Pure.
+
+Whoever has the group's token could say anything, and another version of this package something else: what is no word
+of the council's, or not in its shape, is not heard. So nobody else can make an event of this rank's own ("drained").
+"""
+
+from __future__ import annotations
+
+from typing import Any, Callable, Optional
+
+MOST = 1000
+"""Longest text, in characters."""
+
+
+def understood(kind: str, value: Any) -> bool:
+    """Whether a rank may believe its ears."""
+    shape = _SHAPES.get(kind)
+    return shape is not None and shape(value)
+
+
+def _nothing(value: Any) -> bool:
+    return value is None
+
+
+def _flag(value: Any) -> bool:
+    return type(value) is bool
+
+
+def _number(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**53
+
+
+def _words(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= MOST
+
+
+def _why(value: Any) -> bool:
+    return value is None or _words(value)
+
+
+def _notice(value: Any) -> bool:
+    return isinstance(value, dict)  # what is in it has its own reader
+
+
+def _plan(value: Any) -> bool:
+    return (
+        _has(value, "stop", "owned", "why")
+        and (value["stop"] is None or _number(value["stop"]))
+        and _flag(value["owned"])
+        and _words(value["why"])
+    )
+
+
+def _more(value: Any) -> bool:
+    until: Optional[Any] = value["until"] if _has(value, "round", "until") else None
+    return isinstance(until, dict) and _number(value["round"]) and all(map(_number, until.values()))
+
+
+def _has(value: Any, *keys: str) -> bool:
+    return isinstance(value, dict) and all(key in value for key in keys)
+
+
+_SHAPES: dict[str, Callable[[Any], bool]] = {
+    "notice": _notice,
+    "plan": _plan,
+    "more": _more,
+    "even": _nothing,
+    "halt": _words,
+    "busy": _flag,
+    "rest": _nothing,
+    "abort": _nothing,
+    "quiet": _flag,
+    "departed": _number,
+    "lost": _number,
+    "gone": _nothing,
+    # of the line to the hub
+    "back": _number,
+    "up": _nothing,
+    "down": _why,
+    "note": _words,
+}
