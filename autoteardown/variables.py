@@ -159,7 +159,7 @@ TABLE: dict[str, tuple[str, Callable[[str], object], str, str]] = {
         "step",
         _word_of("step", "now"),
         "step or now",
-        "`step`: every rank stops after the same optimizer step; `now`: at the next bytecode",
+        "`step`: every rank stops after the same iteration; `now`: at the next bytecode",
     ),
     "HANDLERS": (
         "together",
@@ -179,7 +179,7 @@ TABLE: dict[str, tuple[str, Callable[[str], object], str, str]] = {
         "unset",
         _read_callbacks,
         "a comma list of module:function",
-        "called like `on_teardown` callbacks: for programs that must not be changed",
+        "comma list of `module:function`, called like `on_teardown` callbacks: for programs that must not be changed",
     ),
     "CHECKPOINT": (
         "off",

@@ -24,7 +24,7 @@ def prepare(names: Iterable[tuple[str, str]], say: Callable[[str], object]) -> N
             if module != "__main__":  # whose functions come into being while it runs
                 importlib.import_module(module)
                 _find(module, function)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a script that ends with sys.exit(main())
             say(f"AUTOTEARDOWN_ON_TEARDOWN: {module}:{function} is not to be had: {error!r}")
 
 

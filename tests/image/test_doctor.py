@@ -260,7 +260,18 @@ def test_what_releases_a_wedged_rank(quick, version, nccl, words):
     lines += [f"def {name}(*args): pass" for name in shape[c10d].split()]
     (Path(quick) / c10d).write_text("\n".join(lines) + "\n")
     _, report = examine(AUTOTEARDOWN="1", PYTHONPATH=quick)
-    assert f": a wedged rank is released {words}; peers" in only(report, "torch", "ok")["text"]
+    assert f": a wedged rank is released {words}" in only(report, "torch", "ok")["text"]
+
+
+def test_it_tells_of_no_store(quick):
+    """Peers are told over connections of the agent's own: what kind of client the store has is of no account."""
+    _, report = examine(AUTOTEARDOWN="1", PYTHONPATH=quick)
+    assert not [each for each in report["findings"] if "store" in each["text"]]
+
+
+def test_callbacks_by_name_are_shown_as_they_are_written():
+    _, report = examine(AUTOTEARDOWN="1", AUTOTEARDOWN_ON_TEARDOWN="a.b:c, d:e.f")
+    assert report["settings"]["AUTOTEARDOWN_ON_TEARDOWN"]["effective"] == "a.b:c,d:e.f"
 
 
 def test_a_hook_that_does_not_hold(tmp_path, quick):

@@ -75,7 +75,9 @@ def test_by_name(job, name):
     same_weights(job, 2, stopped)
 
 
-@pytest.mark.parametrize("name", ["nowhere:save", "on_teardown_plugin:nothing", "__main__:nothing"])
+@pytest.mark.parametrize(
+    "name", ["nowhere:save", "on_teardown_plugin:nothing", "__main__:nothing", "on_teardown_script:save"]
+)
 def test_a_name_of_nothing(job, name):
     """Said when the rank starts (but for `__main__`, which is not complete yet), and again at the eviction."""
     world = job.world("on_teardown.py", 2, "named", fresh=True, AUTOTEARDOWN_ON_TEARDOWN=name, **PATIENT)

@@ -235,6 +235,7 @@ def test_a_dump_goes_through_no_link_and_over_no_file(torch, tmp_path):
     (written,) = backends.evidence(str(folder / "report"))
     assert json.loads((folder / "report-nccl.trace").read_bytes())["entries"]
     assert precious.read_text() == "precious"
+    assert (folder / "report-nccl.trace").stat().st_mode & 0o133 == 0
     assert {str(path) for path in folder.iterdir()} == {written, *map(str, planted)}
     (folder / "other-nccl.trace").symlink_to(precious)
     with pytest.raises(FileExistsError):

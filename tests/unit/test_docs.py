@@ -40,6 +40,19 @@ def test_the_tests_that_are_named_exist(page):
     assert named - there == set()
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_modules_that_are_named_exist(page):
+    """`rank/parking.py` is one of the package's."""
+    for room, name in re.findall(r"`((?:autoteardown/)?[a-z]+/)?(\w+\.py)`", page.read_text("utf-8")):
+        there = [ROOT / room / name, ROOT / "autoteardown" / room / name]
+        if room or name not in {"train.py", "serve.py", "sitecustomize.py", "launch.py"}:
+            there += [
+                *ROOT.glob(f"tests/*/{name}"),
+                *(ROOT.glob(f"autoteardown/*/{name}") if not room else ()),
+            ]
+            assert any(path.exists() for path in there), room + name
+
+
 def rows():
     """The rows of the compatibility page's tables, as lists of cells, without their heads."""
     lines = [line for line in COMPATIBILITY.splitlines() if line.startswith("|")]

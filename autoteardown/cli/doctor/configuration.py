@@ -37,6 +37,8 @@ def shown(variable: str, value: object) -> object:
         return ",".join(map(settings.signal_name, value))
     if value is None:
         return "signal" if variable == "AUTOTEARDOWN_EXIT_CODE" else None
+    if variable == "AUTOTEARDOWN_ON_TEARDOWN" and isinstance(value, tuple):
+        return ",".join(":".join(name) for name in value) or None
     if isinstance(value, bool):
         return "on" if value else "off"
     return round(value, 3) if isinstance(value, float) else value
@@ -151,9 +153,8 @@ def _path_taken(process: Process) -> str:
     }.get(process.torch.get("abort", ""))
     if how is None:  # torch could not be looked into
         return ""
-    board = "a clone of the store" if process.torch.get("clone") else "a second client of the store"
     nccl = process.torch.get("nccl")
-    return f": a wedged rank is released {how}; peers are told over {board}{f'; NCCL {nccl}' if nccl else ''}"
+    return f": a wedged rank is released {how}{f'; NCCL {nccl}' if nccl else ''}"
 
 
 def numbers(version: str) -> tuple[int, ...]:
