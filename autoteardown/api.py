@@ -107,7 +107,7 @@ def stop_requested() -> bool:
     """Whether this program is to save and leave by itself, after an eviction of any rank of its group.
 
     To be called once an iteration, on every rank, at the same place; then every rank gets True at the same call, and
-    the group is alive: it may save collectively. Costs some 0.1 us (`make bench BENCH=save`). False while nothing happens, and where the
+    the group is alive: it may save collectively. Costs some 0.1 us. False while nothing happens, and where the
     agent is off. The calls are the iterations of a program that makes them, whether it has optimizers or not.
     """
     poll = _poll

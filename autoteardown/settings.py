@@ -108,7 +108,7 @@ def load(environ: Mapping[str, str]) -> tuple[Settings, list[str]]:
         setattr(found, _ATTRIBUTES.get(name, name.lower()), value)
         found.sources[variable] = (raw, value)
     found.job = found.job or next(
-        (name[:200] for name in map(environ.get, _JOB_IDS) if name and name != "none"), None
+        (name[: variables.JOB_LENGTH] for name in map(environ.get, _JOB_IDS) if name and name != "none"), None
     )
     _record(found, "JOB", found.job)
     found.hard = found.grace - 1.0

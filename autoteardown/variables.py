@@ -19,6 +19,8 @@ _DAY = 86400.0
 # The first two cannot be handled; after the others the faulting instruction is repeated for ever.
 _UNUSABLE = ("SIGKILL", "SIGSTOP", "SIGBUS", "SIGFPE", "SIGILL", "SIGSEGV")
 _LAUNCHERS = "from the launcher"
+JOB_LENGTH = 200
+"""Characters of a job's name that are kept."""
 
 
 def signals() -> dict[str, int]:
@@ -100,7 +102,7 @@ def _read_path(text: str) -> str | None:
 
 
 def _read_job(text: str) -> str | None:
-    return None if text in ("", _LAUNCHERS) else text[:200]
+    return None if text in ("", _LAUNCHERS) else text[:JOB_LENGTH]
 
 
 def _read_lost(text: str) -> float | None:

@@ -35,8 +35,11 @@ _GONE = ("closed by the other end", *(os.strerror(code).lower() for code in (err
 class Member:
     """A rank of the group, connected or not."""
 
-    def __init__(self, rank: int, name: str) -> None:
+    def __init__(self, rank: int, name: str, before: Optional[Member]) -> None:
         self.rank, self.name = rank, name
+        self.former: set[str] = (
+            before.former | {before.name} if before is not None else set()
+        )  # of earlier lives
         self.peer: Optional[Peer] = None
         self.attempt = 0
         self.seen = 0  # number of its last post
@@ -140,15 +143,16 @@ class Hub:
                 self._refuse(peer, "this group has another process in that place")
             # Gone, and here in its next life: a group that is made anew in a process finds the last one's hub, or a
             # rank that is late to leave the last one finds the next one's.
+            if name in member.former:
+                self._refuse(peer, "that has been said before")
             if member.mourn is not None:
                 member.mourn.cancel()
-            member = None
-        if member is not None and hello.attempt <= member.attempt:
+        elif member is not None and hello.attempt <= member.attempt:
             self._refuse(peer, "that has been said before")
         self._door.leave(peer)
         born = ""
-        if member is None:
-            member = self._members[rank] = Member(rank, name)
+        if member is None or member.name != name:
+            member = self._members[rank] = Member(rank, name, member)
             born = "joined"
         elif member.lost:
             member.lost = False

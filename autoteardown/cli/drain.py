@@ -7,7 +7,7 @@ import json
 import os
 import sys
 
-from autoteardown import settings
+from autoteardown import settings, variables
 from autoteardown.cli import ps
 from autoteardown.node import drain, registry
 
@@ -38,7 +38,8 @@ def run(args: argparse.Namespace) -> int:
     found, refused = settings.load(os.environ)
     for line in refused:
         print(f"autoteardown: {line}", file=sys.stderr)
-    which = drain.Which(args.job, args.pid)
+    # No more of its name is kept than `ps` shows.
+    which = drain.Which(None if args.job is None else args.job.strip()[: variables.JOB_LENGTH], args.pid)
     if args.dry_run:
         return _dry_run(found, which, args.json)
     timeout = found.grace + drain.MARGIN if args.timeout is None else args.timeout

@@ -514,6 +514,25 @@ def test_a_replayed_line(talk):
     assert [kind for kind, _ in heard] == ["once", "twice", "thrice"]
 
 
+def test_a_replayed_line_of_an_earlier_life(talk):
+    """What the process before has proven is worth nothing when the next one has been there."""
+    first = talk.start(0, 2)
+    first.expect("ready")
+    first.ask("open", answer="opened")
+    card = card_of(talk)
+    for life in ("one", "two"):
+        with call_on(card) as sock:
+            sock.sendall(hello(card, 1, life) + messages.encode("p", 1, life, None))
+            first.expect("heard", life)
+    with call_on(card) as sock:
+        sock.sendall(hello(card, 1, "one") + messages.encode("p", 1, "replayed", None))
+        assert json.loads(until_closed(sock)) == ["no", "that has been said before"]
+    with call_on(card) as sock:
+        sock.sendall(hello(card, 1, "three") + messages.encode("p", 1, "after", None))
+        first.expect("heard", "after")
+    assert first.heard("replayed") == []
+
+
 def test_silent_connections_are_few(talk):
     """10,000 of them: the hub keeps some dozens, and lets everybody in who knows the token."""
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]

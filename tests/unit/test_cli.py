@@ -9,6 +9,9 @@ import tempfile
 import pytest
 import sample_reports as sample
 
+from autoteardown import settings
+from autoteardown.cli import drain, main
+
 COMMAND = [sys.executable, "-m", "autoteardown"]
 NOBODY = 65534
 
@@ -111,3 +114,13 @@ def test_a_drain_says_which_settings_it_could_not_use(run):
         "autoteardown: AUTOTEARDOWN_SIGNALS",
         "autoteardown: AUTOTEARDOWN_GRACE",
     ]
+
+
+def test_a_name_that_is_longer_than_what_is_kept_of_it(monkeypatch, capsys):
+    """`drain --job "$NAME"` means the ranks that were given that name."""
+    name = "n" * 300
+    kept = settings.load({"AUTOTEARDOWN_JOB": name})[0].job
+    asked = []
+    monkeypatch.setattr(drain.drain, "would_signal", lambda folder, which, problem: asked.append(which) or [])
+    assert main(["drain", "--dry-run", "--job", name]) == 0
+    assert asked[0].job == kept
