@@ -51,6 +51,29 @@ def test_control_something_never_returns(job, role, faults):
     assert rank.evict(SHORT) == -signal.SIGKILL, rank.story()
 
 
+def test_a_driver_that_hangs(job):
+    """Whatever is stuck, and be it our own thread: out in time with the right code, and it says so."""
+    (rank,) = job.world(
+        """
+        import time
+        from autoteardown.rank import hands
+        import torch.distributed as dist
+        dist.init_process_group("gloo")
+        hands.RankHands.facts = lambda self, cause: time.sleep(600)
+        print("ready", flush=True)
+        time.sleep(600)
+        """,
+        1,
+    )
+    rank.wait_for("ready")
+    assert rank.evict() == 0, rank.story()
+    assert (rank.report()["outcome"], rank.report()["exit_code"]) == ("forced", 0)
+    assert rank.said[-2:] == [
+        "hard deadline: ending the process",
+        f"done: forced ({rank.report()['why']}), exit 0",
+    ]
+
+
 def test_destroy_that_holds_the_gil(job):
     """Promise 3, whatever is stuck: no Python code of this process runs any more, the hard deadline included.
 
