@@ -7,6 +7,7 @@ import socket
 import sys
 import time
 from datetime import datetime, timezone
+from pathlib import Path
 
 import pytest
 from harness import AGENT, GRACE, HANDWRITTEN, LOG_LINE, NONE, SHORT, SIGTERM, wait_until
@@ -28,6 +29,27 @@ def evicted(job, program="train.py", **settings):
     ranks[1].signalled = ranks[0].signalled
     assert ranks[1].outlast() == 143, ranks[1].story()
     return ranks
+
+
+def test_the_lines_in_the_readme_are_those_of_a_stop(job):
+    """But for numbers, times and names."""
+    shown = (
+        (Path(__file__).parents[2] / "README.md")
+        .read_text("utf-8")
+        .partition("```text\n")[2]
+        .partition("```")[0]
+    )
+
+    def without_numbers(text):
+        return [
+            re.sub(
+                r"\([^()]*Z[^()]*\)", "(when)", re.sub(r"\d+(\.\d+)?s?", "0", LOG_LINE.match(line)["text"])
+            )
+            for line in text.splitlines()
+        ]
+
+    rank = evicted(job)[0]
+    assert without_numbers(shown) == without_numbers(rank.stderr)
 
 
 def test_log_lines(job):

@@ -67,6 +67,28 @@ def test_the_modules_that_are_named_exist(page):
             assert any(path.exists() for path in there), room + name
 
 
+def test_the_words_on_the_troubleshooting_page_are_said():
+    """What a reader looks for there has to be what the agent says."""
+    said = "\n".join(path.read_text("utf-8") for path in ROOT.glob("autoteardown/**/*.py"))
+    symptoms = [
+        line.split("|")[1]
+        for line in (DOCS / "troubleshooting.md").read_text("utf-8").splitlines()
+        if "|" in line
+    ]
+    quoted = [
+        part
+        for symptom in symptoms
+        for quote in re.findall(
+            r'"([^"]+)"|`(?:step|park|quiet) [a-z]+`: (.+?) *$|`(the registry[^`]+)`', symptom
+        )
+        for part in re.split(r"…|\d+s", "".join(quote))
+        if part.strip()
+    ]
+    assert len(quoted) > 4
+    for part in quoted:
+        assert part.strip() in said, part
+
+
 def rows():
     """The rows of the compatibility page's tables, as lists of cells, without their heads."""
     lines = [line for line in COMPATIBILITY.splitlines() if line.startswith("|")]
