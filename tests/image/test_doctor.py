@@ -376,7 +376,7 @@ def test_a_signal_that_really_is_ignored(quick):
         (KUBERNETES, "0", "warning", "its Job is complete"),
         (KUBERNETES, "signal", "ok", "signal under Kubernetes"),
         (KUBERNETES, "143", "ok", "143 under Kubernetes"),
-        ({**KUBERNETES, "RAY_CLUSTER_NAME": "c"}, "0", "warning", "is not restarted"),
+        ({**KUBERNETES, "RAY_CLUSTER_NAME": "c"}, "0", "ok", "has failed whatever the code"),
         ({"SLURM_JOB_ID": "1"}, "0", "warning", "--requeue"),
         ({"SLURM_JOB_ID": "1", "TORCHELASTIC_RUN_ID": "x"}, "0", "ok", "it returns 1 after a SIGTERM"),
     ],

@@ -35,7 +35,7 @@ _AGENTS = (
 # What each launcher makes of the exit code of a signalled rank: (fits, says why).
 _EXIT_CODES = {
     "torchrun": ("0", "it returns 1 after a SIGTERM whatever its workers return"),
-    "Ray": ("signal", "an actor that ends with 0 has left on purpose and is not restarted"),
+    "Ray": ("0", "an evicted actor has failed whatever the code, and max_restarts counts"),
     "SLURM": ("signal", "a job step that ends with 0 is complete; sbatch --requeue needs another code"),
     "Kubernetes": ("signal", "a container that ends with 0 has succeeded, and its Job is complete"),
 }
