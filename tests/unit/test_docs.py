@@ -67,6 +67,12 @@ def test_the_modules_that_are_named_exist(page):
             assert any(path.exists() for path in there), room + name
 
 
+def test_every_world_of_tests_is_introduced():
+    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    for folder in {path.parent.name for path in ROOT.glob("tests/*/test_*.py")}:
+        assert f"`tests/{folder}`" in text, folder
+
+
 def test_the_words_on_the_troubleshooting_page_are_said():
     """What a reader looks for there has to be what the agent says."""
     said = "\n".join(path.read_text("utf-8") for path in ROOT.glob("autoteardown/**/*.py"))
