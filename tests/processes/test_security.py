@@ -112,11 +112,19 @@ for name, module in list(sys.modules.items()):
 """
 
 
-def test_what_is_patched_is_what_the_page_says():
-    command = [sys.executable, "-c", LOOK]
-    run = subprocess.run(command, env=environment(AGENT, ""), capture_output=True, text=True)
+INIT = (
+    "torch.distributed.init_process_group('gloo', store=torch.distributed.HashStore(), rank=0, world_size=1)"
+)
+
+
+@pytest.mark.parametrize("armed", [False, True])
+def test_what_is_patched_is_what_the_page_says(armed, tmp_path):
+    program = LOOK.replace("import autoteardown\n", f"import autoteardown\n{INIT if armed else ''}\n")
+    env = {**environment(AGENT, ""), "AUTOTEARDOWN_RUNTIME_DIR": str(tmp_path / "runtime")}
+    run = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
     assert run.stderr == ""
     assert set(run.stdout.split()) == {
+        *(["_thread.interrupt_main"] if armed else []),
         "signal.signal",
         "signal.getsignal",
         "torch.distributed.distributed_c10d.init_process_group",
