@@ -206,6 +206,22 @@ def test_a_checkpoint_is_waited_for(job, how, who):
     assert files(job) == WHOLE[how], ranks[0].story()
 
 
+@pytest.mark.parametrize("how", ["rename", "five"])
+def test_between_two_files_of_a_checkpoint(job, how):
+    """No iteration is waited for here: that a save has ended a moment ago is all that holds the stop off."""
+    (rank,) = job.world(
+        "whole_checkpoint.py",
+        1,
+        how,
+        {"five": 2.0}.get(how, 0.4),
+        AUTOTEARDOWN_GRACE=16,
+        AUTOTEARDOWN_STOP_AT="now",
+    )
+    rank.wait_for("saving")
+    assert rank.evict(16) == 0, rank.story()
+    assert files(job) == WHOLE[how], rank.story()
+
+
 def test_a_slow_disk(job):
     """Ten seconds for a checkpoint, of a grace period of 25: it is all there."""
     ranks = job.world("whole_checkpoint.py", 2, "slow", 10, AUTOTEARDOWN_GRACE=25)
