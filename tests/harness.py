@@ -17,8 +17,10 @@ import sys
 import textwrap
 import time
 import uuid
+from importlib import metadata
 from pathlib import Path
 
+import pytest
 from schema import validate_report
 
 TESTS = Path(__file__).parent
@@ -39,6 +41,15 @@ LOG_LINE = re.compile(
     r"^autoteardown rank=(?P<rank>\d+|\?)/(?P<world>\d+|\?) pid=(?P<pid>\d+) host=(?P<host>\S+) "
     r"\+(?P<seconds>\d+\.\d+)s (?P<text>.+)$"
 )
+
+
+def needs_torch(major, minor, why):
+    """A mark that skips a test with an older torch."""
+    found = tuple(int(part) for part in metadata.version("torch").split(".")[:2])
+    return pytest.mark.skipif(found < (major, minor), reason=f"torch before {major}.{minor}: {why}")
+
+
+FSDP2_ON_CPUS = needs_torch(2, 6, "FSDP2 needs a GPU")
 
 
 def wait_until(condition, what, patience=PATIENCE):

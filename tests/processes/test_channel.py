@@ -7,7 +7,7 @@ import socket
 import time
 
 import pytest
-from harness import free_port, stat, wait_until
+from harness import free_port, needs_torch, stat, wait_until
 from talkers import Talk, expect_lost
 
 from autoteardown.channel import connection, door, hub, messages, rendezvous
@@ -690,6 +690,7 @@ def test_a_store_whose_server_is_gone(talk, how):
         assert rank.stderr == ""
 
 
+@needs_torch(2, 8, "a store has no clone, and its client one lock")
 def test_a_program_that_waits_in_the_store(talk):
     """As for NCCL's unique id, before the first collective: its client has one lock; the rank connects all the same."""
     port = free_port()

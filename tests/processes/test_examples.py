@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from harness import wait_until
+from harness import FSDP2_ON_CPUS, wait_until
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PATIENT = {"AUTOTEARDOWN_GRACE": 25}
@@ -49,6 +49,7 @@ def test_ddp_with_stop_requested(job, tmp_path):
     evict_and_resume(job, "ddp_stop_requested.py", tmp_path / "state.pt", "--checkpoint", (0, 0))
 
 
+@FSDP2_ON_CPUS
 @pytest.mark.timeout(240)
 def test_fsdp_with_on_teardown(job, tmp_path):
     """A callback."""

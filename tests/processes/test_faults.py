@@ -292,7 +292,7 @@ def test_init_that_raises(job, mode):
         """,
         mode=mode,
     )
-    rank.wait_for("^raised .*no such backend")
+    rank.wait_for("(?i)^raised .*no such backend")
     rank.wait_for("ready")
     assert rank.evict() == (-signal.SIGTERM if mode == AGENT else 0), rank.story()
 

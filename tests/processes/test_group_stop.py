@@ -5,7 +5,7 @@ import re
 import signal
 
 import pytest
-from harness import GRACE, HANDWRITTEN, NONE, SIGTERM, alive, free_port, wait_until
+from harness import FSDP2_ON_CPUS, GRACE, HANDWRITTEN, NONE, SIGTERM, alive, free_port, wait_until
 
 
 def ready(ranks, step=3):
@@ -117,7 +117,9 @@ def test_all_at_once_skewed(job):
     same_step(ranks)
 
 
-@pytest.mark.parametrize("kind", ["fsdp2", "accumulate", "scaler", "two", "lbfgs"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param("fsdp2", marks=FSDP2_ON_CPUS), "accumulate", "scaler", "two", "lbfgs"]
+)
 def test_step_boundary(job, kind):
     """Issue 3: FSDP2, gradient accumulation, skipped steps, several optimizers, closures: the same step on all."""
     ranks = job.world("train.py", 2, "--kind", kind, **ROOMY)

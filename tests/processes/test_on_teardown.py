@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from harness import NONE
+from harness import FSDP2_ON_CPUS, NONE
 
 PATIENT = {"AUTOTEARDOWN_GRACE": 16}
 
@@ -41,6 +41,7 @@ def test_torch_save(job):
     same_weights(job, 2, stopped)
 
 
+@FSDP2_ON_CPUS
 @pytest.mark.parametrize("how", ["fsdp", "async"])
 def test_a_sharded_checkpoint(job, how):
     """`dcp.save` and `dcp.async_save` with FSDP2, collective; it loads, and goes on as an uninterrupted run."""

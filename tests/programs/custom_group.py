@@ -49,9 +49,16 @@ def main(role, number, port, what, engines="1"):
         dist.barrier()
     print("ready", flush=True)
     if what == "hangs":
-        real = dist.ProcessGroup.shutdown
-        dist.ProcessGroup.shutdown = lambda self: (
-            time.sleep(600) if self.group_name == "weights" else real(self)
+        # Before torch 2.7 a group has no such method.
+        here = hasattr(dist.ProcessGroup, "shutdown")
+        owner, name = (
+            (dist.ProcessGroup, "shutdown") if here else (dist.distributed_c10d, "_shutdown_backend")
+        )
+        real = getattr(owner, name)
+        setattr(
+            owner,
+            name,
+            lambda group: time.sleep(600) if group.group_name == "weights" else real(group),
         )
     if what == "blocked":
         dist.broadcast(torch.ones(1), 0 if role == "engine" else 1, group=group)

@@ -24,6 +24,7 @@ import time
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import ProcessGroupGloo
+from torch.distributed import distributed_c10d as c10d
 
 FAULTS = set(filter(None, os.environ.get("FAULTS", "").split(",")))
 DEVICES = {0, 1}  # initialised, out of three
@@ -113,6 +114,11 @@ class Faulty(dist.ProcessGroup):
 def install(accelerator=True):
     """Register the backend and, unless told not to, put the accelerator in place."""
     dist.Backend.register_backend("faulty", Faulty, devices=["cpu"])
+    if not hasattr(dist.ProcessGroup, "shutdown"):  # torch before 2.7 shuts NCCL's down, and no others
+        shut_down = c10d._shutdown_backend
+        c10d._shutdown_backend = lambda group: (
+            group.shutdown() if isinstance(group, Faulty) else shut_down(group)
+        )
     if accelerator:
         torch.cuda.is_initialized = lambda: True
         torch.cuda.device_count = lambda: 3
