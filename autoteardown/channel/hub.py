@@ -6,9 +6,12 @@ Who connects comes through its `door`.
 from __future__ import annotations
 
 import errno
+import functools
 import os
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Callable, Optional
 
+from autoteardown import primitives
 from autoteardown.boundary import failed
 from autoteardown.channel import descriptors, sockets
 from autoteardown.channel.council import BORN, FAREWELLS, Council
@@ -29,6 +32,9 @@ host for half of them has tried again, and is back."""
 _MANY = 128  # ranks whose connections are not to take the low numbers
 _FULL, _UNREAD = 1 << 16, 1 << 20  # bytes that wait: no more messages are added; it is given up
 _GLANCE = 0.005  # seconds until the next look at what the kernel has sent
+_MOMENT = (
+    0.5  # seconds that a rank waits at most, while there is much to hear, for the word that its post has come
+)
 _GONE = ("closed by the other end", *(os.strerror(code).lower() for code in (errno.ECONNRESET, errno.EPIPE)))
 
 
@@ -40,6 +46,7 @@ class Member:
         self.peer: Optional[Peer] = None
         self.attempt = 0
         self.seen = 0  # number of its last post
+        self.acknowledged = 0  # and of the last that it knows to have come
         self.near = False  # it is on this host
         self.left = False
         self.lost = False
@@ -69,7 +76,7 @@ class Hub:
     ) -> None:
         self._loop, self._card = loop, card
         self._deliver = deliver
-        self._crowd = descriptors.Crowd(loop, self._tell)
+        self._crowd = descriptors.Crowd(loop, self._heard_them)
         self._many = card.world > _MANY
         self._here = 0  # members that are connected
         self._door = Door(
@@ -81,6 +88,8 @@ class Hub:
         self._mine = 0  # index of the last message that rank 0 has heard
         self._told = 0  # index up to which everybody has been told, but for those who are slow
         self._to_tell = False
+        self._owed: set[Member] = set()  # who has posts that it does not know to have come
+        self._owed_since = 0.0
         self._closed = False
         self._flushes: list[Callable[[], object]] = []
 
@@ -161,6 +170,7 @@ class Hub:
         self._here += 1
         member.attempt, member.near = hello.attempt, bool(hello.near)
         peer.told = min(hello.heard, self._said.last)
+        member.acknowledged = member.seen
         peer.put(encode("welcome", member.seen, self._door.promise(hello)))
         if born:
             self._sitting.happened(rank, born, None)
@@ -180,7 +190,7 @@ class Hub:
                     self._obey(peer, peer.member, line)
                 if peer.closed:
                     return
-            self._pump(peer)
+            self._pump(peer, acknowledge=False)
         except (Malformed, Ended) as error:
             if peer.member is not None:
                 self._drop(peer, str(error))
@@ -201,13 +211,26 @@ class Hub:
             raise Malformed("not the next post")
         fresh = number > member.seen
         member.seen = max(member.seen, number)
-        peer.put(encode("ack", member.seen))
+        self._owe(member)
         if fresh and kind not in BORN:
             member.left = member.left or kind in FAREWELLS
             self._sitting.happened(member.rank, kind, line[3])
 
+    def _owe(self, member: Member) -> None:
+        if not self._owed:
+            self._owed_since = primitives.monotonic()
+        self._owed.add(member)
+
+    def _heard_them(self) -> None:
+        """What had come has been heard."""
+        self._tell()
+        # Thousands answer a notice at once: the plan, which they wait for, is not to wait for as many packets.
+        if self._owed and (self._crowd.quiet or primitives.monotonic() > self._owed_since + _MOMENT):
+            owed, self._owed = self._owed, set()
+            self._pump_all(owed)
+
     def _watch(self, peer: Peer) -> None:
-        self._crowd.watch(peer.fd, peer.events, lambda events: self._hear(peer, events))
+        self._crowd.watch(peer.fd, peer.events, functools.partial(self._hear, peer))
 
     def _drop(self, peer: Peer, why: str) -> None:
         member: Member = peer.member
@@ -255,12 +278,7 @@ class Hub:
         if self._told == last or self._closed:
             return
         self._told = last
-        for member in list(self._members.values()):
-            if member.peer is not None:
-                try:
-                    self._pump(member.peer)
-                except Ended as error:
-                    self._drop(member.peer, str(error))
+        self._pump_all(self._members.values())
         mine, self._mine = self._mine, last
         for kind, value in self._said.heard_by(0, mine):
             if self._closed:
@@ -270,16 +288,35 @@ class Hub:
             except Exception as error:
                 failed("to hear a message", error)
 
-    def _pump(self, peer: Peer) -> None:
-        if peer.member is not None:
-            while peer.told < self._said.last and peer.waiting < _FULL:
-                data, peer.told = self._said.after(peer.told, peer.member.rank)
-                peer.send(data)
-        if peer.waiting:
+    def _pump_all(self, members: Iterable[Member]) -> None:
+        for member in list(members):
+            if member.peer is not None and not self._closed:
+                try:
+                    self._pump(member.peer)
+                except Ended as error:
+                    self._drop(member.peer, str(error))
+
+    def _pump(self, peer: Peer, acknowledge: bool = True) -> None:
+        member: Optional[Member] = peer.member
+        if member is None:
             peer.send(b"")
+        else:
+            last = self._said.last
+            if peer.waiting >= _FULL:
+                peer.send(b"")
+            if member.seen > member.acknowledged and (acknowledge or peer.told < last):
+                member.acknowledged = member.seen
+                peer.put(encode("ack", member.seen))
+            while peer.told < last:
+                if peer.waiting >= _FULL:
+                    break  # not all has been added: so something has to wait, or nobody would come back to it
+                data, peer.told = self._said.after(peer.told, member.rank)
+                peer.send(data)
+            else:
+                peer.send(b"")
         if peer.waiting > _UNREAD:
             raise Ended("it does not read what it is told")
-        self._watch(peer)
+        self._crowd.change(peer.fd, peer.events)
 
     def _flushed(self) -> None:
         if not self._flushes or self._closed:

@@ -543,6 +543,26 @@ def test_a_member_that_does_not_read(talk):
         second.expect("heard", "after")
 
 
+def test_a_member_that_reads_late(talk):
+    """Hears everything, also when nothing more is said."""
+    first, second = talk.start(0, 3), talk.start(1, 3)
+    for rank in (first, second):
+        rank.expect("ready")
+        rank.ask("open", answer="opened")
+    second.expect("heard", "up")
+    card = card_of(talk)
+    with call_on(card) as sock:
+        sock.sendall(hello(card, 2))
+        second.tell("do", "for n in range(1000):\n    channel.post('much', 'x' * 10000)")
+        second.tell("post", "last", None)
+        second.expect("heard", "last")
+        sock.settimeout(30)
+        found = b""
+        while b'"last"' not in found[-200:]:
+            found += sock.recv(1 << 20)
+    assert found.count(b'"much"') == 1000
+
+
 def test_a_hub_without_descriptors(talk):
     """Says so to those that it cannot take, and takes them when there is room again."""
     ranks = [talk.start(rank, 4) for rank in range(4)]
