@@ -1,4 +1,4 @@
-"""The simulated ranks of `benchmarks.channel`: with the agent's own channel, or light ones, which only speak the protocol.
+"""The simulated ranks of `benchmarks.channel`: with the agent's own channel, or light ones that speak its protocol.
 
 Each function serves some ranks in a process of its own. What comes over its pipe is (what to do, argument).
 """
