@@ -27,7 +27,7 @@ def _status() -> dict[str, Any]:
     if not startup.active():
         return {"active": False, "state": "off", "reason": startup.why_off or "AUTOTEARDOWN is not set"}
     guard = _guard()
-    if guard is None or not guard.tap.armed:
+    if guard is None or not guard.listening.armed:
         return {"active": True, "state": "idle"}
     stopping = guard.teardown is not None
     return {

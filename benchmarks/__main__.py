@@ -29,7 +29,7 @@ def main() -> None:
         "--beside",
         metavar="WHEEL",
         type=common.unpacked,
-        help="another version of the agent, measured in turns with this one (startup, step, footprint)",
+        help="another version of the agent, measured in turns with this one (startup, step, footprint, teardown)",
     )
     options = parser.parse_args()
     common.beside = options.beside

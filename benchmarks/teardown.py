@@ -1,5 +1,7 @@
 """Evictions, of one rank: seconds from its SIGTERM to the end of all ranks, and to the last of the others free.
 
+And a rank that vanishes: seconds from its SIGKILL to the last of those free that are blocked without it.
+
 Every round goes through all kinds of protection, so that they share whatever else the machine is doing. What is not
 over when the grace period is, gets SIGKILL, as from a platform (`KILLED`); peers are watched for 2 s more (`HANG`).
 """
@@ -9,6 +11,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from benchmarks import common
 from benchmarks.common import Ranks, middle, table
 
 GRACE = 8.0
@@ -29,7 +32,46 @@ SCENARIOS = {
     "stuck": ("stuck.py", "^ready$", True),
     "rendezvous": ("rendezvous.py", "^joining$", True),
 }
+# Ranks 1 and 2 each wait in a collective that nobody joins, and that does not involve the others: as in an NCCL job,
+# nothing tells them that one of those is gone.
+VANISHED = """
+import time
+import torch
+import torch.distributed as dist
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+groups = [dist.new_group([1, 2]), dist.new_group([1, 2])]
+dist.barrier()
+print("ready", flush=True)
+if rank in (1, 2):
+    dist.all_reduce(torch.ones(1), group=groups[rank - 1])
+while True:
+    time.sleep(0.01)
+"""
 MODES = {"none": "no handler", "handwritten": "hand-written", "agent": "agent"}
+
+
+def kind_of(mode: str) -> dict[str, Any]:
+    """How ranks of this kind are started."""
+    if mode == "beside":
+        assert common.beside is not None
+        return {"mode": "agent", "fresh": True, "PYTHONPATH": str(common.beside.folder)}
+    return {"mode": mode}
+
+
+def vanish(ranks: Ranks, victim: int) -> float:
+    """SIGKILL to one of four ranks: seconds to the end of the two that are blocked without it."""
+    with ranks.job() as job:
+        world: list[Any] = job.world(VANISHED, 4)
+        for rank in world:
+            rank.wait_for("^ready$")
+        for rank in world[1:3]:
+            rank.wait_blocked("^ready$")
+        start = time.monotonic()
+        world[victim].signal(9)
+        for rank in world[1:3]:
+            rank.wait(60)
+        return max(rank.ended for rank in world[1:3]) - start
 
 
 def evict(ranks: Ranks, scenario: str, size: int, mode: str) -> tuple[float, float | None, str]:
@@ -38,7 +80,7 @@ def evict(ranks: Ranks, scenario: str, size: int, mode: str) -> tuple[float, flo
     # In rendezvous, the one that all wait for never comes.
     missing = (size,) if scenario == "rendezvous" else ()
     with ranks.job() as job:
-        world: list[Any] = job.world(program, size + len(missing), mode=mode, missing=missing)
+        world: list[Any] = job.world(program, size + len(missing), missing=missing, **kind_of(mode))
         for rank in world:
             rank.wait_for(text)
         if blocked:
@@ -63,23 +105,30 @@ def evict(ranks: Ranks, scenario: str, size: int, mode: str) -> tuple[float, flo
 def run(quick: bool) -> None:
     rows = []
     ranks = Ranks()
+    modes = {**MODES, "beside": common.beside.name} if common.beside else MODES
     try:
         for scenario in SCENARIOS:
             for size in (1, 2) if quick else (1, 2, 4, 8):
                 if scenario == "stuck" and size == 1:
                     continue  # nobody to wait for
-                found: dict[str, list[tuple[float, float | None, str]]] = {mode: [] for mode in MODES}
+                found: dict[str, list[tuple[float, float | None, str]]] = {mode: [] for mode in modes}
                 for _ in range(1 if quick else 5):
-                    for mode in MODES:
+                    for mode in modes:
                         # What is known to end in SIGKILL is not worth so many rounds of the grace period.
                         if sum(bool(each[2]) for each in found[mode]) < 2:
                             found[mode].append(evict(ranks, scenario, size, mode))
-                for mode, name in MODES.items():
+                for mode, name in modes.items():
                     last = [each[0] for each in found[mode]]
                     free = [each[1] for each in found[mode] if each[1] is not None]
                     problems = sorted({word for each in found[mode] for word in each[2].split()})
                     rows.append([scenario, size, name, middle(last, 2), middle(free, 2), " ".join(problems)])
+        gone = {
+            name: middle([vanish(ranks, victim) for _ in range(1 if quick else 3)], 2)
+            for name, victim in (("rank 0", 0), ("another", 3))
+        }
     finally:
         ranks.close()
     print(f"grace period {GRACE:g} s, seconds: median (quartiles)\n")
     table(["rank 0 is", "ranks", "protection", "last exit", "last peer free", ""], rows)
+    print()
+    table(["vanished, AUTOTEARDOWN_LOST at its default", "last of the blocked free"], gone.items())

@@ -13,8 +13,9 @@ FAREWELLS = frozenset({"left"})
 class Council(Protocol):
     """Decides, and tells."""
 
-    wake: float
-    """Monotonic time of the next `tick` wanted, or infinity."""
+    @property
+    def wake(self) -> float:
+        """Monotonic time of the next `tick` wanted, or infinity."""
 
     def on(self, rank: int, kind: str, value: Any, now: float) -> list[tuple[Optional[int], str, Any]]:
         """Something has happened.

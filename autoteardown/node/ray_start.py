@@ -61,11 +61,6 @@ def command(argv: Sequence[str] | None = None) -> list[str]:
     return []
 
 
-def is_ray_start(argv: Sequence[str] | None = None) -> bool:
-    """Whether this process, or one with that command line, is `ray start`."""
-    return command(argv)[:1] == ["start"]
-
-
 def serve(module: ModuleType) -> None:
     """Do what this process needs if it is a command of Ray's that ends a node. `module` is `signal`."""
     words = command()

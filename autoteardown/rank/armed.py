@@ -28,6 +28,7 @@ class Armed:
         for problem in problems:
             self.identity.log.line(problem)
         self.tap = signals.install(signal)
+        self.listening = self.tap.prepare()
         self.joined = False  # init has returned: there is a process group
         self.unshared = ""  # why its group has no channel, in words
         self.teardown: Optional[Teardown] = None

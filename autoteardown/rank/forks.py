@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from types import ModuleType
+import signal
 from typing import Any, Callable
 
 from autoteardown import primitives
@@ -14,7 +14,6 @@ class Forks:
     """Of one process.
 
     Args:
-        module: `signal`.
         signals: those that mean eviction.
         armed: whether this process is.
         in_child: called in each child; gives back what the child would have had without us.
@@ -22,12 +21,11 @@ class Forks:
 
     def __init__(
         self,
-        module: ModuleType,
         signals: frozenset[int],
         armed: Callable[[], bool],
         in_child: Callable[[], None],
     ) -> None:
-        self._module, self._signals, self._armed = module, signals, armed
+        self._signals, self._armed = signals, armed
         self._masks: dict[int, set[Any]] = {}
         os.register_at_fork(
             before=guarded(self._mask), after_in_parent=self._unmask, after_in_child=guarded(in_child)
@@ -37,10 +35,9 @@ class Forks:
     def _mask(self) -> None:
         # A signal that reaches the child before `in_child` would be lost: CPython drops what is pending.
         if self._armed():
-            pthread_sigmask, block = self._module.pthread_sigmask, self._module.SIG_BLOCK
-            self._masks[primitives.get_ident()] = pthread_sigmask(block, self._signals)
+            self._masks[primitives.get_ident()] = signal.pthread_sigmask(signal.SIG_BLOCK, self._signals)
 
     def _unmask(self) -> None:
         mask = self._masks.pop(primitives.get_ident(), None)
         if mask is not None:
-            self._module.pthread_sigmask(self._module.SIG_SETMASK, mask)
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)

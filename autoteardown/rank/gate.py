@@ -9,7 +9,6 @@ thread may hold while it is frozen, and nothing raised but the SystemExit that e
 from __future__ import annotations
 
 import os
-import sys
 from typing import Any, Callable, Optional
 
 from autoteardown.boundary import guarded
@@ -19,6 +18,7 @@ from autoteardown.rank.clock import Clock
 from autoteardown.rank.delivery import Delivery
 from autoteardown.rank.pace import Pace
 from autoteardown.rank.parking import Parking, Waits
+from autoteardown.rank.training_thread import TrainingThread
 
 
 class Gate:
@@ -46,14 +46,13 @@ class Gate:
         self.waits = Waits()
         self.parking = Parking(self.waits, tell)
         self.devices: dict[str, int] = {}  # the current ones of the training thread when it stopped
-        self.thread: Optional[int] = None  # the thread that steps; else the one that called init
+        self.training = TrainingThread()
         # Nobody has held, resumed or closed it: all that a poll in a healthy program looks at.
         self.calm = True
         self.holding = False
         self.closed = False
         self.requested = False  # what `stop_requested()` returns
         self.held: set[int] = set()  # threads that wait at the end of an iteration
-        self.loop: Any = None  # the event loop of that thread
         self.delivery = Delivery(self.waits.wake)
         self.saves = savers.Saves()
         self._tell = tell
@@ -64,11 +63,15 @@ class Gate:
 
     def begin(self, thread: int) -> None:
         """A new world: every rank of it counts from nought."""
-        self.thread = thread
-        self.loop = _running_loop()
+        self.training.calls_init(thread)
         self.clock = Clock()
         self.polls = 0
         self.pace = Pace()
+
+    @property
+    def thread(self) -> Optional[int]:
+        """The one that trains."""
+        return self.training.ident
 
     # -- asked by the guard ---------------------------------------------------------------------------------------
 
@@ -121,45 +124,28 @@ class Gate:
         self.closed, self.calm = True, False
         self.waits.wake()
 
-    def wake_loop(self) -> None:
-        """An event loop with nothing to do waits in C (Ray's async actors do): have it come to a bytecode."""
-        try:
-            self.loop.call_soon_threadsafe(_nothing)
-        except (AttributeError, RuntimeError):  # none, or closed
-            pass
-
     def to_park(self) -> list[int]:
         """The threads that train, or may: those that nobody has stopped yet."""
         self.find_thread()
-        # Nobody waits for the threads of a pool that come after the training thread's end, but they keep a Ray actor
-        # from its exit.
-        candidates = [self.thread] if threads.alive(self.thread) else threads.foreign()
         stopped = self.parking.stopped | self.held
-        return [i for i in candidates if i is not None and i not in stopped and not self.shielded(i)]
+        return [i for i in self.training.candidates() if i not in stopped and not self.shielded(i)]
 
     def shielded(self, ident: int) -> bool:
         """Whether that thread writes a checkpoint, of which a file may be only a part."""
         return ident not in self.parking and self.saves.shields(ident)
 
     def find_thread(self) -> None:
-        """Without an iteration to tell, the thread that waits in a collective is the one that trains.
-
-        The threads of a pool take turns (Ray's threaded actors), and init may be called on one, the training function
-        on another (Ray Train).
-        """
-        if not self.begun or not threads.alive(self.thread):
-            waiting = threads.in_collective()
-            if waiting and self.thread not in waiting:
-                self.thread = waiting[0]
+        """Look which it is that trains."""
+        self.training.find(self.begun)
 
     # -- on the program's threads ---------------------------------------------------------------------------------
 
     def end_of_iteration(self) -> None:
         """In the hook, after the iteration was counted. A program that polls stops in its polls."""
         self.pace.ends.append(monotonic())
-        self.thread = get_ident()
+        self.training.ident = ident = get_ident()
         if (self.holding or self.closed) and not self.polls:
-            self._stop_here(self.thread)
+            self._stop_here(ident)
 
     def before_step(self) -> None:
         """Before an optimizer's step, once the gate is closed: no step begins after the stop."""
@@ -168,8 +154,8 @@ class Gate:
 
     def end_of_poll(self) -> None:
         """In a poll, once the hold flag is up."""
-        self.thread = get_ident()
-        self._stop_here(self.thread)
+        self.training.ident = ident = get_ident()
+        self._stop_here(ident)
 
     def _stop_here(self, ident: int) -> None:
         if (ident in self.saves.open and not self.closed) or ident in self.held:
@@ -205,17 +191,7 @@ class Gate:
 
     def park(self) -> None:
         """Stop this thread until the exit, which it leaves towards with SystemExit."""
-        self.parking.park(lambda ident: ident == self.thread or not self._trains_elsewhere())
-
-    def _trains_elsewhere(self) -> bool:
-        """Whether another thread is known to train: that this one has parked says nothing of it.
-
-        The main thread of a Ray actor has nothing to do, and parks at once.
-        """
-        thread = self.thread
-        if thread is None or not threads.alive(thread):
-            return False
-        return self.begun or threads.place(thread) == "peers"
+        self.parking.park(lambda ident: ident == self.thread or not self.training.is_known(self.begun))
 
     def wait_for_plan(self, limit: float) -> None:
         """Wait until it is known whether this thread is to run on, at most `limit` seconds."""
@@ -266,18 +242,6 @@ def poll() -> bool:
     if g.holding or g.closed:
         g.end_of_poll()
     return g.requested
-
-
-def _running_loop() -> Any:
-    asyncio = sys.modules.get("asyncio")
-    try:
-        return asyncio.get_running_loop() if asyncio is not None else None
-    except (AttributeError, RuntimeError):  # still being imported, or no loop on this thread
-        return None
-
-
-def _nothing() -> None:
-    pass
 
 
 os.register_at_fork(after_in_child=guarded(renew))

@@ -51,11 +51,12 @@ class Guard(Armed):
         """Before torch's init: from here on an eviction signal is ours."""
         self.gate.begin(get_ident())
         # Cleaners of /tmp remove what has not been written to for some days (10, systemd-tmpfiles).
-        self.tap.arm(self._on_signal, self.main.on_signal, self.identity.mark)
+        self.listening.arm(self._on_signal, self.main.on_signal, self.identity.mark)
         self._finalize_multiprocessing()
         # Files to write, while this thread waits for the other ranks.
-        self.identity.joining(self.tap.loop.call if self.tap.loop is not None else None)
-        if self.tap.late:
+        loop = self.listening.loop
+        self.identity.joining(loop.call if loop is not None else None)
+        if self.listening.late:
             text = "armed off the main thread, which has yet to come by: a signal before that has its default action"
             self.identity.log.line(text, level="debug")
 
@@ -76,9 +77,9 @@ class Guard(Armed):
         self.joined, self.unshared = True, world.alone
         self.identity.joined(world)
         if self._hooks is None:
-            self._hooks = stepping.Hooks(self.tap.look_again)
+            self._hooks = stepping.Hooks(self.listening.look_again)
         callbacks.prepare(self.settings.on_teardown, self.identity.log.line)
-        loop = self.tap.loop
+        loop = self.listening.loop
         if self.settings.peers and world.size > 1 and loop is not None and not world.alone:
             self.channel = channels.Channel.open(
                 world.store, world.rank, world.size, loop, guarded(self._hear), lambda: Council(world.size)
@@ -98,7 +99,7 @@ class Guard(Armed):
         self._close_channel()
         # In an eviction that it has heard of from a peer, its own signal may be yet to come: not to be killed by then.
         if self.teardown is None:
-            self.tap.disarm()
+            self.listening.disarm()
         if self._hooks is not None:
             self._hooks.remove()
             self._hooks = None

@@ -110,7 +110,7 @@ class RankHands:
         """See `stop.hands.Hands`."""
         self._gate.resume(self._main.delivery() if self._owner else None, requested=True)
         if threads.main_ident() not in self._gate.held:
-            self._armed.tap.on_main(self._gate.delivery.call)
+            self._armed.listening.on_main(self._gate.delivery.call)
 
     def park(self) -> None:
         """See `stop.hands.Hands`."""
@@ -118,11 +118,11 @@ class RankHands:
         if self._life is not None and not gate.closed:
             self._life.begin_again()
         gate.close()
-        self._armed.tap.on_main(self._main.stop)
+        self._armed.listening.on_main(self._main.stop)
         for thread in gate.to_park():
             if thread != threads.main_ident():
                 park_thread(thread)
-                gate.wake_loop()
+                gate.training.wake_loop()
 
     def drain(self) -> Problem:
         """See `stop.hands.Hands`."""
@@ -153,14 +153,14 @@ class RankHands:
 
     def is_stuck_outside(self) -> bool:
         """See `stop.hands.Hands`."""
-        return ray.waits_for_method(threads.inside, self._gate.loop, self._gate.parking.stopped)
+        return ray.waits_for_method(threads.inside, self._gate.training.loop, self._gate.parking.stopped)
 
     def leave(self, exit_code: int) -> None:
         """See `stop.hands.Hands`."""
         self._gate.parking.open(ray.exit_code_in_method(exit_code))
         if threads.main_ident() not in self._gate.parking:
-            self._armed.tap.on_main(self._main.stop)
+            self._armed.listening.on_main(self._main.stop)
 
     def swallowed(self) -> None:
         """See `stop.hands.Hands`."""
-        self._armed.tap.on_main(self._main.stop)
+        self._armed.listening.on_main(self._main.stop)

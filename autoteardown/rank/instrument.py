@@ -231,7 +231,7 @@ def _joined() -> None:
 
     if guard.guard is not None:
         guard.guard.join()
-        guard.guard.tap.look_again()  # communication libraries set handlers of their own
+        guard.guard.listening.look_again()  # communication libraries set handlers of their own
 
 
 @guarded
@@ -242,7 +242,7 @@ def _not_joined() -> None:
     rank = guard.guard
     if rank is None or c10d.is_initialized():
         return
-    if custom_groups.any_left() and rank.tap.armed:  # what is left was made without an init
+    if custom_groups.any_left() and rank.listening.armed:  # what is left was made without an init
         rank.join()
     else:
         rank.leave()

@@ -50,7 +50,7 @@ class MainThread:
         """Call it, as if the signal had come now."""
         if not self.handed:
             self.handed = True
-            self._armed.tap.deliver(signum)
+            self._armed.listening.deliver(signum)
 
     def delivery(self) -> Optional[Callable[[], object]]:
         """What calls it, unless it has been called."""

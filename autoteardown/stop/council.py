@@ -22,19 +22,16 @@ from __future__ import annotations
 from math import inf
 from typing import Any, Optional
 
-Told = list[tuple[Optional[int], str, Any]]
+from autoteardown.stop.roll_call import RollCall, whole
 
-CONFIRM = 0.5  # seconds for a rank to say that it does not wait any more, when another has arrived
-ROUNDS = 2  # how often ranks that arrived go on for one iteration more
+Told = list[tuple[Optional[int], str, Any]]
 
 
 class Council:
     """Of a group with so many ranks; `hub` is the rank in whose process it is."""
 
     def __init__(self, world: int, hub: int = 0) -> None:
-        self.wake = inf  # when to hear a `tick`
         self._now = 0.0
-        self._settled = 0.0  # when it was last said that a rank waits, or does not, or has arrived
         self.world = world
         self.hub = hub
         self.lost: set[int] = set()
@@ -44,21 +41,19 @@ class Council:
         self._answers: dict[int, tuple[Optional[int], bool, bool]] = {}
         self._owners: set[int] = (
             set()
-        )  # of the ranks that had answered when the plan was made: who ends by itself
-        self._steppers: set[int] = set()  # and who steps
-        self._at: set[int] = set()
-        self._numbers: dict[int, dict[str, int]] = {}
-        self._round: dict[int, int] = {}  # what was said in an earlier one does not count any more
-        self._still: set[int] = set()
+        )  # who ends by itself, of the ranks that answered before the plan was made
+        self._roll = RollCall(set(), lambda rank: bool(self._answers[rank][0]))
         self._saving: set[int] = set()
-        self._rounds = 0
-        self._preparing: set[int] = set()  # who has yet to say that it is ready, before `_next` may go on
-        self._next: dict[int, dict[str, Any]] = {}
         self._arrived: set[int] = set()
         self._over: set[int] = set()
         self._wedged: set[int] = set()
         self._quiet: dict[int, bool] = {}
         self._out: Told = []
+
+    @property
+    def wake(self) -> float:
+        """See `channel.council.Council`."""
+        return self._roll.wake
 
     def on(self, rank: int, kind: str, value: Any = None, now: float = 0.0) -> Told:
         """Take in what a rank has said, or its connection; return who is to be told what. `None`: everybody.
@@ -101,7 +96,7 @@ class Council:
         self._dead.discard(rank)
 
     def _hear_tick(self, rank: int, _: Any) -> None:
-        self.wake = inf
+        self._roll.wake = inf
 
     def _hear_tell(self, rank: int, notice: Any) -> None:
         self._tell("notice", notice if isinstance(notice, dict) else {})
@@ -109,7 +104,7 @@ class Council:
     def _hear_answer(self, rank: int, value: Any) -> None:
         completed, cannot, owner = value
         if completed is not None:
-            completed = _whole(completed)
+            completed = whole(completed)
         self._answers.setdefault(rank, (completed, bool(cannot), bool(owner)))
 
     def _hear_plan_now(self, rank: int, _: Any) -> None:
@@ -117,22 +112,14 @@ class Council:
 
     def _hear_at(self, rank: int, value: Any) -> None:
         _, number, numbers = value
-        if number == self._round.get(rank, 0):
-            self._settled = self._now
-            self._still.discard(rank)
-            self._at.add(rank)
-            self._numbers[rank] = _numbers(numbers)
+        self._roll.at(rank, number, numbers, self._now)
 
     def _hear_still(self, rank: int, value: Any) -> None:
-        still, number, numbers = value
-        if number == self._round.get(rank, 0):
-            self._settled = self._now
-            (self._still.add if still else self._still.discard)(rank)
-            self._numbers[rank] = _numbers(numbers)
+        waits, number, numbers = value
+        self._roll.still(rank, bool(waits), number, numbers, self._now)
 
     def _hear_ready(self, rank: int, number: Any) -> None:
-        if number == self._round.get(rank, 0):
-            self._preparing.discard(rank)
+        self._roll.ready(rank, number)
 
     def _hear_saving(self, rank: int, value: Any) -> None:
         before = bool(self._saving)
@@ -175,7 +162,7 @@ class Council:
     def _plan(self, stop: Optional[int], why: str = "") -> None:
         if "plan" not in self._said:
             self._owners = {rank for rank, (_, _, owner) in self._answers.items() if owner}
-            self._steppers = {rank for rank, (steps, _, _) in self._answers.items() if steps is not None}
+            self._roll.steppers = {rank for rank, (steps, _, _) in self._answers.items() if steps is not None}
             self._tell("plan", {"stop": stop, "owned": bool(self._owners), "why": why})
 
     def _halt(self, why: str) -> None:
@@ -189,9 +176,9 @@ class Council:
         gone = len(self._left) + len(self.lost)
         if "plan" not in self._said and len(self._answers) + gone >= self.world:
             self._agree()
-        if self._next or len(self._at) + len(self._still) + gone >= len(self._steppers):
+        if self._said.get("plan", {}).get("stop") is not None and not self._said.keys() & {"even", "halt"}:
             self._check()
-        if len(self._arrived) + gone >= len(self._steppers) < self.world and self._arrived:
+        if len(self._arrived) + gone >= len(self._roll.steppers) < self.world and self._arrived:
             self._halt_helpers()
         if self._owners and not self._owners - self._left - self.lost - self._over:
             self._tell("rest")
@@ -203,7 +190,7 @@ class Council:
             self._tell("gone")
 
     def _halt_helpers(self) -> None:
-        if self._steppers - self._left - self.lost <= self._arrived:
+        if self._roll.steppers - self._left - self.lost <= self._arrived:
             self._tell("halt", "")  # ranks that never step need not wait any longer
 
     def _abort(self) -> None:
@@ -232,71 +219,11 @@ class Council:
             self._plan(max(max(known) + 1, 2))
 
     def _check(self) -> None:
-        """The agreement is checked, not believed: no count is beyond doubt (a step skipped on one rank long ago)."""
-        if self._said.get("plan", {}).get("stop") is None or self._said.keys() & {"even", "halt"}:
-            return
-        steppers = self._steppers - self._left - self.lost
-        if self._next:
-            if not self._preparing & steppers:
-                self._out += [(rank, "more", more) for rank, more in self._next.items()]
-                self._next = {}
-            return
-        if not steppers or not steppers <= self._at | self._still:
-            return
-        waiting = (self._still - self._at) & steppers
-        # Who has an optimizer, and has not stepped although the others went on for its sake, does not step at all.
-        idle = {rank for rank in waiting if not self._answers[rank][0] and rank in self._round}
-        if idle and steppers - idle and steppers - idle <= self._at:
-            self._steppers -= idle
-            steppers, waiting = steppers - idle, waiting - idle
-        behind = steppers - waiting if waiting else self._behind(steppers)
-        if not behind and not waiting:
-            self._tell("even")
-        elif waiting and self._now < self._settled + CONFIRM:
-            self.wake = (
-                self._settled + CONFIRM
-            )  # it may have what it waited for from the one that has just arrived
-        elif not behind:
-            if self._present <= self._still:
-                self._halt("no rank makes progress")
-        elif self._rounds == ROUNDS:
-            self._halt("ranks wait for one another")
-        else:
-            self._another_round(steppers, waiting, behind)
-
-    def _another_round(self, steppers: set[int], waiting: set[int], behind: set[int]) -> None:
-        """Those that are behind go on, and those that wait for them stop as soon as that lets them."""
-        self._rounds += 1
-        self._round.update(dict.fromkeys(behind | waiting, self._rounds))
-        # Those that wait cannot move before those that are behind do: by then they must know where to stop.
-        self._preparing = waiting
-        self._out += [(rank, "more", {"round": self._rounds, "until": {}}) for rank in sorted(waiting)]
-        until = self._most(steppers)
-        self._next = {rank: {"round": self._rounds, "until": until} for rank in sorted(behind)}
-        self._at -= behind
-        self._still -= waiting
-        self._check()
-
-    def _most(self, steppers: set[int]) -> dict[str, int]:
-        most: dict[str, int] = {}
-        for rank in steppers:
-            for group, number in self._numbers[rank].items():
-                most[group] = max(most.get(group, 0), number)
-        return most
-
-    def _behind(self, steppers: set[int]) -> set[int]:
-        """Who has joined fewer of a group's collectives than another: hosts run ahead of devices, and do not wait."""
-        most = self._most(steppers)
-        return {
-            r for r in steppers if any(number < most[group] for group, number in self._numbers[r].items())
-        }
-
-
-def _whole(value: Any) -> int:
-    if not isinstance(value, int) or value < 0:
-        raise ValueError(value)
-    return value
-
-
-def _numbers(value: Any) -> dict[str, int]:
-    return {str(group): _whole(number) for group, number in value.items()}
+        gone = self._left | self.lost
+        for rank, kind, value in self._roll.check(gone, lambda ranks: self._present <= ranks, self._now):
+            if kind == "halt":
+                self._halt(value)
+            elif kind == "even":
+                self._tell("even")
+            else:
+                self._out.append((rank, kind, value))

@@ -21,6 +21,7 @@ from autoteardown.stop.account import Account
 from autoteardown.stop.deadline import Deadline
 from autoteardown.stop.fuse import Fuse
 from autoteardown.stop.hands import Hands
+from autoteardown.stop.lookout import Lookout
 from autoteardown.stop.orders import Orders
 from autoteardown.stop.story import Story
 
@@ -57,8 +58,7 @@ class Teardown:
         self._notice = origin
         self._owner = False
         self._finishing = allocate_lock()
-        self._shown: dict[str, Any] = {"saving": False, "still": False}
-        self._progress: Any = None
+        self._lookout = Lookout(hands)
         self._told = 0
         self._left_at = 0.0
 
@@ -129,7 +129,7 @@ class Teardown:
                 self._leave(action.value)
             elif action.do != "die":  # the driver ends with it, and the process with the driver
                 if action.do in ("park", "deliver"):
-                    self._shown["still"] = False  # it is looked at anew
+                    self._lookout.begin_again()
                 self._orders.carry_out(action)
         self._commit(stop)
         for phase in stop.phases[self._told :]:
@@ -142,20 +142,12 @@ class Teardown:
 
     def _look(self, stop: protocol.Stop) -> None:
         """Notice what sends no event."""
-        shown = native.call(lambda: self.hands.look(self.committed))
-        if shown.ended and "ended" not in stop.heard and (self.committed or not self._owner):
-            self._take(stop, "ended", None)
-        for what in ("saving", "still"):
-            value = getattr(shown, what)
-            if value != self._shown[what]:
-                self._shown[what] = value
-                if what == "saving" and not value and stop.state == "park":
-                    self.hands.park()  # who was left alone for its sake
-                self._take(stop, what, value)
-        if stop.state == "drain" and shown.progress is not None and shown.progress != self._progress:
-            if self._progress is not None:
-                self._take(stop, "progress", self.now)
-            self._progress = shown.progress
+        for event, value in self._lookout.look(self.committed, stop.state == "drain", self.now):
+            if event == "ended" and (event in stop.heard or (self._owner and not self.committed)):
+                continue
+            if event == "saving" and not value and stop.state == "park":
+                self.hands.park()  # who was left alone for its sake
+            self._take(stop, event, value)
         if self.leaving and self.now > self._left_at + _SWALLOWS:
             self._left_at = self.now
             self.hands.swallowed()

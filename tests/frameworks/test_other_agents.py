@@ -87,6 +87,7 @@ class Agents:
         self.folder = folder
 
     def pth(self, name):
+        pytest.importorskip(name)
         (path,) = LIBRARY.glob(f"*{name}*.pth")
         return path
 
@@ -180,7 +181,6 @@ def measured(folder):
 @pytest.mark.parametrize("name", ["coverage", "autowrapt"])
 def test_another_pth(evicted, image, agents, name, order):
     """coverage's and autowrapt's .pth, before and after ours, and with us on PYTHONPATH. Coverage keeps its data."""
-    pytest.importorskip(name)
     theirs = agents.pth(name)
     image.start_up_files(*{"first": [OURS, theirs], "last": [theirs, OURS], "injected": [theirs]}[order])
     assert evicted(name, path=[INJECT] if order == "injected" else []) == [name]

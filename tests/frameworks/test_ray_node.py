@@ -259,7 +259,7 @@ PYTHON = "/usr/bin/python3"
     ],
 )
 def test_ray_start_is_recognised(line):
-    assert ray_node.is_ray_start(line.split())
+    assert ray_node.command(line.split())[:1] == ["start"]
 
 
 @pytest.mark.parametrize(
@@ -279,11 +279,11 @@ def test_ray_start_is_recognised(line):
     ],
 )
 def test_nothing_else_is(line):
-    assert not ray_node.is_ray_start(line.split())
+    assert ray_node.command(line.split())[:1] != ["start"]
 
 
 def test_a_test_run_is_not_ray_start():
-    assert not ray_node.is_ray_start()
+    assert not ray_node.command()
 
 
 # -- the real thing ------------------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ if when == "noticed":
         optimizer.step()
 elif when != "before":
     from autoteardown import signals
-    print("mended", signals.tap.look_again(), flush=True)
+    print("mended", signals.tap.prepare().look_again(), flush=True)
 print("ready", flush=True)
 time.sleep(3600)
 """

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from autoteardown.stop.council import CONFIRM, Council
+from autoteardown.stop.council import Council
+from autoteardown.stop.roll_call import CONFIRM
 
 
 class Group:
