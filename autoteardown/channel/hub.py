@@ -8,10 +8,8 @@ from __future__ import annotations
 import errno
 import functools
 import os
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Callable, Optional
 
-from autoteardown import primitives
 from autoteardown.boundary import failed
 from autoteardown.channel import descriptors, sockets
 from autoteardown.channel.council import BORN, FAREWELLS, Council
@@ -19,6 +17,7 @@ from autoteardown.channel.door import Door, Peer
 from autoteardown.channel.messages import Malformed, encode, kind_of, whole
 from autoteardown.channel.sitting import Sitting
 from autoteardown.channel.sockets import Ended
+from autoteardown.channel.telling import Telling
 
 if TYPE_CHECKING:
     from autoteardown.channel.loop import Loop, Timer
@@ -30,11 +29,6 @@ DEAD_AFTER = 10.0
 """Seconds after which a rank of another host whose connection was closed counts as dead: one that could not reach this
 host for half of them has tried again, and is back."""
 _MANY = 128  # ranks whose connections are not to take the low numbers
-_FULL, _UNREAD = 1 << 16, 1 << 20  # bytes that wait: no more messages are added; it is given up
-_GLANCE = 0.005  # seconds until the next look at what the kernel has sent
-_MOMENT = (
-    0.5  # seconds that a rank waits at most, while there is much to hear, for the word that its post has come
-)
 _GONE = ("closed by the other end", *(os.strerror(code).lower() for code in (errno.ECONNRESET, errno.EPIPE)))
 
 
@@ -85,13 +79,11 @@ class Hub:
         self._sitting = Sitting(loop, council, self._tell)
         self._said = self._sitting.said
         self._members: dict[int, Member] = {}
+        self._telling = Telling(loop, self._said, self._crowd, self._connected, self._drop)
         self._mine = 0  # index of the last message that rank 0 has heard
         self._told = 0  # index up to which everybody has been told, but for those who are slow
         self._to_tell = False
-        self._owed: set[Member] = set()  # who has posts that it does not know to have come
-        self._owed_since = 0.0
         self._closed = False
-        self._flushes: list[Callable[[], object]] = []
 
     def start(self) -> None:
         """Let them come."""
@@ -108,24 +100,23 @@ class Hub:
 
     def when_heard(self, function: Callable[[], object]) -> None:
         """Call it when the kernel has taken everything for everybody who is connected."""
-        self._flushes.append(function)
-        self._flushed()
+        self._telling.when_taken(function)
 
     def close(self) -> None:
         """Say that it is over, and be gone."""
         if not self._closed:
-            for member in list(self._members.values()):
-                if member.peer is not None:
-                    try:
-                        member.peer.send(encode("end"))
-                    except Ended:
-                        pass
+            for peer in self._connected():
+                try:
+                    peer.send(encode("end"))
+                except Ended:
+                    pass
         self.forget()
 
     def forget(self) -> None:
         """Close what there is, without a word."""
         self._closed = True
         self._sitting.close()
+        self._telling.close()
         self._door.close()
         self._crowd.close()
         for member in list(self._members.values()):
@@ -190,7 +181,7 @@ class Hub:
                     self._obey(peer, peer.member, line)
                 if peer.closed:
                     return
-            self._pump(peer, acknowledge=False)
+            self._telling.one(peer, acknowledge=False)
         except (Malformed, Ended) as error:
             if peer.member is not None:
                 self._drop(peer, str(error))
@@ -211,23 +202,18 @@ class Hub:
             raise Malformed("not the next post")
         fresh = number > member.seen
         member.seen = max(member.seen, number)
-        self._owe(member)
+        self._telling.owe(peer)
         if fresh and kind not in BORN:
             member.left = member.left or kind in FAREWELLS
             self._sitting.happened(member.rank, kind, line[3])
 
-    def _owe(self, member: Member) -> None:
-        if not self._owed:
-            self._owed_since = primitives.monotonic()
-        self._owed.add(member)
-
     def _heard_them(self) -> None:
         """What had come has been heard."""
         self._tell()
-        # Thousands answer a notice at once: the plan, which they wait for, is not to wait for as many packets.
-        if self._owed and (self._crowd.quiet or primitives.monotonic() > self._owed_since + _MOMENT):
-            owed, self._owed = self._owed, set()
-            self._pump_all(owed)
+        self._telling.settle()
+
+    def _connected(self) -> list[Peer]:
+        return [member.peer for member in list(self._members.values()) if member.peer is not None]
 
     def _watch(self, peer: Peer) -> None:
         self._crowd.watch(peer.fd, peer.events, functools.partial(self._hear, peer))
@@ -278,7 +264,7 @@ class Hub:
         if self._told == last or self._closed:
             return
         self._told = last
-        self._pump_all(self._members.values())
+        self._telling.everybody()
         mine, self._mine = self._mine, last
         for kind, value in self._said.heard_by(0, mine):
             if self._closed:
@@ -287,49 +273,3 @@ class Hub:
                 self._deliver(kind, value)
             except Exception as error:
                 failed("to hear a message", error)
-
-    def _pump_all(self, members: Iterable[Member]) -> None:
-        for member in list(members):
-            if member.peer is not None and not self._closed:
-                try:
-                    self._pump(member.peer)
-                except Ended as error:
-                    self._drop(member.peer, str(error))
-
-    def _pump(self, peer: Peer, acknowledge: bool = True) -> None:
-        member: Optional[Member] = peer.member
-        if member is None:
-            peer.send(b"")
-        else:
-            last = self._said.last
-            if peer.waiting >= _FULL:
-                peer.send(b"")
-            if member.seen > member.acknowledged and (acknowledge or peer.told < last):
-                member.acknowledged = member.seen
-                peer.put(encode("ack", member.seen))
-            while peer.told < last:
-                if peer.waiting >= _FULL:
-                    break  # not all has been added: so something has to wait, or nobody would come back to it
-                data, peer.told = self._said.after(peer.told, member.rank)
-                peer.send(data)
-            else:
-                peer.send(b"")
-        if peer.waiting > _UNREAD:
-            raise Ended("it does not read what it is told")
-        self._crowd.change(peer.fd, peer.events)
-
-    def _flushed(self) -> None:
-        if not self._flushes or self._closed:
-            return
-        peers = [member.peer for member in list(self._members.values()) if member.peer is not None]
-        try:
-            if any(
-                peer.told < self._said.last or peer.waiting or descriptors.unsent(peer.fd) for peer in peers
-            ):
-                self._loop.at(_GLANCE, self._flushed)
-                return
-        except OSError:
-            pass
-        flushes, self._flushes = self._flushes, []
-        for function in flushes:
-            function()
