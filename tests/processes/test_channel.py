@@ -7,10 +7,10 @@ import socket
 import time
 
 import pytest
-from harness import free_port, stat, wait_until
+from harness import PATIENCE, free_port, stat, wait_until
 from talkers import Talk, expect_lost
 
-from autoteardown.channel import connection, door, hub, messages, rendezvous
+from autoteardown.channel import addresses, connection, dial, door, hub, messages, rendezvous
 
 
 @pytest.fixture
@@ -204,6 +204,25 @@ for name in os.listdir("/proc/self/fd"):
     except OSError:
         pass
 """
+
+
+def test_a_hub_that_has_much_to_do(talk):
+    """Who has a connection waits for the answer before it tries the next address beside it: but not for ever."""
+    rank = talk.start(1, 3)
+    rank.expect("ready")
+    with socket.create_server(("127.0.0.1", 0)) as first, socket.create_server(("127.0.0.1", 0)) as second:
+        hosts = first.getsockname(), second.getsockname()
+        card = rendezvous.Card("name", "token", 3, addresses.here(), hosts)
+        (talk.folder / "store" / rendezvous.KEY.replace("/", "-")).write_text(card.encode())
+        rank.ask("open", answer="opened")
+        for server in (first, second):
+            server.settimeout(PATIENCE)
+        sock, _ = first.accept()
+        with sock:
+            assert sock.recv(1024).startswith(b'["hello",')
+            since = time.monotonic()
+            second.accept()[0].close()
+            assert time.monotonic() - since > dial._ANSWER / 4
 
 
 def test_a_connection_that_ends_is_made_again(talk):
