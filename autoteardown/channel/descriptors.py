@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import resource
 import termios
 from typing import TYPE_CHECKING, Callable
 
@@ -34,8 +35,6 @@ def afford(wanted: int) -> int:
     Returns:
         How many of them there is room for.
     """
-    import resource
-
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
         return wanted
