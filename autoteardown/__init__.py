@@ -16,6 +16,8 @@ def __getattr__(name: str) -> object:
     if name in __all__:
         from autoteardown import api
 
+        if name == "stop_requested" and not hasattr(api, name):
+            return bool  # polled in a signal handler, on top of the very import: False, once
         function = globals()[name] = getattr(api, name)  # found without this the next time
         return function
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

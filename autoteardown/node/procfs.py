@@ -48,6 +48,14 @@ def start_time(pid: int) -> int | None:
     return None if state in "ZXx" else started
 
 
+def queued(tid: int) -> float:
+    """Seconds that a thread of this process has been ready to run while others had the processors; 0 if unknown."""
+    try:
+        return int(_read(f"/proc/self/task/{tid}/schedstat").split()[1]) / 1e9
+    except (OSError, ValueError, IndexError):
+        return 0.0
+
+
 def ancestors(pid: int) -> list[int]:
     """Parent, its parent and so on, as far as can be seen."""
     found: list[int] = []

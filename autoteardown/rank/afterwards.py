@@ -44,6 +44,9 @@ def release(c10d: Any) -> None:
             return real()
         if backend is not None and gone not in c10d._world.pg_map:
             c10d._world.pg_map[gone] = backend  # for `get_backend`
+            # For a collective's look at it: torch up to 2.5 has a warning for what is no ProcessGroup.
+            devices = getattr(c10d._world, "pg_default_device", {})
+            devices[gone] = c10d.torch.device("cpu")
         return gone
 
     _get_default_group._autoteardown_real = real  # type: ignore[attr-defined]

@@ -92,6 +92,14 @@ class Guard(Armed):
         else:
             self.identity.mark_joined(alone)
 
+    def leaving(self) -> None:
+        """Before torch's destroy: in an eviction the others hear of it before they find a connection of gloo's closed.
+
+        A rank without a handler of its own would fail in its next collective, and that would be its exit code.
+        """
+        if self.teardown is not None and not self.teardown.committed:
+            self._close_channel()
+
     def leave(self) -> None:
         """After torch's destroy: nothing to guard any more, and the application gets its handler back."""
         if self.teardown is not None and self.teardown.committed:

@@ -111,6 +111,8 @@ def _wrap_destroy(real: Callable[..., Any]) -> Callable[..., Any]:
     def destroy_process_group(*args: Any, **kwargs: Any) -> Any:
         if afterwards.released:
             return None
+        if not args and kwargs.get("group") is None:
+            _leaves()
         try:
             return real(*args, **kwargs)
         finally:
@@ -232,6 +234,14 @@ def _joined() -> None:
     if guard.guard is not None:
         guard.guard.join()
         guard.guard.listening.look_again()  # communication libraries set handlers of their own
+
+
+@guarded
+def _leaves() -> None:
+    from autoteardown.rank import guard
+
+    if guard.guard is not None:
+        guard.guard.leaving()
 
 
 @guarded

@@ -1,7 +1,7 @@
 """Whether a rank that has not arrived yet still makes progress, or waits for something that does not come.
 
 Seen from outside the thread, on no more evidence than there is: that it executes bytecode, that the process computes,
-that its device or its collectives advance.
+or would if it had a processor, that its device or its collectives advance.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from typing import Any, Callable, Optional
 
+from autoteardown.node import procfs
 from autoteardown.primitives import monotonic
 from autoteardown.rank import threads
 from autoteardown.rank.gate import Gate
@@ -16,7 +17,8 @@ from autoteardown.rank.gate import Gate
 _FOR_PEERS = 0.5  # seconds without a sign of life, at least: blocked in a collective
 _STOPPING = 0.2  # the same, once every rank has been asked to stop where it is: its peers come no more
 _ELSEWHERE = 2.5  # and blocked in anything else: a stall in the data, a lock
-_COMPUTES = 0.3  # processor seconds a second that are more than our own looking takes
+# Processor seconds a second that are more than our own looking takes; on a starved machine, that it waits for one.
+_COMPUTES = 0.3
 
 
 class Life:
@@ -67,7 +69,7 @@ class Life:
         self._position, self._seen = position, seen
         elapsed = now - self._looked
         if elapsed > 0.2:
-            computed = time.process_time()
+            computed = time.process_time() + procfs.queued(threads.native_id(self._gate.thread))
             busy = computed - self._computed > _COMPUTES * elapsed
             self._looked, self._computed = now, computed
             moved = moved or (busy and not self._accelerator)

@@ -62,6 +62,8 @@ class MainThread:
         armed = self._armed
         teardown, handed = armed.teardown, self.handed
         self._seen += 1
+        if self._seen == 1 and handed and armed.signum is not None and self._not_over():
+            return True  # the driver was faster than Python's handler: that was for this signal
         if not (teardown is not None and teardown.committed and self.handed) and self.owner(signum):
             owns = armed.tap.application_owns(signum)
             if self.defers(signum) and self._seen == 1 and (owns or not self.handed):

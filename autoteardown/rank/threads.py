@@ -30,6 +30,13 @@ def alive(ident: Optional[int]) -> bool:
     return frame is not None and not ours(frame)
 
 
+def native_id(ident: Optional[int]) -> int:
+    """The kernel's number for a thread; 0 if Python did not start it."""
+    if ident == main_ident():
+        return os.getpid()
+    return getattr(threading._active.get(ident), "native_id", None) or 0  # type: ignore[attr-defined]
+
+
 def in_collective() -> list[int]:
     """The threads that are in a call of `torch.distributed`'s."""
     return inside("torch/distributed/distributed_c10d.py")

@@ -180,7 +180,7 @@ class Chaos(Eviction):
             return
         parts = {f"part{rank}": torch.zeros(1 << 16) for rank in range(size)}
         try:
-            dcp.load(parts, checkpoint_id=folder, no_dist=True)
+            dcp.load(parts, checkpoint_id=folder)
             found = {value for part in parts.values() for value in part.unique().tolist()}
             if len(found) > 1:
                 self.wrong.append(f"a sharded checkpoint of several iterations: {found}")

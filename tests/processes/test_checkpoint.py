@@ -26,7 +26,7 @@ def whole(job):
         count += 1
     for path in (job.folder / "saved").glob("dcp"):
         state = {"model": torch.nn.Linear(64, 64).state_dict()}
-        dcp.load(state, checkpoint_id=path, no_dist=True)
+        dcp.load(state, checkpoint_id=path)
         count += 1
     return count
 

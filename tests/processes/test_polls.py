@@ -1,8 +1,13 @@
 """`autoteardown.stop_requested()`: True on every rank at the same call, and False in all other circumstances."""
 
+import sys
+from types import ModuleType
+
 import pytest
 from harness import AGENT, NONE
 from test_together import PATIENT, saved_together, started
+
+import autoteardown
 
 
 @pytest.mark.parametrize("style", ["no-step", "off-main", "places"])
@@ -83,6 +88,16 @@ def test_false(job, mode):
         "False",
     ]
     assert rank.stderr == ""
+
+
+def test_polled_on_top_of_its_own_import(monkeypatch):
+    """In a signal handler that interrupts the very first poll, whose import is not over."""
+    unfinished = ModuleType("autoteardown.api")
+    monkeypatch.setitem(sys.modules, "autoteardown.api", unfinished)
+    monkeypatch.setattr(autoteardown, "api", unfinished, raising=False)
+    monkeypatch.delitem(vars(autoteardown), "stop_requested", raising=False)
+    assert autoteardown.stop_requested() is False
+    assert "stop_requested" not in vars(autoteardown), "the next one is a real one"
 
 
 def test_polled_in_a_signal_handler(job):

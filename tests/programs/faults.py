@@ -118,5 +118,6 @@ def install(accelerator=True):
         torch.cuda.device_count = lambda: 3
         torch.cuda.current_device = lambda: 0
         torch.cuda.synchronize = synchronize
-        torch.accelerator.synchronize = synchronize
+        if hasattr(torch, "accelerator"):  # 2.6
+            torch.accelerator.synchronize = synchronize
         torch._C._cuda_hasPrimaryContext = lambda device: device in DEVICES

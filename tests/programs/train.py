@@ -56,7 +56,7 @@ def main():
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 1))
     if options.kind == "fsdp2":
-        from torch.distributed.fsdp import fully_shard
+        from fsdp import fully_shard
 
         fully_shard(model)
     else:

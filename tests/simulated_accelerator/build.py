@@ -53,6 +53,10 @@ def build(cache=CACHE):
         return target
     command = compiler()
     import torch
+    import torch.distributed
+
+    if not hasattr(torch.distributed.ProcessGroup, "abort"):
+        raise CannotBuild("the simulated accelerator needs torch 2.7, whose backends can be aborted")
     from torch.utils import cpp_extension
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -163,7 +163,8 @@ def test_nothing_is_left_of_it():
         assert not loop.running
         loop.write(15)
         loop.call(print)
-    wait_until(lambda: (open_files(), threads()) == before, "the threads' end")
+    # Fewer: what an earlier test has left may end meanwhile.
+    wait_until(lambda: open_files() <= before[0] and threads() <= before[1], "the threads' end")
 
 
 def test_it_may_be_closed_on_its_own_thread(heard):

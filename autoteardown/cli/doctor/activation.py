@@ -42,7 +42,6 @@ if active:
             for module in (distributed, c10d))
         ways = ("ProcessGroup", "abort"), ("ProcessGroupNCCL", "abort"), ("ProcessGroupNCCL", "_shutdown")
         found["abort"] = next((f"{name}.{way}" for name, way in ways if hasattr(getattr(c10d, name, None), way)), None)
-        found["clone"] = hasattr(getattr(distributed, "Store", None), "clone")
         try:
             found["nccl"] = ".".join(map(str, distributed.torch.cuda.nccl.version()))
         except Exception:

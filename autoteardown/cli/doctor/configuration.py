@@ -151,9 +151,8 @@ def _path_taken(process: Process) -> str:
     }.get(process.torch.get("abort", ""))
     if how is None:  # torch could not be looked into
         return ""
-    board = "a clone of the store" if process.torch.get("clone") else "a second client of the store"
     nccl = process.torch.get("nccl")
-    return f": a wedged rank is released {how}; peers are told over {board}{f'; NCCL {nccl}' if nccl else ''}"
+    return f": a wedged rank is released {how}{f'; NCCL {nccl}' if nccl else ''}"
 
 
 def numbers(version: str) -> tuple[int, ...]:
