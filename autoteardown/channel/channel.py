@@ -82,10 +82,11 @@ class Channel:
         assert self._loop is not None
         listeners, problem = [], "this host has no address"
         one_host = os.environ.get("LOCAL_WORLD_SIZE") == str(world)
-        found = addresses.ordered(
-            addresses.interfaces(), os.environ, addresses.proven(desk.port), one_host
-        ) or ["127.0.0.1", "::1"]
-        for host in found:
+        interfaces = addresses.interfaces()
+        choice = not one_host and sum(not each.loopback for each in interfaces) > 1
+        proven = addresses.proven(desk.port) if choice else []  # which init waits for, as for all of this
+        found = addresses.ordered(interfaces, os.environ, proven, one_host)
+        for host in found or ["127.0.0.1", "::1"]:
             try:
                 listeners.append(sockets.listen(host))
             except OSError as error:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import resource
 import termios
 from typing import TYPE_CHECKING, Callable
 
@@ -34,8 +35,6 @@ def afford(wanted: int) -> int:
     Returns:
         How many of them there is room for.
     """
-    import resource
-
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
         return wanted
@@ -109,6 +108,12 @@ class Crowd:
         elif known[0] != events:
             self._epoll.modify(fd, events)
 
+    def change(self, fd: int, events: int) -> None:
+        """Have one that is watched watched for these events."""
+        known = self._callbacks.get(fd)
+        if known is not None and known[0] != events:
+            self.watch(fd, events, known[1])
+
     def unwatch(self, fd: int) -> None:
         """As the loop's."""
         if self._callbacks.pop(fd, None) is None:
@@ -120,6 +125,11 @@ class Crowd:
             self._epoll.unregister(fd)
         except OSError:  # closed under us
             pass
+
+    @property
+    def quiet(self) -> bool:
+        """Whether there is no news just now. If there is, `after` will be called again."""
+        return self._epoll is None or not self._epoll.poll(0, 1)
 
     def close(self) -> None:
         """Watch nothing any more. In a forked child nothing but our descriptor is touched."""

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from autoteardown.channel.rendezvous import Card
 
 _STAGGER = 0.25  # seconds until the next address is tried as well
+# The same where the connection is there, and its other end is yet to speak: a hub that thousands come to at once is not
+# helped by a second connection of each.
+_ANSWER = 2.0
 _TIMEOUT = 8.0  # seconds for one address: time for three lost packets that would open the connection
 
 
@@ -103,6 +106,9 @@ class Dial:
     def _speak(self, link: Link) -> None:
         hello = self._hello()
         self._speaking = link
+        if self._next is not None:
+            self._next.cancel()
+        self._next = self._loop.at(_ANSWER, self._try_next)
         self._promised = proof(self.card.token, "welcome", *hello)
         link.send(encode("hello", *hello, proof(self.card.token, "hello", *hello)))
 

@@ -76,7 +76,7 @@ class Door:
         self._loop, self._card, self._many = loop, card, many
         self._here, self._welcomed, self._hang_up, self._note = here, welcome, hang_up, note
         self._listeners = [(each, sockets.identity(each.fileno())) for each in listeners]
-        self._room = min(descriptors.afford(card.world - 1 + GUESTS), card.world - 1 + GUESTS)
+        self._room = 0  # for connections
         self._guests: collections.OrderedDict[int, Peer] = collections.OrderedDict()
         self._noted: set[str] = set()
         self._sweep: Optional[Timer] = None
@@ -84,6 +84,7 @@ class Door:
 
     def open(self) -> None:
         """Let them come."""
+        self._room = descriptors.afford(self._card.world - 1 + GUESTS)
         for listener, _ in self._listeners:
             self._listen(listener)
 

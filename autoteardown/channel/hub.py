@@ -6,6 +6,7 @@ Who connects comes through its `door`.
 from __future__ import annotations
 
 import errno
+import functools
 import os
 from typing import TYPE_CHECKING, Any, Callable, Optional
 
@@ -16,6 +17,7 @@ from autoteardown.channel.door import Door, Peer
 from autoteardown.channel.messages import FIRST, Malformed, encode, kind_of, whole
 from autoteardown.channel.sitting import Sitting
 from autoteardown.channel.sockets import Ended
+from autoteardown.channel.telling import Telling
 
 if TYPE_CHECKING:
     from autoteardown.channel.loop import Loop, Timer
@@ -27,8 +29,6 @@ DEAD_AFTER = 10.0
 """Seconds after which a rank of another host whose connection was closed counts as dead: one that could not reach this
 host for half of them has tried again, and is back."""
 _MANY = 128  # ranks whose connections are not to take the low numbers
-_FULL, _UNREAD = 1 << 16, 1 << 20  # bytes that wait: no more messages are added; it is given up
-_GLANCE = 0.005  # seconds until the next look at what the kernel has sent
 _GONE = ("closed by the other end", *(os.strerror(code).lower() for code in (errno.ECONNRESET, errno.EPIPE)))
 
 
@@ -43,6 +43,7 @@ class Member:
         self.peer: Optional[Peer] = None
         self.attempt = 0
         self.seen = 0  # number of its last post
+        self.acknowledged = 0  # and of the last that it knows to have come
         self.near = False  # it is on this host
         self.left = False
         self.lost = False
@@ -72,7 +73,7 @@ class Hub:
     ) -> None:
         self._loop, self._card = loop, card
         self._deliver = deliver
-        self._crowd = descriptors.Crowd(loop, self._tell)
+        self._crowd = descriptors.Crowd(loop, self._heard_them)
         self._many = card.world > _MANY
         self._here = 0  # members that are connected
         self._door = Door(
@@ -81,11 +82,11 @@ class Hub:
         self._sitting = Sitting(loop, council, self._tell)
         self._said = self._sitting.said
         self._members: dict[int, Member] = {}
+        self._telling = Telling(loop, self._said, self._crowd, self._connected, self._drop)
         self._mine = 0  # index of the last message that rank 0 has heard
         self._told = 0  # index up to which everybody has been told, but for those who are slow
         self._to_tell = False
         self._closed = False
-        self._flushes: list[Callable[[], object]] = []
 
     def start(self) -> None:
         """Let them come."""
@@ -102,24 +103,23 @@ class Hub:
 
     def when_heard(self, function: Callable[[], object]) -> None:
         """Call it when the kernel has taken everything for everybody who is connected."""
-        self._flushes.append(function)
-        self._flushed()
+        self._telling.when_taken(function)
 
     def close(self) -> None:
         """Say that it is over, and be gone."""
         if not self._closed:
-            for member in list(self._members.values()):
-                if member.peer is not None:
-                    try:
-                        member.peer.send(encode("end"))
-                    except Ended:
-                        pass
+            for peer in self._connected():
+                try:
+                    peer.send(encode("end"))
+                except Ended:
+                    pass
         self.forget()
 
     def forget(self) -> None:
         """Close what there is, without a word."""
         self._closed = True
         self._sitting.close()
+        self._telling.close()
         self._door.close()
         self._crowd.close()
         for member in list(self._members.values()):
@@ -165,6 +165,7 @@ class Hub:
         self._here += 1
         member.attempt, member.near = hello.attempt, bool(hello.near)
         peer.told = min(hello.heard, self._said.last)
+        member.acknowledged = member.seen
         peer.put(encode("welcome", member.seen, self._door.promise(hello)))
         if born:
             self._sitting.happened(rank, born, None)
@@ -185,7 +186,7 @@ class Hub:
                     self._obey(peer, peer.member, line)
                 if peer.closed:
                     return
-            self._pump(peer)
+            self._telling.one(peer, acknowledge=False)
         except (Malformed, Ended) as error:
             if peer.member is not None:
                 self._drop(peer, str(error))
@@ -206,13 +207,21 @@ class Hub:
             raise Malformed("not the next post")
         fresh = number > member.seen
         member.seen = max(member.seen, number)
-        peer.put(encode("ack", member.seen))
+        self._telling.owe(peer)
         if fresh and kind not in BORN:
             member.left = member.left or kind in FAREWELLS
             self._sitting.happened(member.rank, kind, line[3])
 
+    def _heard_them(self) -> None:
+        """What had come has been heard."""
+        self._tell()
+        self._telling.settle()
+
+    def _connected(self) -> list[Peer]:
+        return [member.peer for member in list(self._members.values()) if member.peer is not None]
+
     def _watch(self, peer: Peer) -> None:
-        self._crowd.watch(peer.fd, peer.events, lambda events: self._hear(peer, events))
+        self._crowd.watch(peer.fd, peer.events, functools.partial(self._hear, peer))
 
     def _drop(self, peer: Peer, why: str) -> None:
         member: Member = peer.member
@@ -260,12 +269,7 @@ class Hub:
         if self._told == last or self._closed:
             return
         self._told = last
-        for member in list(self._members.values()):
-            if member.peer is not None:
-                try:
-                    self._pump(member.peer)
-                except Ended as error:
-                    self._drop(member.peer, str(error))
+        self._telling.everybody()
         mine, self._mine = self._mine, last
         for kind, value in self._said.heard_by(0, mine):
             if self._closed:
@@ -274,30 +278,3 @@ class Hub:
                 self._deliver(kind, value)
             except Exception as error:
                 failed("to hear a message", error)
-
-    def _pump(self, peer: Peer) -> None:
-        if peer.member is not None:
-            while peer.told < self._said.last and peer.waiting < _FULL:
-                data, peer.told = self._said.after(peer.told, peer.member.rank)
-                peer.send(data)
-        if peer.waiting:
-            peer.send(b"")
-        if peer.waiting > _UNREAD:
-            raise Ended("it does not read what it is told")
-        self._watch(peer)
-
-    def _flushed(self) -> None:
-        if not self._flushes or self._closed:
-            return
-        peers = [member.peer for member in list(self._members.values()) if member.peer is not None]
-        try:
-            if any(
-                peer.told < self._said.last or peer.waiting or descriptors.unsent(peer.fd) for peer in peers
-            ):
-                self._loop.at(_GLANCE, self._flushed)
-                return
-        except OSError:
-            pass
-        flushes, self._flushes = self._flushes, []
-        for function in flushes:
-            function()

@@ -45,7 +45,7 @@ def encode(*line: Json) -> bytes:
     Raises:
         TypeError, ValueError: it cannot be written as JSON, or is too long.
     """
-    data = json.dumps(line, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+    data = _encoder.encode(line).encode() + b"\n"
     if len(data) > LIMIT:
         raise ValueError(f"a message of {len(data)} bytes, the limit is {LIMIT}")
     return data
@@ -55,6 +55,11 @@ def _no_number(text: str) -> NoReturn:
     raise ValueError(text)
 
 
+# Made once: json.dumps and json.loads make new ones each time that they are told how, which takes as long as a line.
+_encoder = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
+_decoder = json.JSONDecoder(parse_constant=_no_number)
+
+
 def decode(line: bytes | bytearray) -> list[Json]:
     """The array on a line.
 
@@ -62,7 +67,7 @@ def decode(line: bytes | bytearray) -> list[Json]:
         Malformed: there is none.
     """
     try:
-        found = json.loads(line, parse_constant=_no_number)
+        found = _decoder.decode(line.decode())
     except (ValueError, RecursionError):
         raise Malformed("not JSON") from None
     if not isinstance(found, list) or not found or not isinstance(found[0], str):

@@ -72,9 +72,10 @@ class Card(NamedTuple):
         """Where to try, best first: loopback leads to the hub on its own host, and to a stranger on any other."""
         near = [each for each in self.hosts if is_loopback(each[0])]
         far = [each for each in self.hosts if each not in near]
-        if not addresses.here() or not self.here:
+        here = addresses.here()
+        if not here or not self.here:
             return far + near
-        return near + far if self.near else far
+        return near + far if self.here == here else far
 
     @property
     def near(self) -> bool:

@@ -26,12 +26,9 @@ class Said:
     def __init__(self) -> None:
         self._entries: list[Entry] = []
         self._gone = 0  # how many there were before the first that is kept
-        self._chunks: dict[int, tuple[bytes, int]] = {}
-
-    @property
-    def last(self) -> int:
+        self.last = 0
         """The index of the newest message; 0 if there is none."""
-        return self._gone + len(self._entries)
+        self._chunks: dict[int, tuple[bytes, int]] = {}
 
     def add(self, to: Optional[int], kind: str, value: Any) -> None:
         """Append a message.
@@ -40,6 +37,7 @@ class Said:
             TypeError, ValueError: it cannot be sent.
         """
         self._entries.append(Entry(to, kind, value, encode("m", self.last + 1, kind, value)))
+        self.last += 1
         self._chunks.clear()
         if len(self._entries) > 2 * MOST:
             self._gone += MOST

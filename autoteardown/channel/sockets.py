@@ -76,7 +76,8 @@ def connect(host: str, port: int) -> Any:
 
 def accepted(fd: int) -> Any:
     """A connection as a listener of ours gives it: with its options."""
-    sock = primitives.socket(fileno=fd)
+    # Told what it is, it need not ask the kernel: many ranks come at once. The family it has to ask for all the same.
+    sock = primitives.socket(type=_socket.SOCK_STREAM, proto=_socket.IPPROTO_TCP, fileno=fd)
     if _socket.getdefaulttimeout() is not None:  # then a send would wait that long
         sock.setblocking(False)
     return sock
@@ -178,11 +179,13 @@ class Stream:
             Ended: the connection is broken.
         """
         waiting = self._waiting
+        if not waiting and not data:
+            return
         if waiting:
             waiting += data
             data = waiting
         try:
-            sent = self._sock.send(data, _socket.MSG_DONTWAIT) if data else 0
+            sent = self._sock.send(data, _socket.MSG_DONTWAIT)
         except BlockingIOError:
             sent = 0
         except OSError as error:

@@ -76,7 +76,24 @@ class Entry:
         except Exception:
             return None
 
+    def begin(self, runtime_dir: str, problem: Problem | None = None) -> bool:
+        """Publish it for the first time. On a failure: False, one line to `problem`, and nothing is tried again."""
+        try:
+            descriptor = folder.open_own(self._path, create=True)
+            try:
+                _sweep(descriptor)
+            finally:
+                os.close(descriptor)
+            self._publish()
+        except Exception as error:
+            self._over = True
+            _say(problem, _unlisted(runtime_dir, error))
+            return False
+        return True
+
     def _publish(self) -> None:
+        if self._over and "outcome" not in self._fields:
+            return
         # Two threads may be here at once, and the slower one would put back what the faster one has replaced:
         # whoever finds, after its own rename, that more is known by now sets it right.
         descriptor = folder.open_own(self._path, create=True)  # a cleaner of /tmp may have been there
@@ -127,21 +144,31 @@ class DrainMarker:
             pass
 
 
-def enter(runtime_dir: str, fields: Mapping[str, object], problem: Problem | None = None) -> Entry | None:
-    """List this process. On any failure: None, and one line to `problem`; never raises."""
+def enter(
+    runtime_dir: str,
+    fields: Mapping[str, object],
+    problem: Problem | None = None,
+    soon: Callable[[Callable[[], object]], object] | None = None,
+) -> Entry | None:
+    """List this process. On any failure: None, and one line to `problem`; never raises.
+
+    Args:
+        runtime_dir: the registry's folder.
+        fields: what is known of it.
+        problem: called with the line, on the thread that writes.
+        soon: has a function called on a thread that has the time: that writes the files, and there is an entry even if
+            it cannot. None: this thread writes.
+    """
     try:
         image = procfs.image(os.getpid())
         fields = {"state": "armed", "armed_at": time.time(), "image": image, **fields}
         entry = Entry(folder.absolute(runtime_dir), own_name(), fields)
-        descriptor = folder.open_own(entry._path, create=True)
-        try:
-            _sweep(descriptor)
-        finally:
-            os.close(descriptor)
-        entry._publish()
     except Exception as error:
-        _say(problem, f"{_reason(runtime_dir, error)}; `autoteardown ps` and `drain` will not see this rank")
+        _say(problem, _unlisted(runtime_dir, error))
         return None
+    if soon is None:
+        return entry if entry.begin(runtime_dir, problem) else None
+    soon(lambda: entry.begin(runtime_dir, problem))
     return entry
 
 
@@ -240,6 +267,10 @@ def _told(descriptor: int, marker: str, name: str) -> float | None:
         return float(until) if name in content["ranks"] and isinstance(until, (int, float)) else None
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None  # it has just been taken down, or tells nothing
+
+
+def _unlisted(runtime_dir: str, error: Exception) -> str:
+    return f"{_reason(runtime_dir, error)}; `autoteardown ps` and `drain` will not see this rank"
 
 
 def _reason(runtime_dir: str, error: Exception) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from typing import Any, Optional
+from typing import Any, Callable, Optional
 
 from autoteardown.node import registry
 from autoteardown.rank.backends import World
@@ -28,16 +28,19 @@ class Identity:
         self.log = Log(settings.log, self.host, settings.job, settings.log_format)
         self._entry: Optional[registry.Entry] = None
 
-    def joining(self) -> None:
-        """Before torch's init: what the launcher says."""
+    def joining(self, soon: Optional[Callable[[Callable[[], object]], object]]) -> None:
+        """Before torch's init: what the launcher says; `soon` is for `registry.enter`."""
         self._is(_environment_int("RANK"), _environment_int("WORLD_SIZE"))
-        self._entry = registry.enter(self.settings.runtime_dir, self._fields(), self.log.line)
+        self._entry = registry.enter(self.settings.runtime_dir, self._fields(), self.log.line, soon)
 
     def joined(self, world: World) -> None:
-        """After torch's init: what is true."""
+        """After torch's init: what is true. The registry is yet to be told."""
         self.backend = world.backend
         self._is(world.rank, world.size)
-        self.mark(**self._fields())
+
+    def mark_joined(self, alone: Optional[str]) -> None:
+        """Tell the node's registry who this rank is, and why it is alone (None: that is yet to be seen)."""
+        self.mark(**self._fields(), **({} if alone is None else {"alone": alone}))
 
     def _is(self, rank: Optional[int], world_size: Optional[int]) -> None:
         self.rank, self.world_size = self.log.rank, self.log.world_size = rank, world_size

@@ -26,6 +26,8 @@ from autoteardown.stop.roll_call import RollCall, whole
 
 Told = list[tuple[Optional[int], str, Any]]
 
+ABSENT = 10.0  # seconds after the first rank by which every one that can connect has done so
+
 
 class Council:
     """Of a group with so many ranks; `hub` is the rank in whose process it is."""
@@ -37,6 +39,8 @@ class Council:
         self.lost: set[int] = set()
         self._dead: set[int] = set()  # who is known not to run any more
         self._left: set[int] = set()
+        self._joined: set[int] = set()  # who has ever been there
+        self._since = inf  # when the first of them came
         self._said: dict[str, Any] = {}  # to all
         self._answers: dict[int, tuple[Optional[int], bool, bool]] = {}
         self._owners: set[int] = (
@@ -88,6 +92,8 @@ class Council:
 
     def _hear_joined(self, rank: int, _: Any) -> None:
         # For the first time, or in its next life: an elastic framework has made the group whole again.
+        self._joined.add(rank)
+        self._since = min(self._since, self._now)
         self._left.discard(rank)
         self._hear_back(rank, None)
 
@@ -101,6 +107,10 @@ class Council:
         self._roll.wake = inf
 
     def _hear_tell(self, rank: int, notice: Any) -> None:
+        if "notice" not in self._said and self._now >= self._since + ABSENT:
+            # Dead since before it came, behind a firewall, or without an agent: it cannot answer. Only now: it may be
+            # alive, and its peers are not to be torn down because of it.
+            self.lost |= set(range(self.world)) - self._joined
         self._tell("notice", notice if isinstance(notice, dict) else {})
 
     def _hear_answer(self, rank: int, value: Any) -> None:
@@ -213,7 +223,8 @@ class Council:
         if not known:
             self._plan(None)
         elif self.lost:
-            self._plan(None, f"rank {min(self.lost)} is lost")
+            rank = min(self.lost)
+            self._plan(None, f"rank {rank} {'is lost' if rank in self._joined else 'has never connected'}")
         elif any(cannot for _, cannot, _ in answers):
             self._plan(None, "a rank will not step again in time")
         else:

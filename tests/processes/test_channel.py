@@ -7,10 +7,10 @@ import socket
 import time
 
 import pytest
-from harness import free_port, needs_torch, stat, wait_until
+from harness import PATIENCE, free_port, needs_torch, stat, wait_until
 from talkers import Talk, expect_lost
 
-from autoteardown.channel import connection, door, hub, messages, rendezvous
+from autoteardown.channel import addresses, connection, dial, door, hub, messages, rendezvous
 
 
 @pytest.fixture
@@ -204,6 +204,25 @@ for name in os.listdir("/proc/self/fd"):
     except OSError:
         pass
 """
+
+
+def test_a_hub_that_has_much_to_do(talk):
+    """Who has a connection waits for the answer before it tries the next address beside it: but not for ever."""
+    rank = talk.start(1, 3)
+    rank.expect("ready")
+    with socket.create_server(("127.0.0.1", 0)) as first, socket.create_server(("127.0.0.1", 0)) as second:
+        hosts = first.getsockname(), second.getsockname()
+        card = rendezvous.Card("name", "token", 3, addresses.here(), hosts)
+        (talk.folder / "store" / rendezvous.KEY.replace("/", "-")).write_text(card.encode())
+        rank.ask("open", answer="opened")
+        for server in (first, second):
+            server.settimeout(PATIENCE)
+        sock, _ = first.accept()
+        with sock:
+            assert sock.recv(1024).startswith(b'["hello",')
+            since = time.monotonic()
+            second.accept()[0].close()
+            assert time.monotonic() - since > dial._ANSWER / 4
 
 
 def test_a_connection_that_ends_is_made_again(talk):
@@ -577,6 +596,26 @@ def test_a_member_that_does_not_read(talk):
         second.tell("post", "after", None)
         first.expect("heard", "after")
         second.expect("heard", "after")
+
+
+def test_a_member_that_reads_late(talk):
+    """Hears everything, also when nothing more is said."""
+    first, second = talk.start(0, 3), talk.start(1, 3)
+    for rank in (first, second):
+        rank.expect("ready")
+        rank.ask("open", answer="opened")
+    second.expect("heard", "up")
+    card = card_of(talk)
+    with call_on(card) as sock:
+        sock.sendall(hello(card, 2))
+        second.tell("do", "for n in range(1000):\n    channel.post('much', 'x' * 10000)")
+        second.tell("post", "last", None)
+        second.expect("heard", "last")
+        sock.settimeout(30)
+        found = b""
+        while b'"last"' not in found[-200:]:
+            found += sock.recv(1 << 20)
+    assert found.count(b'"much"') == 1000
 
 
 def test_a_hub_without_descriptors(talk):

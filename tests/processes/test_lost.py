@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import signal
+import time
 
 import pytest
+
+from autoteardown.stop.council import ABSENT
 
 # Ranks 1 and 2 wait for each other in two groups, in collectives that do not involve rank 0: as in an NCCL job, nothing
 # tells them that a rank is gone.
@@ -40,6 +43,36 @@ def test_a_rank_is_killed(job, victim):
     other = ranks[3 - victim]
     assert other.running, "it is not blocked: an elastic framework may heal"
     assert other.evict(25) == 0, other.story()
+
+
+def test_a_rank_that_was_never_there(job):
+    """It is killed before it has connected: nobody knows, but an eviction does not wait for its answer."""
+    ranks = job.world(
+        """
+        import time
+        import torch, torch.distributed as dist
+        dist.init_process_group("gloo")
+        optimizer = torch.optim.SGD(torch.nn.Linear(1, 1).parameters(), lr=0.1)
+        dist.barrier()
+        print("ready", flush=True)
+        while True:
+            optimizer.step()
+            time.sleep(0.01)
+        """,
+        3,
+        each={2: {"AUTOTEARDOWN_PEERS": "off"}},
+        AUTOTEARDOWN_GRACE=25,
+    )
+    for rank in ranks:
+        rank.wait_for("ready")
+    ranks[2].signal(signal.SIGKILL)
+    time.sleep(ABSENT + 1)
+    assert ranks[0].running and ranks[1].running
+    assert ranks[1].evict(25) == 0, ranks[1].story()
+    assert ranks[0].wait() == 143, ranks[0].story()
+    for rank in ranks[:2]:
+        (step,) = [phase for phase in rank.report()["phases"] if phase["name"] == "step"]
+        assert step["detail"] == "rank 2 has never connected", rank.story()
 
 
 def test_not_where_it_is_off(job):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from autoteardown.stop.council import Council
+from autoteardown.stop.council import ABSENT, Council
 from autoteardown.stop.roll_call import CONFIRM
 from autoteardown.stop.words import understood
 
@@ -170,6 +170,46 @@ def test_nor_is_it_waited_for_any_longer_when_it_turns_out_to_be_dead():
     group(0, "quiet", True)
     group(1, "quiet", True)
     assert group.values(2, "lost", True)[-1] == (None, "quiet", False)
+
+
+def test_a_rank_that_has_never_come_is_not_waited_for():
+    group = Group()
+    for rank in (0, 1):
+        group(rank, "joined")
+    group.now += ABSENT
+    assert group(0, "tell", {}) == ["notice"]  # and nobody is told that rank 2 is lost: it may be alive
+    group(0, "answer", [7, False, False])
+    ((_, _, plan),) = group.values(1, "answer", [7, False, False])
+    assert (plan["stop"], plan["why"]) == (None, "rank 2 has never connected")
+    group(0, "quiet", True)
+    assert group(1, "quiet", True) == []  # it may still have kernels
+
+
+def test_a_rank_that_may_be_about_to_come_is_waited_for():
+    group = Group()
+    for rank in (0, 1):
+        group(rank, "joined")
+    group.now += ABSENT - 1
+    for rank in (0, 1):
+        group(rank, "tell", {})
+        group(rank, "answer", [7, False, False])
+    group.now += ABSENT
+    group(1, "tell", {})  # signalled as well, a little later
+    group(2, "joined")
+    ((_, _, plan),) = group.values(2, "answer", [8, False, False])
+    assert plan["stop"] == 9
+
+
+def test_a_rank_that_comes_after_all_is_waited_for_from_then_on():
+    group = Group()
+    for rank in (0, 1):
+        group(rank, "joined")
+    group.now += ABSENT
+    group(0, "tell", {})
+    group(0, "answer", [7, False, False])
+    group(2, "joined")
+    assert group(1, "answer", [7, False, False]) == []
+    assert group(2, "answer", [7, False, False]) == ["plan"]
 
 
 def test_wedged_ranks_abort_when_the_last_has_said_so():

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from autoteardown.channel import addresses, rendezvous
@@ -33,9 +33,12 @@ VALUES = st.recursive(
     max_leaves=10,
 )
 
+on_a_busy_machine = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
 # -- lines -----------------------------------------------------------------------------------------------------------
 
 
+@on_a_busy_machine
 @given(st.lists(VALUES, max_size=6), st.lists(st.integers(1, 50), max_size=30))
 def test_lines_come_as_they_went_however_they_are_cut(values, cuts):
     data = b"".join(encode("m", number, "kind", value) for number, value in enumerate(values))
@@ -46,6 +49,7 @@ def test_lines_come_as_they_went_however_they_are_cut(values, cuts):
     assert found == [["m", number, "kind", value] for number, value in enumerate(values)]
 
 
+@on_a_busy_machine
 @given(st.binary(max_size=200))
 def test_any_bytes_are_lines_or_malformed(data):
     try:
@@ -137,6 +141,7 @@ def everything(said, rank, after=0):
     return found
 
 
+@on_a_busy_machine
 @given(st.lists(st.tuples(st.none() | st.integers(0, 2), VALUES), max_size=20), st.integers(0, 20))
 def test_everybody_is_told_what_is_for_it_from_where_it_left_off(messages, heard):
     said = Said()
