@@ -9,105 +9,15 @@ from __future__ import annotations
 
 import json
 import os
-import time
 
-from autoteardown import primitives
 from autoteardown.node import folder, procfs
 from autoteardown.node.record import MARKER, Record, identity, load, name_of, own_name, plain
 
 TYPE_CHECKING = False  # typing costs an import
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     Problem = Callable[[str], object]
-
-
-class Entry:
-    """This process's own entry. Any thread may call any method at any time; none raises, none locks."""
-
-    __slots__ = ("_fields", "_over", "_path", "_pid", "name")
-
-    def __init__(self, path: str, name: str, fields: Mapping[str, object]) -> None:
-        """Use `enter`."""
-        self.name = name
-        self._path = path
-        self._pid = os.getpid()
-        self._over = False
-        self._fields = {key: plain(value) for key, value in fields.items()}
-
-    def update(self, **fields: object) -> None:
-        """Change fields and publish the entry."""
-        if self._over or os.getpid() != self._pid:  # a forked child has inherited its parent's entry
-            return
-        try:
-            self._fields.update({key: plain(value) for key, value in fields.items()})
-            self._publish()
-        except Exception:
-            pass
-
-    def leave(self, outcome: str | None = None, exit_code: int | None = None) -> None:
-        """Disarmed; or, with an outcome, about to exit. May be called again: the last outcome counts."""
-        if os.getpid() != self._pid or (outcome is None and "outcome" in self._fields):
-            return
-        self._over = True
-        try:
-            descriptor = folder.open_own(self._path)
-            try:
-                if outcome is None or not _markers(descriptor):
-                    folder.remove(descriptor, self.name)
-                    return
-            finally:
-                os.close(descriptor)
-            self._fields.update(state="left", outcome=plain(outcome), exit_code=plain(exit_code))
-            self._publish()
-        except Exception:
-            pass
-
-    def time_left(self) -> float | None:
-        """Seconds until whoever drains this process kills it; None: nobody has said so. Reads a file or two."""
-        try:
-            descriptor = folder.open_own(self._path)
-            try:
-                told = [_told(descriptor, marker, self.name) for marker in _markers(descriptor)]
-            finally:
-                os.close(descriptor)
-            known = [until for until in told if until is not None]
-            return min(known) - primitives.monotonic() if known else None
-        except Exception:
-            return None
-
-    def begin(self, runtime_dir: str, problem: Problem | None = None) -> bool:
-        """Publish it for the first time. On a failure: False, one line to `problem`, and nothing is tried again."""
-        try:
-            descriptor = folder.open_own(self._path, create=True)
-            try:
-                _sweep(descriptor)
-            finally:
-                os.close(descriptor)
-            self._publish()
-        except Exception as error:
-            self._over = True
-            _say(problem, _unlisted(runtime_dir, error))
-            return False
-        return True
-
-    def _publish(self) -> None:
-        if self._over and "outcome" not in self._fields:
-            return
-        # Two threads may be here at once, and the slower one would put back what the faster one has replaced:
-        # whoever finds, after its own rename, that more is known by now sets it right.
-        descriptor = folder.open_own(self._path, create=True)  # a cleaner of /tmp may have been there
-        try:
-            for _ in range(5):
-                snapshot = dict(self._fields)
-                folder.replace(descriptor, self.name, json.dumps(snapshot).encode("ascii"))
-                if self._over and "outcome" not in self._fields:
-                    folder.remove(descriptor, self.name)
-                    return
-                if snapshot == self._fields:
-                    return
-        finally:
-            os.close(descriptor)
 
 
 class DrainMarker:
@@ -144,47 +54,19 @@ class DrainMarker:
             pass
 
 
-def enter(
-    runtime_dir: str,
-    fields: Mapping[str, object],
-    problem: Problem | None = None,
-    soon: Callable[[Callable[[], object]], object] | None = None,
-) -> Entry | None:
-    """List this process. On any failure: None, and one line to `problem`; never raises.
-
-    Args:
-        runtime_dir: the registry's folder.
-        fields: what is known of it.
-        problem: called with the line, on the thread that writes.
-        soon: has a function called on a thread that has the time: that writes the files, and there is an entry even if
-            it cannot. None: this thread writes.
-    """
-    try:
-        image = procfs.image(os.getpid())
-        fields = {"state": "armed", "armed_at": time.time(), "image": image, **fields}
-        entry = Entry(folder.absolute(runtime_dir), own_name(), fields)
-    except Exception as error:
-        _say(problem, _unlisted(runtime_dir, error))
-        return None
-    if soon is None:
-        return entry if entry.begin(runtime_dir, problem) else None
-    soon(lambda: entry.begin(runtime_dir, problem))
-    return entry
-
-
 def read(runtime_dir: str, problem: Problem | None = None) -> list[Record]:
     """The living ranks of this user and pid namespace. What is certainly dead is removed on the way."""
     try:
         descriptor = folder.open_own(folder.absolute(runtime_dir))
         try:
-            living = [name for name in _sweep(descriptor) if not name.startswith((".", MARKER))]
+            living = [name for name in sweep(descriptor) if not name.startswith((".", MARKER))]
             records = [load(descriptor, name) for name in living]
         finally:
             os.close(descriptor)
     except FileNotFoundError:
         return []
     except OSError as error:
-        _say(problem, _reason(runtime_dir, error))
+        say(problem, reason(runtime_dir, error))
         return []
     ours = [record for record in records if record is not None and _is_still(record)]
     return sorted(ours, key=lambda record: (record.rank is None, record.rank or 0, record.pid))
@@ -241,7 +123,7 @@ def state_of(runtime_dir: str, pid: int) -> str | None:
     return record.state if record is not None else None
 
 
-def _sweep(descriptor: int) -> list[str]:
+def sweep(descriptor: int) -> list[str]:
     """Remove what dead processes have left; return the names of all files of living ones."""
     identities = {name: identity(name) for name in os.listdir(descriptor)}
     known = {name: procfs.lives(*named) for name, named in identities.items() if named is not None}
@@ -253,13 +135,13 @@ def _sweep(descriptor: int) -> list[str]:
     return living
 
 
-def _markers(descriptor: int) -> list[str]:
+def markers(descriptor: int) -> list[str]:
     """The names of the markers of drains that go on."""
     markers = {name: identity(name) for name in os.listdir(descriptor) if name.startswith(MARKER)}
     return [name for name, drain in markers.items() if drain is not None and procfs.lives(*drain)]
 
 
-def _told(descriptor: int, marker: str, name: str) -> float | None:
+def told(descriptor: int, marker: str, name: str) -> float | None:
     """What that drain has told the process with this entry."""
     try:
         content = json.loads(folder.read(descriptor, marker))
@@ -269,16 +151,14 @@ def _told(descriptor: int, marker: str, name: str) -> float | None:
         return None  # it has just been taken down, or tells nothing
 
 
-def _unlisted(runtime_dir: str, error: Exception) -> str:
-    return f"{_reason(runtime_dir, error)}; `autoteardown ps` and `drain` will not see this rank"
-
-
-def _reason(runtime_dir: str, error: Exception) -> str:
+def reason(runtime_dir: str, error: Exception) -> str:
+    """Why the registry is of no use, in words."""
     detail = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return f"the registry folder {runtime_dir!r} is not used: {detail}"
 
 
-def _say(problem: Problem | None, line: str) -> None:
+def say(problem: Problem | None, line: str) -> None:
+    """Tell whoever wants to hear of it; never raises."""
     if problem is not None:
         try:
             problem(line)

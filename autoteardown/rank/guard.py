@@ -54,9 +54,7 @@ class Guard(Armed):
         # Cleaners of /tmp remove what has not been written to for some days (10, systemd-tmpfiles).
         self.listening.arm(self._on_signal, self.main.on_signal, self.identity.mark)
         self._finalize_multiprocessing()
-        # Files to write, while this thread waits for the other ranks.
-        loop = self.listening.loop
-        self.identity.joining(loop.call if loop is not None else None)
+        self.identity.joining()
         if self.listening.late:
             text = "armed off the main thread, which has yet to come by: a signal before that has its default action"
             self.identity.log.line(text, level="debug")
@@ -88,10 +86,7 @@ class Guard(Armed):
             self._watch = Watch(loop, self.gate, self.settings.lost, self._lost)
         connects = world.size > 1 and self.channel is not None and not self.channel.is_hub
         alone = None if world.size == 1 or connects else self.alone
-        if loop is not None:
-            loop.call(lambda: self.identity.mark_joined(alone))
-        else:
-            self.identity.mark_joined(alone)
+        self.identity.mark_joined(alone)
 
     def leaving(self) -> None:
         """Before torch's destroy: in an eviction the others hear of it before they find a connection of gloo's closed.

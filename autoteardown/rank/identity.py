@@ -7,7 +7,9 @@ import socket
 import sys
 from typing import Any, Callable, Optional
 
-from autoteardown.node import registry
+from autoteardown import primitives
+from autoteardown.boundary import guarded
+from autoteardown.node import own_entry
 from autoteardown.rank.backends import World
 from autoteardown.settings import Settings
 from autoteardown.stop.report import Log
@@ -26,12 +28,12 @@ class Identity:
         self.world_size: Optional[int] = None
         self.backend: Optional[str] = None
         self.log = Log(settings.log, self.host, settings.job, settings.log_format)
-        self._entry: Optional[registry.Entry] = None
+        self._entry: Optional[own_entry.Entry] = None
 
-    def joining(self, soon: Optional[Callable[[Callable[[], object]], object]]) -> None:
-        """Before torch's init: what the launcher says; `soon` is for `registry.enter`."""
+    def joining(self) -> None:
+        """Before torch's init: what the launcher says."""
         self._is(_environment_int("RANK"), _environment_int("WORLD_SIZE"))
-        self._entry = registry.enter(self.settings.runtime_dir, self._fields(), self.log.line, soon)
+        self._entry = own_entry.enter(self.settings.runtime_dir, self._fields(), self.log.line, _soon)
 
     def joined(self, world: World) -> None:
         """After torch's init: what is true. The registry is yet to be told."""
@@ -67,7 +69,7 @@ class Identity:
         return {**fields, "signal": self.settings.signals[0]}  # what `autoteardown drain` has to send
 
     def mark(self, **fields: Any) -> None:
-        """Tell the node's registry."""
+        """Tell the node's registry; never waits for its disk."""
         if self._entry is not None:
             self._entry.update(**fields)
 
@@ -79,6 +81,14 @@ class Identity:
         """Leave the node's registry."""
         if self._entry is not None:
             self._entry.leave(outcome, exit_code)
+
+
+def _soon(function: Callable[[], object]) -> None:
+    """On a thread that ends with it: neither init nor the loop thread, which hears signals, is to wait for a disk."""
+    try:
+        primitives.start_new_thread(guarded(function), ())
+    except RuntimeError:  # no thread to be had
+        function()
 
 
 def _environment_int(name: str) -> Optional[int]:

@@ -66,7 +66,7 @@ NODE = """
 
 RANK = """
     import os, signal, sys, time
-    from autoteardown.node import registry
+    from autoteardown.node import own_entry
 
     runtime = os.environ["AUTOTEARDOWN_RUNTIME_DIR"]
 
@@ -78,7 +78,7 @@ RANK = """
             os._exit(0)
 
     signal.signal(signal.SIGTERM, leave)
-    entry = registry.enter(runtime, {"rank": 0, "world_size": 1}, print)
+    entry = own_entry.enter(runtime, {"rank": 0, "world_size": 1}, print)
     print("ready", flush=True)
     if sys.argv[1] == "ends":
         time.sleep(1)

@@ -161,3 +161,31 @@ def test_a_signal_long_after_a_peers_notice_is_an_eviction(job):
     wait_until(lambda: any("a peer is being evicted" in line for line in ranks[1].said), "the notice")
     ranks[1].signal()
     assert [rank.outlast(25) for rank in ranks] == [0, 0], ranks[1].story()
+
+
+def test_a_registry_whose_disk_hangs(job):
+    """Nobody waits for it: not init, not the thread that hears signals, not the stop."""
+    ranks = job.world(
+        """
+        import time
+        from autoteardown.node import folder
+        import torch, torch.distributed as dist
+        folder.replace = lambda *args: time.sleep(600)
+        dist.init_process_group("gloo")
+        weight = torch.nn.Parameter(torch.zeros(1))
+        optimizer = torch.optim.SGD([weight], lr=0.1)
+        while True:
+            weight.grad = torch.ones(1)
+            dist.all_reduce(weight.grad)
+            optimizer.step()
+            print("step", flush=True)
+            time.sleep(0.01)
+        """,
+        **ROOMY,
+    )
+    for rank in ranks:
+        rank.wait_for("step")
+    ranks[0].signal()
+    assert [rank.outlast(25) for rank in ranks] == [0, 143], ranks[0].story()
+    for rank in ranks:
+        assert rank.report()["outcome"] == "clean", rank.story()
