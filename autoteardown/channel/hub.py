@@ -37,9 +37,8 @@ class Member:
 
     def __init__(self, rank: int, name: str, before: Optional[Member]) -> None:
         self.rank, self.name = rank, name
-        self.former: set[str] = (
-            before.former | {before.name} if before is not None else set()
-        )  # of earlier lives
+        # What it was called in earlier lives.
+        self.former: set[str] = set() if before is None else before.former | {before.name}
         self.peer: Optional[Peer] = None
         self.attempt = 0
         self.seen = 0  # number of its last post

@@ -17,9 +17,7 @@ if TYPE_CHECKING:
 
 _FULL, _UNREAD = 1 << 16, 1 << 20  # bytes that wait: no more messages are added; it is given up
 _GLANCE = 0.005  # seconds until the next look at what the kernel has sent
-_MOMENT = (
-    0.5  # seconds that a rank waits at most, while there is much to hear, for the word that its post has come
-)
+_MOMENT = 0.5  # seconds at most until a rank knows that its post has come, while there is much to hear
 
 
 class Telling:

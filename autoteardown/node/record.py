@@ -60,9 +60,8 @@ class Record:
         self.host = text(fields.get("host"))
         self.program = text(fields.get("program"))
         self.state = text(fields.get("state")) or "armed"
-        self.alone = text(
-            fields.get("alone")
-        )  # why its peers cannot be told now; empty: they can; None: unknown
+        # Why its peers cannot be told now; empty: they can; None: unknown.
+        self.alone = text(fields.get("alone"))
         self.outcome = text(fields.get("outcome"))
         self.exit_code = whole(fields.get("exit_code"))
         self.signal = whole(fields.get("signal"))

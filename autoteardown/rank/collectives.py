@@ -139,9 +139,8 @@ def _recorders() -> list[tuple[str, Dump]]:
         for name in dir(module):
             if name.startswith("_dump_") and "_trace" in name:
                 backend, _, kind = name[len("_dump_") :].partition("_trace")
-                backend = (
-                    "gloo" if backend == "fr" else backend
-                )  # the recorder of whoever has none of his own
+                # "fr" is the recorder of whoever has none of his own.
+                backend = "gloo" if backend == "fr" else backend
                 if kind == "_json" or (not kind and backend not in _found):
                     _found[backend] = getattr(module, name)
     return sorted(_found.items(), key=lambda item: item[0] == "gloo")

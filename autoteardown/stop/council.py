@@ -43,9 +43,7 @@ class Council:
         self._since = inf  # when the first of them came
         self._said: dict[str, Any] = {}  # to all
         self._answers: dict[int, tuple[Optional[int], bool, bool]] = {}
-        self._owners: set[int] = (
-            set()
-        )  # who ends by itself, of the ranks that answered before the plan was made
+        self._owners: set[int] = set()  # who ends by itself, as far as it had answered when the plan was made
         self._roll = RollCall(set(), lambda rank: bool(self._answers[rank][0]))
         self._saving: set[int] = set()
         self._arrived: set[int] = set()

@@ -112,9 +112,8 @@ class Stop(Machine):
             self.heard.setdefault("plan", {"stop": stop, "owned": self.facts.owner, "why": ""})
         if "saving" in self.heard:
             self._say_latest("saving", bool(self.heard["saving"]))
-        if self.heard.get("saving") or self.heard.get(
-            "busy"
-        ):  # a checkpoint counts more than the time for a step
+        if self.heard.get("saving") or self.heard.get("busy"):
+            # A checkpoint counts more than the time for a step.
             self._until(max(self._deadline, self._save_until() - 2 * self._look))
         if "stopped" in self.heard:
             self._say("at", (self.heard["stopped"], self._round))
@@ -204,9 +203,8 @@ class Stop(Machine):
             self._end("ok", now, "those that end by themselves have left")
         elif delivered and not self.facts.owner and self._clock >= self._down_at + RECONNECTING:
             self._end("ok", now, "the hub has left, and nobody says who else has")
-        elif (
-            "exits" in self.heard
-        ):  # with its own exit code; it stays a moment for the others if it is the hub
+        elif "exits" in self.heard:
+            # With its own exit code; it stays a moment for the others if it is the hub.
             self.wake = self.limits.hard
             return False
         elif self._due:
@@ -435,9 +433,8 @@ class Stop(Machine):
         if "swallowed" in self.heard:
             self._fault("the program has caught the exit, and was stopped again")
         elif self._soft:
-            if self.heard.get(
-                "saving"
-            ):  # Lightning saves on any exception, the one that it leaves with included
+            if self.heard.get("saving"):
+                # Lightning saves on any exception, the one that it leaves with included.
                 self._until(now + self.limits.exit)
             if not self._due:
                 return False
