@@ -119,6 +119,16 @@ class _Loader:
     def __getattr__(self, name: str) -> object:
         return getattr(self._real, name)
 
+    # ddtrace puts a `get_code` of its own on the loader that it finds.
+    def __setattr__(self, name: str, value: object) -> None:
+        if name in _Loader.__slots__:
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self._real, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(self._real, name)
+
     @property  # type: ignore[misc]
     def __class__(self) -> "Any":
         return type(self._real)

@@ -302,6 +302,26 @@ def test_asking_whether_a_module_exists_is_not_importing_it(fake_torch):
     assert run_on(code, fake_torch).split("\n") == ["[True, True] False", "True True"]
 
 
+def test_what_others_put_on_the_loader_that_they_find(fake_torch):
+    """ddtrace replaces `get_code` on the loader of what it watches: it is called, and can be taken away again."""
+    code = (
+        "import importlib.util as util, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        sys.meta_path.remove(self)\n"
+        "        spec = util.find_spec(name)\n"
+        "        own = spec.loader.get_code\n"
+        "        spec.loader.get_code = lambda name: print('asked for', name) or own(name)\n"
+        "        spec.loader.mark = 1\n"
+        "        del spec.loader.mark\n"
+        "        assert not hasattr(spec.loader, 'mark')\n"
+        "        return spec\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "import torch; print('wrapt' in sys.modules)"
+    )
+    assert run_on(code, fake_torch).split("\n") == ["asked for torch", "True"]
+
+
 def test_what_find_spec_returns_can_be_copied_pickled_and_compared(fake_torch):
     code = (
         "import copy, pickle, importlib.util as util\n"
