@@ -63,12 +63,12 @@ def left_alone(ranks):
         assert not [text for text in rank.said if text.startswith("done")], rank.story()
 
 
-def stopped_together(job, causes, codes):
+def stopped_together(job, causes, codes, outcome="clean"):
     """The agent dealt with it: all at the same step, drained and released."""
     reports = job.all_reports()
     assert {rank: report["cause"] for rank, report in reports.items()} == causes
     assert {rank: report["exit_code"] for rank, report in reports.items()} == codes
-    assert {report["outcome"] for report in reports.values()} == {"clean"}, reports
+    assert {report["outcome"] for report in reports.values()} == {outcome}, reports
     assert len({report["steps"]["stopped_at"] for report in reports.values()}) == 1, reports
 
 
@@ -348,7 +348,8 @@ def test_submitit_sigterm(job, mode, tmp_path):
         wait_until(lambda: printed().count("step") > before + 100, "the training to go on", 30)
         return
     wait_until(lambda: not any(map(alive, pids.values())), "the ranks' end", 30)
-    stopped_together(job, {0: "signal", 1: "signal"}, {0: 0, 1: 0})
+    # Its handler had its time, and did not end the program.
+    stopped_together(job, {0: "signal", 1: "signal"}, {0: 0, 1: 0}, "partial")
 
 
 def logs(folder):

@@ -157,7 +157,9 @@ def evicted(job, image, agents, monkeypatch):
         assert "Traceback" not in rank.stderr, rank.story()
         if mode == AGENT:
             assert code == 0, rank.story()
-            assert rank.report()["outcome"] == "clean", rank.story()
+            # ddtrace has a handler: what the program did in its time, and when it stopped, is not agreed upon.
+            expected = "partial" if "ddtrace" in names else "clean"
+            assert rank.report()["outcome"] == expected, rank.story()
         else:
             assert code == -SIGTERM, rank.story()
         return at_work
