@@ -111,6 +111,7 @@ class Agents:
             "DD_INSTRUMENTATION_TELEMETRY_ENABLED": "false",
             "DD_REMOTE_CONFIGURATION_ENABLED": "false",
             "DD_TRACE_ENABLED": "false",
+            "DD_UNLOAD_MODULES_FROM_SITECUSTOMIZE": "0",  # else it does where gevent is installed, as here
         }
 
     def _opentelemetry(self):
@@ -148,8 +149,7 @@ def evicted(job, image, agents, monkeypatch):
             mode=mode,
             fresh=True,
             launcher=("env", f"PYTHONPATH={whole}", *launcher),
-            **agents.variables(*names),
-            **variables,
+            **{**agents.variables(*names), **variables},
             AUTOTEARDOWN_GRACE=20,
         )
         at_work = rank.wait_for("^at work: (.*)$", START)[1].split()
