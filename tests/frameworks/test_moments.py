@@ -10,7 +10,8 @@ import pytest
 import slow_disk
 from harness import wait_until
 
-pytestmark = [pytest.mark.frameworks, pytest.mark.timeout(600)]
+# Slow: two minutes each.
+pytestmark = [pytest.mark.frameworks, pytest.mark.slow, pytest.mark.timeout(600)]
 GRACE = 25
 STEPS = 40
 START = 120.0
