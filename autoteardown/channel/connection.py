@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 Deliver = Callable[[str, Any], object]
 
-LOST_AFTER = 5.0
+LOST_AFTER = 3.0
 """Seconds without the hub after which rank 0 counts as lost."""
 UNHEARD = 2.0
 """Seconds without a word about a post after which a second connection is tried beside the first."""
