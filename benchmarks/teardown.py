@@ -32,22 +32,6 @@ SCENARIOS = {
     "stuck": ("stuck.py", "^ready$", True),
     "rendezvous": ("rendezvous.py", "^joining$", True),
 }
-# Ranks 1 and 2 each wait in a collective that nobody joins, and that does not involve the others: as in an NCCL job,
-# nothing tells them that one of those is gone.
-VANISHED = """
-import time
-import torch
-import torch.distributed as dist
-dist.init_process_group("gloo")
-rank = dist.get_rank()
-groups = [dist.new_group([1, 2]), dist.new_group([1, 2])]
-dist.barrier()
-print("ready", flush=True)
-if rank in (1, 2):
-    dist.all_reduce(torch.ones(1), group=groups[rank - 1])
-while True:
-    time.sleep(0.01)
-"""
 MODES = {"none": "no handler", "handwritten": "hand-written", "agent": "agent"}
 
 
@@ -62,7 +46,7 @@ def kind_of(mode: str) -> dict[str, Any]:
 def vanish(ranks: Ranks, victim: int) -> float:
     """SIGKILL to one of four ranks: seconds to the end of the two that are blocked without it."""
     with ranks.job() as job:
-        world: list[Any] = job.world(VANISHED, 4)
+        world: list[Any] = job.world("vanished.py", 4)
         for rank in world:
             rank.wait_for("^ready$")
         for rank in world[1:3]:

@@ -582,13 +582,19 @@ def test_a_guest_has_little_time(talk):
         assert time.monotonic() - start < 2 * door.GUEST_SECONDS + 5
 
 
-def test_a_member_that_does_not_read(talk):
-    """Costs the others nothing, and is given up when too much waits for it."""
+def two_of_three(talk):
+    """Ranks 0 and 1 of a world in which the test itself is rank 2."""
     first, second = talk.start(0, 3), talk.start(1, 3)
     for rank in (first, second):
         rank.expect("ready")
         rank.ask("open", answer="opened")
     second.expect("heard", "up")
+    return first, second
+
+
+def test_a_member_that_does_not_read(talk):
+    """Costs the others nothing, and is given up when too much waits for it."""
+    first, second = two_of_three(talk)
     card = card_of(talk)
     with call_on(card) as sock:
         sock.sendall(hello(card, 2))
@@ -600,11 +606,7 @@ def test_a_member_that_does_not_read(talk):
 
 def test_a_member_that_reads_late(talk):
     """Hears everything, also when nothing more is said."""
-    first, second = talk.start(0, 3), talk.start(1, 3)
-    for rank in (first, second):
-        rank.expect("ready")
-        rank.ask("open", answer="opened")
-    second.expect("heard", "up")
+    _, second = two_of_three(talk)
     card = card_of(talk)
     with call_on(card) as sock:
         sock.sendall(hello(card, 2))

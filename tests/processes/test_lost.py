@@ -9,21 +9,7 @@ import pytest
 
 from autoteardown.stop.council import ABSENT
 
-# Ranks 1 and 2 wait for each other in two groups, in collectives that do not involve rank 0: as in an NCCL job, nothing
-# tells them that a rank is gone.
-BLOCKED = """
-    import torch, torch.distributed as dist
-    dist.init_process_group("gloo")
-    rank = dist.get_rank()
-    groups = [dist.new_group([1, 2]), dist.new_group([1, 2])]
-    dist.barrier()
-    print("ready", flush=True)
-    if rank in (1, 2):
-        dist.all_reduce(torch.ones(1), group=groups[rank - 1])
-    import time
-    while True:
-        time.sleep(0.01)
-"""
+BLOCKED = "vanished.py"
 
 
 @pytest.mark.parametrize("victim", [0, 3])
