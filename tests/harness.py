@@ -43,10 +43,12 @@ LOG_LINE = re.compile(
 )
 
 
+TORCH = tuple(int(part) for part in metadata.version("torch").split(".")[:2])
+
+
 def needs_torch(major, minor, why):
     """A mark that skips a test with an older torch."""
-    found = tuple(int(part) for part in metadata.version("torch").split(".")[:2])
-    return pytest.mark.skipif(found < (major, minor), reason=f"torch before {major}.{minor}: {why}")
+    return pytest.mark.skipif((major, minor) > TORCH, reason=f"torch before {major}.{minor}: {why}")
 
 
 FSDP2_ON_CPUS = needs_torch(2, 6, "FSDP2 needs a GPU")
@@ -139,6 +141,10 @@ class Rank:
     @property
     def stderr(self):
         return (self.folder / "stderr").read_text()
+
+    def count(self, text):
+        """How often its processes have printed this: of several, unbuffered, lines run into each other."""
+        return len(re.findall(rf"{text}(?!\d)", self.stdout))
 
     @property
     def said(self):

@@ -12,10 +12,11 @@ if TYPE_CHECKING:
     from autoteardown.channel.rendezvous import Card, Desk
 
 # Seconds until the next try: the first, the longest, that after some minutes in vain, the longest while posts wait.
-_SOON, _IDLE_WAIT, _LONG_WAIT, _BUSY_WAIT = 0.02, 5.0, 30.0, 0.5
+# The hub counts on the second: see hub.DEAD_AFTER.
+_SOON, _IDLE_WAIT, _LONG_WAIT, _BUSY_WAIT = 0.02, 2.0, 30.0, 0.5
 _STUCK_WAIT = 1.5
 _SURE = 3  # tries, 0.1 s: a rank that dies may be the store's server, and c10d prints a page if one asks it just then
-_MANY_TRIES = 30
+_MANY_TRIES = 60
 _ENOUGH = 20  # tries after rank 0 has left
 _AFTERWARDS = 7  # where the waits begin then: 2 s, in which the other ranks leave as well
 

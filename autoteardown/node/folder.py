@@ -1,4 +1,4 @@
-"""A folder that only this user can write, used without following what others may have put in its place.
+"""Folders used without following what others may have put there; and one that only this user can write.
 
 The default one lies in a folder that everybody can write, so whatever is found under its name may be somebody
 else's: a link to a folder of ours, a folder of theirs, a FIFO that never answers. Everything is checked on a
@@ -44,6 +44,14 @@ def open_own(path: str, create: bool = False) -> int:
             f"others can write to it (mode {mode:04o}); in a shared volume, name a subfolder"
         )
     return folder
+
+
+def open_any(path: str) -> int:
+    """The descriptor of a folder that others may write to: for `create` and `replace`, which follow nothing there.
+
+    Enough where all may write and nobody may list.
+    """
+    return os.open(path, getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_CLOEXEC)
 
 
 def replace(folder: int, name: str, data: bytes, mode: int = 0o600) -> None:

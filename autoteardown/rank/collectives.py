@@ -120,8 +120,7 @@ def evidence(path: str, stuck: Optional[dict[str, Any]] = None) -> list[str]:
 
 def _write(path: str, data: bytes) -> None:
     where, name = os.path.split(path)
-    # O_PATH, and never through what somebody has put there: all may write to that folder.
-    descriptor = os.open(where, getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_CLOEXEC)
+    descriptor = folder.open_any(where)
     try:
         folder.create(descriptor, name, data, 0o644)
     finally:

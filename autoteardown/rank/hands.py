@@ -118,7 +118,7 @@ class RankHands:
         if self._life is not None and not gate.closed:
             self._life.begin_again()
         gate.close()
-        self._armed.listening.on_main(self._main.stop)
+        self.ring()
         for thread in gate.to_park():
             if thread != threads.main_ident():
                 park_thread(thread)
@@ -159,8 +159,8 @@ class RankHands:
         """See `stop.hands.Hands`."""
         self._gate.parking.open(ray.exit_code_in_method(exit_code))
         if threads.main_ident() not in self._gate.parking:
-            self._armed.listening.on_main(self._main.stop)
+            self.ring()
 
-    def swallowed(self) -> None:
+    def ring(self) -> None:
         """See `stop.hands.Hands`."""
         self._armed.listening.on_main(self._main.stop)

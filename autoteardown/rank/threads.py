@@ -11,10 +11,12 @@ import threading
 from types import CodeType, FrameType
 from typing import Any, Optional
 
-from autoteardown import primitives
+from autoteardown import primitives, standins
 
 PACKAGE = os.path.join(os.path.dirname(os.path.dirname(__file__)), "")
 """Where the agent's own code lies."""
+
+_STAND_INS = standins.put.__code__.co_filename
 
 
 def main_ident() -> Optional[int]:
@@ -97,6 +99,16 @@ def in_finalizer() -> bool:
     frame: Any = sys._getframe()
     while frame is not None:
         if frame.f_code.co_name in _FINALIZERS:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def in_stand_in() -> bool:
+    """In a signal handler of ours: whether it interrupts one of the stand-ins for functions of the `signal` module."""
+    frame: Any = sys._getframe()
+    while frame is not None and frame.f_code.co_filename.startswith(PACKAGE):
+        if frame.f_code.co_filename == _STAND_INS:
             return True
         frame = frame.f_back
     return False

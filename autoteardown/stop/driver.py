@@ -150,7 +150,7 @@ class Teardown:
             self._take(stop, event, value)
         if self.leaving and self.now > self._left_at + _SWALLOWS:
             self._left_at = self.now
-            self.hands.swallowed()
+            self.hands.ring()
 
     def _commit(self, stop: protocol.Stop) -> None:
         committed = stop.state not in ("new", "yield")

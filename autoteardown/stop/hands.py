@@ -106,5 +106,5 @@ class Hands(Protocol):
     def leave(self, exit_code: int) -> None:
         """Have the program's threads leave with SystemExit."""
 
-    def swallowed(self) -> None:
-        """Have the main thread look again, if it should have left by now."""
+    def ring(self) -> None:
+        """Have the main thread look whether it is to stop, or should have left by now."""

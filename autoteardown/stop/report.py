@@ -134,8 +134,7 @@ def write_report(directory: str, name: str, report: dict[str, Any]) -> Optional[
     name = _wanted(name, report)
     try:
         os.makedirs(directory, 0o755, exist_ok=True)
-        # O_PATH: a folder that all may write to and nobody may list will do.
-        descriptor = os.open(directory, getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_CLOEXEC)
+        descriptor = folder.open_any(directory)
         try:
             data = json.dumps(report, indent=1, default=str).encode("ascii")
             _write_own(descriptor, (directory, name), data)

@@ -105,7 +105,7 @@ def test_torchrun(job, devices):
     launcher = job.torchrun(
         "device.py", "train", "--ms", 20, ranks=4, AUTOTEARDOWN_GRACE=GRACE, **devices.settings()
     )
-    wait_until(lambda: launcher.stdout.count("step 10\n") == 4, "the training")
+    wait_until(lambda: launcher.count("step 10") == 4, "the training")
     launcher.signal()
     launcher.wait(30)
     reports = job.all_reports()

@@ -248,7 +248,7 @@ def test_torchrun(job, world, rows, tmp_path):
     env = {"AUTOTEARDOWN_GRACE": GRACE, "SIMULATED_JOURNAL": tmp_path / "journal"}
     args = ("train", "--device", DEVICE)
     launcher = job.torchrun("device.py", *args, ranks=2, launcher=("env", f"PYTHONPATH={path}"), **env)
-    wait_until(lambda: launcher.stdout.count("step 10\n") == 2 or not launcher.running, "the training", START)
+    wait_until(lambda: launcher.count("step 10") == 2 or not launcher.running, "the training", START)
     launcher.signal()
     code = launcher.wait(GRACE + 10)
     outcomes = [report["outcome"] for report in job.all_reports().values()]

@@ -124,12 +124,18 @@ LIFE = """
     from autoteardown.rank import backends, guard
     from custom_group import init_custom_process_group
 
+    def in_registry():
+        return any(name.startswith(str(os.getpid())) for name in os.listdir(os.environ["AUTOTEARDOWN_RUNTIME_DIR"]))
+
     def say(what):
         found = {key: autoteardown.status().get(key) for key in ("state", "rank", "world_size", "alone")}
         found["threads"] = len(os.listdir("/proc/self/task"))
         found["files"] = len(os.listdir("/proc/self/fd"))
-        found["listed"] = [name for name in os.listdir(os.environ["AUTOTEARDOWN_RUNTIME_DIR"])
-                           if name.startswith(str(os.getpid()))] != []
+        listed = found["state"] == "armed"
+        until = time.monotonic() + 10  # the registry is written on the side
+        while listed is not in_registry() and time.monotonic() < until:
+            time.sleep(0.01)
+        found["listed"] = in_registry()
         found["handler"] = str(signal.getsignal(signal.SIGTERM))
         print(what, json.dumps(found), flush=True)
 

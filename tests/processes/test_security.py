@@ -491,6 +491,18 @@ def test_a_notice_that_makes_no_sense(job, notice):
     assert not [line for line in reports.read(job.reports)[1] if "left out" in line or "drawn" in line]
 
 
+def evicted_all_the_same(ranks, victim):
+    """In time, with the right codes, and not a line that is not the agent's, when all that is to be said has been."""
+    for rank in ranks:
+        rank.wait_for("said")
+    victim.signal()
+    for rank in ranks:
+        rank.signalled = victim.signalled
+        assert rank.outlast() == (0 if rank is victim else 143), "".join(each.story() for each in ranks)
+        assert all(LOG_LINE.match(line) for line in lines_of(rank.stderr)), rank.stderr
+        assert "internal error" not in rank.stderr, rank.stderr
+
+
 NONSENSE = [
     ("answer", None),
     ("answer", ["x", {}, []]),
@@ -507,13 +519,7 @@ NONSENSE = [
 def test_other_nonsense(job, kind, value):
     """Every rank is out in time with the right code, whatever one says where the protocol expects something else."""
     ranks = job.world(program(after=f"exec({SAYS!r})"), SAYS=json.dumps([kind, value]))
-    for rank in ranks:
-        rank.wait_for("said")
-    assert ranks[0].evict() == 0, ranks[0].story()
-    ranks[1].signalled = ranks[0].signalled
-    assert ranks[1].outlast() == 143, ranks[0].story() + ranks[1].story()
-    for rank in ranks:
-        assert all(LOG_LINE.match(line) for line in lines_of(rank.stderr)), rank.stderr
+    evicted_all_the_same(ranks, ranks[0])
 
 
 # And so can a hub. This one says a lot to rank 1 alone.
@@ -581,11 +587,4 @@ def test_a_hub_that_makes_no_sense(job, value, when):
     """Out in time with the right code, and no word of its forges a line."""
     says = json.dumps([[kind, value] for kind in KINDS])
     ranks = job.world(program(after=f"exec({HUB_SAYS!r})"), SAYS=says, WHEN=when)
-    for rank in ranks:
-        rank.wait_for("said")
-    assert ranks[1].evict() == 0, ranks[1].story()
-    ranks[0].signalled = ranks[1].signalled
-    assert ranks[0].outlast() == 143, ranks[0].story() + ranks[1].story()
-    for rank in ranks:
-        assert all(LOG_LINE.match(line) for line in lines_of(rank.stderr)), rank.stderr
-        assert "internal error" not in rank.stderr, rank.stderr
+    evicted_all_the_same(ranks, ranks[1])

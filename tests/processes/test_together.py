@@ -104,7 +104,7 @@ def test_control_a_flag_on_one_rank(job):
 def test_under_torchrun(job, style):
     """All workers of a node are signalled by their agent, at moments of their own."""
     launcher = job.torchrun("saver.py", style, ranks=3, **PATIENT)
-    wait_until(lambda: launcher.stdout.count("step 5\n") >= 3, "three ranks at work")
+    wait_until(lambda: launcher.count("step 5") >= 3, "three ranks at work")
     launcher.signal()
     launcher.outlast(30)
     assert launcher.code != -9, launcher.story()
@@ -129,7 +129,7 @@ def workers(launcher, ranks):
 def test_one_worker_under_torchrun(job):
     """One worker is signalled, and torchrun signals the others when that one has left: all have saved by then."""
     launcher = job.torchrun("saver.py", "flag", ranks=3, **PATIENT)
-    wait_until(lambda: launcher.stdout.count("step 5\n") >= 3, "three ranks at work")
+    wait_until(lambda: launcher.count("step 5") >= 3, "three ranks at work")
     os.kill(workers(launcher, 3)[1], SIGTERM)
     launcher.wait(30)
     assert len(set(checkpoints(job, 3).values())) == 1, launcher.story()
@@ -198,6 +198,49 @@ def test_ranks_without_a_handler(job):
     assert len(set(found.values())) == 1
     for number in (1, 3):
         assert ranks[number].seconds < 9, "they need not wait for the end of its time"
+
+
+def test_they_hear_of_it_before_the_group_is_gone(job):
+    """One without a handler is free although the other's `destroy_process_group` takes long: it must not fail in it."""
+    ranks = job.world(
+        """
+        import os, signal, time
+        from pathlib import Path
+        import torch, torch.distributed as dist
+        from torch.distributed import distributed_c10d as c10d
+
+        real, asked = c10d._unregister_all_process_groups, []
+        def slow():
+            print("destroys", flush=True)
+            while not Path("free").exists():
+                time.sleep(0.01)
+            real()
+        c10d._unregister_all_process_groups = slow
+        dist.init_process_group("gloo")
+        if dist.get_rank() == 0:
+            signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
+        weight = torch.nn.Parameter(torch.zeros(1))
+        optimizer = torch.optim.SGD([weight], lr=0.1)
+        step = 0
+        while not asked:
+            weight.grad = torch.ones(1)
+            dist.all_reduce(weight.grad)
+            optimizer.step()
+            step += 1
+            print("step", step, flush=True)
+        dist.destroy_process_group()
+        raise SystemExit(42)
+        """,
+        **PATIENT,
+    )
+    for rank in ranks:
+        rank.wait_for("^step 3$")
+    ranks[0].signal()
+    ranks[0].wait_for("destroys")
+    assert ranks[1].wait() == 143, ranks[1].story()
+    assert ranks[0].running, "and that is not over"
+    (job.folder / "free").touch()
+    assert ranks[0].wait() == 42, ranks[0].story()
 
 
 def test_a_handler_that_raises(job):
@@ -314,7 +357,7 @@ def test_at_random_moments_under_torchrun(job, seed):
     """The same with a launcher, itself or one of its workers, which reacts to the first who leaves."""
     chance = random.Random(seed)
     launcher = job.torchrun("saver.py", "flag", 0, ranks=4, **PATIENT)
-    wait_until(lambda: launcher.stdout.count("step 5\n") >= 4, "four ranks at work", 240)
+    wait_until(lambda: launcher.count("step 5") >= 4, "four ranks at work", 240)
     victim = chance.choice([launcher.pid, *workers(launcher, 4)])
     time.sleep(chance.uniform(0, 0.1))
     os.kill(victim, SIGTERM)

@@ -75,3 +75,40 @@ def test_a_child_of_the_way_out_collects_its_garbage(job):
     rank.wait_for("ready")
     assert rank.evict() == 0, rank.story()
     assert "child True False" in rank.stdout, rank.story()
+
+
+def test_nobody_leaves_out_of_a_function_that_is_built_in(job):
+    """`set_wakeup_fd` runs no handler in its midst, so event loops written in C call it where nothing may be raised."""
+    rank = job.start(
+        """
+        import signal, threading, time, traceback
+        import torch
+        import torch.distributed as dist
+
+        def train():
+            weight = torch.nn.Parameter(torch.zeros(1))
+            optimizer = torch.optim.SGD([weight], lr=0.1)
+            while True:
+                optimizer.step()
+                time.sleep(0.01)
+
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        threading.Thread(target=train, daemon=True).start()
+        time.sleep(0.1)
+        print("ready", flush=True)
+        try:
+            while True:
+                list(map(signal.set_wakeup_fd, [-1] * 10000))
+                time.sleep(0.005)
+        except SystemExit as error:
+            files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+            inside = any(name.endswith("standins.py") for name in files)
+            print("raised", "inside" if inside else "outside", flush=True)
+            raise
+        """
+    )
+    rank.wait_for("ready")
+    assert rank.evict() == 0, rank.story()
+    assert "raised outside" in rank.stdout, rank.story()
+    assert rank.report()["outcome"] == "clean", rank.story()
+    assert rank.noise == []

@@ -1,0 +1,62 @@
+"""When a rank without its hub tries again: what the hub counts on, in virtual time."""
+
+from types import SimpleNamespace
+
+from autoteardown.channel import hub, search
+
+
+class Clock:
+    """A loop whose timers are called one after another, at once."""
+
+    def __init__(self):
+        self.now = 0.0
+        self._timers = []
+
+    def at(self, wait, call):
+        timer = SimpleNamespace(due=self.now + wait, call=call)
+        timer.cancel = lambda: timer in self._timers and self._timers.remove(timer)
+        self._timers.append(timer)
+        return timer
+
+    def run(self, until):
+        while self._timers and min(timer.due for timer in self._timers) <= until:
+            timer = min(self._timers, key=lambda each: each.due)
+            self._timers.remove(timer)
+            self.now = timer.due
+            timer.call()
+
+
+def tries(monkeypatch, seconds, waiting=False):
+    """When a rank in vain tries to reach a hub whose card it has."""
+    clock, found = Clock(), []
+
+    def dial(loop, card, hello, finished):
+        found.append(clock.now)
+        finished(None, 0, [], "refused")
+
+    monkeypatch.setattr(search, "Dial", dial)
+    seeker = SimpleNamespace(connected=False, waiting=waiting)
+    one = search.Search(clock, SimpleNamespace(look=lambda done: True), seeker, 4096)
+    one.card = object()
+    one.set_out()
+    clock.run(seconds)
+    return found
+
+
+def longest(times):
+    return max(after - before for before, after in zip(times, times[1:]))
+
+
+def test_who_could_not_reach_the_hub_for_a_while_is_back_before_it_counts_as_dead(monkeypatch):
+    """`hub.DEAD_AFTER`: for half of that time; its tries are spread at random."""
+    for _ in range(100):
+        assert longest(tries(monkeypatch, 3 * hub.DEAD_AFTER)) < hub.DEAD_AFTER / 2 - hub.BACK_WITHIN
+
+
+def test_in_an_eviction_it_tries_often(monkeypatch):
+    assert longest(tries(monkeypatch, 60, waiting=True)) < 1
+
+
+def test_a_job_without_a_hub_is_not_kept_busy(monkeypatch):
+    """A day of it."""
+    assert len(tries(monkeypatch, 86400)) < 5000
