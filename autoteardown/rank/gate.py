@@ -193,10 +193,15 @@ class Gate:
         """Stop this thread until the exit, which it leaves towards with SystemExit."""
         self.parking.park(lambda ident: ident == self.thread or not self.training.is_known(self.begun))
 
-    def wait_for_plan(self, limit: float) -> None:
-        """Wait until it is known whether this thread is to run on, at most `limit` seconds."""
+    def wait_for_plan(self, limit: float, ends: bool = False) -> None:
+        """Wait until it is known whether this thread is to run on, or if it `ends`, until it is time to.
+
+        At most `limit` seconds.
+        """
         ident, until = get_ident(), monotonic() + limit
-        while self._last is None and not (self.closed or self._resumed) and monotonic() < until:
+        while not self.closed and monotonic() < until:
+            if not ends and (self._last is not None or self._resumed):
+                break
             self.waits.wait(ident)
 
     def enter_save(self, collective: bool = False) -> None:

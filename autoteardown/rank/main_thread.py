@@ -62,6 +62,7 @@ class MainThread:
         """Python's handler for an eviction signal, on the main thread; True: the agent deals with it."""
         armed = self._armed
         teardown, handed = armed.teardown, self.handed
+        ends = False
         self._seen += 1
         if self._seen == 1 and handed and armed.signum is not None and self._not_over():
             return True  # the driver was faster than Python's handler: that was for this signal
@@ -81,12 +82,14 @@ class MainThread:
                     self.handed = True
                     return False
                 # It has put the default back, and the signal has come again: uvicorn raises it when it has shut down.
+                # Without us it would be dead now. It may still be needed for what is yet to be agreed on, and no more.
+                ends = self.handed
                 armed.events.put(("released", None))
         if not self._waits:  # in a signal storm each handler runs on top of the last
             self._waits = True
             # Some C code (`re`, big integers) runs signal handlers but never lets go of the GIL: this may be the only
             # chance of the other threads. The training thread is not needed until the last iteration is known.
-            armed.gate.wait_for_plan(_PLAN_WAIT)
+            armed.gate.wait_for_plan(_PLAN_WAIT, ends)
             self._waits = False
         self.stop()
         return True

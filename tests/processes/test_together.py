@@ -243,6 +243,43 @@ def test_they_hear_of_it_before_the_group_is_gone(job):
     assert ranks[0].wait() == 42, ranks[0].story()
 
 
+def test_one_that_puts_the_default_back_and_sends_itself_the_signal(job):
+    """As uvicorn and many others do when they have shut down: not a line of the program runs after that."""
+    ranks = job.world(
+        """
+        import os, signal, threading, time
+        import torch, torch.distributed as dist
+
+        def train():
+            weight = torch.nn.Parameter(torch.zeros(1))
+            optimizer = torch.optim.SGD([weight], lr=0.1)
+            while True:
+                optimizer.step()
+                time.sleep(0.01)
+
+        dist.init_process_group("gloo")
+        asked = threading.Event()
+        signal.signal(signal.SIGTERM, lambda *_: asked.set())
+        threading.Thread(target=train, daemon=True).start()
+        print("ready", flush=True)
+        while not asked.is_set():
+            time.sleep(0.01)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGTERM)
+        while True:
+            os.write(1, b"ran on\\n")
+        """,
+        **PATIENT,
+    )
+    for rank in ranks:
+        rank.wait_for("ready")
+    ranks[0].signal()
+    for rank in ranks:
+        rank.signalled = ranks[0].signalled
+        assert rank.outlast(16) == (0 if rank is ranks[0] else 143), rank.story()
+        assert "ran on" not in rank.stdout, rank.story()
+
+
 def test_a_handler_that_raises(job):
     """What it raises comes up in the training, on every rank, as without us; each rank ends with its own code."""
     ranks = started(job, "raises")
