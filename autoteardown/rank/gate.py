@@ -194,13 +194,17 @@ class Gate:
         self.parking.park(lambda ident: ident == self.thread or not self.training.is_known(self.begun))
 
     def wait_for_plan(self, limit: float, ends: bool = False) -> None:
-        """Wait until it is known whether this thread is to run on, or if it `ends`, until it is time to.
+        """Wait until it is known whether this thread is to run on, at most `limit` seconds.
 
-        At most `limit` seconds.
+        Args:
+            limit: of patience.
+            ends: the program has ended itself here. It runs on for the last iteration, if it is this thread that
+                trains, and no further.
         """
         ident, until = get_ident(), monotonic() + limit
         while not self.closed and monotonic() < until:
-            if not ends and (self._last is not None or self._resumed):
+            needed = not ends or (ident == self.thread and not self._resumed)
+            if needed and (self._resumed or self._last is not None):
                 break
             self.waits.wait(ident)
 

@@ -82,8 +82,8 @@ class MainThread:
                     self.handed = True
                     return False
                 # It has put the default back, and the signal has come again: uvicorn raises it when it has shut down.
-                # Without us it would be dead now. It may still be needed for what is yet to be agreed on, and no more.
-                ends = self.handed
+                # Without us it would be dead now.
+                ends = True
                 armed.events.put(("released", None))
         if not self._waits:  # in a signal storm each handler runs on top of the last
             self._waits = True

@@ -243,7 +243,8 @@ def test_they_hear_of_it_before_the_group_is_gone(job):
     assert ranks[0].wait() == 42, ranks[0].story()
 
 
-def test_one_that_puts_the_default_back_and_sends_itself_the_signal(job):
+@pytest.mark.parametrize("handlers", ["together", "alone"])
+def test_one_that_puts_the_default_back_and_sends_itself_the_signal(job, handlers):
     """As uvicorn and many others do when they have shut down: not a line of the program runs after that."""
     ranks = job.world(
         """
@@ -269,6 +270,7 @@ def test_one_that_puts_the_default_back_and_sends_itself_the_signal(job):
         while True:
             os.write(1, b"ran on\\n")
         """,
+        AUTOTEARDOWN_HANDLERS=handlers,
         **PATIENT,
     )
     for rank in ranks:
