@@ -249,19 +249,13 @@ def test_one_that_puts_the_default_back_and_sends_itself_the_signal(job, handler
     ranks = job.world(
         """
         import os, signal, threading, time
-        import torch, torch.distributed as dist
-
-        def train():
-            weight = torch.nn.Parameter(torch.zeros(1))
-            optimizer = torch.optim.SGD([weight], lr=0.1)
-            while True:
-                optimizer.step()
-                time.sleep(0.01)
+        import torch.distributed as dist
+        import apart
 
         dist.init_process_group("gloo")
         asked = threading.Event()
         signal.signal(signal.SIGTERM, lambda *_: asked.set())
-        threading.Thread(target=train, daemon=True).start()
+        apart.begin()
         print("ready", flush=True)
         while not asked.is_set():
             time.sleep(0.01)

@@ -81,19 +81,12 @@ def test_nobody_leaves_out_of_a_function_that_is_built_in(job):
     """`set_wakeup_fd` runs no handler in its midst, so event loops written in C call it where nothing may be raised."""
     rank = job.start(
         """
-        import signal, threading, time, traceback
-        import torch
+        import signal, time, traceback
         import torch.distributed as dist
-
-        def train():
-            weight = torch.nn.Parameter(torch.zeros(1))
-            optimizer = torch.optim.SGD([weight], lr=0.1)
-            while True:
-                optimizer.step()
-                time.sleep(0.01)
+        import apart
 
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        threading.Thread(target=train, daemon=True).start()
+        apart.begin()
         time.sleep(0.1)
         print("ready", flush=True)
         try:
