@@ -101,7 +101,7 @@ def iterate():
         weight.grad /= dist.get_world_size()
         optimizer.step()
     done += 1
-    print("step", done, flush=True)
+    print(f"step {done}", flush=True)  # in one piece: torchrun's workers share an unbuffered stdout
     if style == "places" and autoteardown.stop_requested():
         save_and_exit()
     time.sleep(pause if done >= 3 else 0.005)
