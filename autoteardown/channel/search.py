@@ -19,6 +19,7 @@ _SURE = 3  # tries, 0.1 s: a rank that dies may be the store's server, and c10d 
 _MANY_TRIES = 60
 _ENOUGH = 20  # tries after rank 0 has left
 _AFTERWARDS = 7  # where the waits begin then: 2 s, in which the other ranks leave as well
+_LATE_WAIT = 5.0  # seconds, the longest of those: all ranks look in the store then, which has one thread
 
 
 class Seeker(Protocol):
@@ -136,7 +137,11 @@ class Search:
         waiting = self._seeker.waiting
         if self._closed or (self._ended and not waiting and self._tries > _ENOUGH):
             return
-        longest = _BUSY_WAIT if waiting else _IDLE_WAIT if self._tries < _MANY_TRIES else _LONG_WAIT
+        longest = _IDLE_WAIT if self._tries < _MANY_TRIES else _LONG_WAIT
+        if self._ended:
+            longest = _LATE_WAIT
+        if waiting:
+            longest = _BUSY_WAIT
         wait = min(longest, self._soon * 2.0 ** min(self._tries, 12)) * random.uniform(0.7, 1.3)
         self._tries += 1
         if self._retry is not None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Callable, Optional
 
-from autoteardown.primitives import get_ident, sleep, start_new_thread
+from autoteardown.primitives import get_ident
 from autoteardown.rank import threads
 from autoteardown.rank.armed import Armed
 
 _PLAN_WAIT = 2.0  # seconds that the main thread waits, in the signal handler, to know if it is to run on
-_SOON = 0.001  # seconds until it is asked again, where it could not stop
 
 
 class MainThread:
@@ -111,8 +110,10 @@ class MainThread:
                 gate.parking.swallowed()
             return
         # The function that it stands for runs no handler in its midst, so its caller need not expect one to raise:
-        # uvloop leaves its loop through it.
-        if threads.in_stand_in() and self._again():
+        # uvloop leaves its loop through it. It is asked again, as often as it takes.
+        loop = armed.listening.loop
+        if loop is not None and loop.running and threads.in_stand_in():
+            loop.call(lambda: armed.listening.on_main(self.stop))
             return
         # An exception in an exit callback would be printed, and cut it short. Ours is the last of them, and waits.
         if ident != gate.thread and threads.in_exit_callback():
@@ -121,16 +122,3 @@ class MainThread:
             gate.parking.leave()
         if gate.closed and not gate.shielded(ident):
             gate.park()
-
-    def _again(self) -> bool:
-        """Have this thread come back here in a moment; False if it cannot be asked."""
-
-        def ask() -> None:
-            sleep(_SOON)
-            self._armed.listening.on_main(self.stop)
-
-        try:
-            start_new_thread(ask, ())
-        except RuntimeError:  # no thread to be had
-            return False
-        return True

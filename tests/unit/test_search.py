@@ -60,3 +60,20 @@ def test_in_an_eviction_it_tries_often(monkeypatch):
 def test_a_job_without_a_hub_is_not_kept_busy(monkeypatch):
     """A day of it."""
     assert len(tries(monkeypatch, 86400)) < 5000
+
+
+def test_after_rank_0_has_left_it_looks_for_another_for_a_minute():
+    """Without haste: all ranks look in one store."""
+    clock, looks = Clock(), []
+    clock.call = lambda function: function()
+
+    def look(done):
+        looks.append(clock.now)
+        done(None, "there is none")
+        return True
+
+    seeker = SimpleNamespace(connected=False, waiting=False)
+    search.Search(clock, SimpleNamespace(look=look), seeker, 4096).after_the_end()
+    clock.run(86400)
+    assert 45 < looks[-1] < 90
+    assert len(looks) < 20
