@@ -24,6 +24,7 @@ START = 240.0
 PATIENT = {"AUTOTEARDOWN_GRACE": 60}
 HANGS = {"AUTOTEARDOWN_GRACE": 15, "AUTOTEARDOWN_YIELD": 3}
 BOTH = pytest.mark.parametrize("mode", [AGENT, NONE])
+EACH_SIGNALLED = object()
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +67,12 @@ def left_alone(ranks):
 def stopped_together(job, causes, codes, outcome="clean"):
     """The agent dealt with it: all at the same step, drained and released."""
     reports = job.all_reports()
-    assert {rank: report["cause"] for rank, report in reports.items()} == causes
+    found = {rank: report["cause"] for rank, report in reports.items()}
+    if causes is EACH_SIGNALLED:
+        # Word of a peer may be faster than a rank's own signal. Its code is that of a signalled rank all the same.
+        assert "signal" in found.values() and set(found.values()) <= {"signal", "peer"}, found
+    else:
+        assert found == causes
     assert {rank: report["exit_code"] for rank, report in reports.items()} == codes
     assert {report["outcome"] for report in reports.values()} == {outcome}, reports
     assert len({report["steps"]["stopped_at"] for report in reports.values()}) == 1, reports
@@ -238,7 +244,7 @@ def test_accelerate_launch(job, who):
     if who == "rank":
         stopped_together(job, {0: "peer", 1: "signal"}, {0: 143, 1: 0})
     else:
-        stopped_together(job, {0: "signal", 1: "signal"}, {0: 0, 1: 0})
+        stopped_together(job, EACH_SIGNALLED, {0: 0, 1: 0})
     assert not any(map(alive, pids.values()))
 
 
@@ -349,7 +355,7 @@ def test_submitit_sigterm(job, mode, tmp_path):
         return
     wait_until(lambda: not any(map(alive, pids.values())), "the ranks' end", 30)
     # Its handler had its time, and did not end the program.
-    stopped_together(job, {0: "signal", 1: "signal"}, {0: 0, 1: 0}, "partial")
+    stopped_together(job, EACH_SIGNALLED, {0: 0, 1: 0}, "partial")
 
 
 def logs(folder):
