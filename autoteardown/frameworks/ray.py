@@ -16,12 +16,13 @@ if TYPE_CHECKING:
     from typing import Any
 
 _PACKAGE = os.path.join(os.path.dirname(os.path.dirname(__file__)), "")
+_STANDARD_LIBRARY = os.path.join(os.path.dirname(os.__file__), "")
 _METHODS_ARE_CALLED_IN = "/ray/_private/function_manager.py"
+_TRACED_TASKS_ARE_CALLED_IN = "/ray/util/tracing/tracing_helper.py"
 # Ray Train's thread for the training function reports whatever comes out of it, a SystemExit too, as an error of the
 # program's: then it would be no preemption, and the retry not free.
 _TRAINING_IS_CALLED_IN = "/ray/train/v2/_internal/execution/worker_group/thread_runner.py"
 _MAIN_LOOP = "/ray/_private/worker.py"
-_PRIVATE = "/ray/_private/"
 _WORKER = 1  # `ray.WORKER_MODE`
 
 
@@ -58,7 +59,8 @@ def _is_worker() -> bool:
 def _outside_method() -> bool:
     """Whether the main thread of a worker is in no task's code.
 
-    A SystemExit that comes up in Ray's own part of a call is lost there, and fails a check in C++: SIGABRT.
+    A SystemExit that comes up in Ray's own part of a call is lost there, and fails a check in C++: SIGABRT. Of what
+    comes up there Ray itself catches Exceptions only (ray-project/ray#57247).
     """
     if not _is_worker():
         return False
@@ -67,14 +69,23 @@ def _outside_method() -> bool:
     while frame is not None:
         code = frame.f_code
         if code.co_name == "main_loop" and code.co_filename.endswith(_MAIN_LOOP):
-            if above is None:
-                return True
-            file = above.f_code.co_filename
-            if file.endswith(_METHODS_ARE_CALLED_IN):
-                return False
-            return _PRIVATE in file or file.startswith(_PACKAGE)
+            return above is None or not _is_task(above.f_code.co_filename)
         above, frame = frame, frame.f_back
     return False
+
+
+def _is_task(file: str) -> bool:
+    """Whether a function of that file, called by Ray's C++ layer, is a task or calls a method.
+
+    That layer calls functions of Ray's own, too, and of the standard library: contextlib's for a context manager.
+    """
+    if file.endswith((_METHODS_ARE_CALLED_IN, _TRACED_TASKS_ARE_CALLED_IN)):
+        return True
+    its_own = os.path.join(os.path.dirname(sys.modules["ray"].__file__ or ""), "")
+    installed = "-packages" in file  # below the standard library, and none of it
+    return not file.startswith((_PACKAGE, its_own, "<frozen ")) and (
+        installed or not file.startswith(_STANDARD_LIBRARY)
+    )
 
 
 def waits_for_method(inside: Callable[[str], list[int]], loop: Any, parked: Iterable[int] = ()) -> bool:

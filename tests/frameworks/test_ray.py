@@ -380,19 +380,34 @@ def test_restarts(cluster, world, tmp_path, kind, state, code):
         assert [cluster.report(pid)["cause"] for pid in again] == ["peer", "signal"]
 
 
-@pytest.mark.parametrize("again", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))])
-def test_calls_that_come_at_the_eviction(cluster, world, again):
+def left_unbroken(cluster, pids):
     """A SystemExit in Ray's own part of a call fails a check of its C++ layer: SIGABRT, whatever the report says."""
-    actors, pids = world("sync")
-    calls = [actors[0].pid.remote() for _ in range(300)]
-    os.kill(pids[0], signal.SIGTERM)
-    calls += [actors[0].pid.remote() for _ in range(300)]
     gone(*pids)
-    assert isinstance(failure(calls[-1]), ray.exceptions.RayActorError)
     assert [cluster.report(pid)["exit_code"] for pid in pids] == [0, 143]
     for pid in pids:
         log = cluster.log(pid)
         assert "Check failed" not in log and "SIGABRT" not in log, log
+
+
+@pytest.mark.parametrize("again", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))])
+def test_calls_that_come_at_the_eviction(cluster, world, again):
+    actors, pids = world("sync")
+    calls = [actors[0].pid.remote() for _ in range(300)]
+    os.kill(pids[0], signal.SIGTERM)
+    calls += [actors[0].pid.remote() for _ in range(300)]
+    left_unbroken(cluster, pids)
+    assert isinstance(failure(calls[-1]), ray.exceptions.RayActorError)
+
+
+def test_a_call_that_has_not_come_to_its_method(cluster, world, tmp_path):
+    """Right above Ray's loop is the standard library's part of one of Ray's context managers."""
+    actors, pids = world("sync")
+    ray.get(actors[0].linger.remote())
+    call = actors[0].pid.remote()
+    wait_in(tmp_path, "lingers", 0)
+    os.kill(pids[0], signal.SIGTERM)
+    left_unbroken(cluster, pids)
+    assert isinstance(failure(call), ray.exceptions.RayActorError)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ Each says where it is by way of a file in `folder`, `<what>-<rank>`, that holds 
 """
 
 import asyncio
+import contextlib
 import os
 import threading
 import time
@@ -54,6 +55,17 @@ class Rank:
     def pid(self):
         """Answer."""
         return os.getpid()
+
+    def linger(self):
+        """Have the next call take long before its method begins, in a part of Ray's that is Python."""
+
+        @contextlib.contextmanager
+        def lingers():
+            say(self.folder, "lingers", self.rank)
+            time.sleep(60)
+            yield
+
+        ray._raylet.disable_client_hook = lingers
 
 
 class AsyncRank(Rank):
