@@ -399,9 +399,10 @@ def test_calls_that_come_at_the_eviction(cluster, world, again):
     assert isinstance(failure(calls[-1]), ray.exceptions.RayActorError)
 
 
-def test_a_call_that_has_not_come_to_its_method(cluster, world, tmp_path):
+@pytest.mark.parametrize("kind", ["sync", "groups", "asyncio"])
+def test_a_call_that_has_not_come_to_its_method(cluster, world, tmp_path, kind):
     """Right above Ray's loop is the standard library's part of one of Ray's context managers."""
-    actors, pids = world("sync")
+    actors, pids = world(kind)
     ray.get(actors[0].linger.remote())
     call = actors[0].pid.remote()
     wait_in(tmp_path, "lingers", 0)

@@ -90,6 +90,11 @@ class GroupsRank(Rank):
         """Answer."""
         return super().pid()
 
+    @ray.method(concurrency_group="io")
+    def linger(self):
+        """Have the next call take long."""
+        super().linger()
+
     @ray.method(concurrency_group="compute")
     def busy(self):
         """Compute, for ever."""
