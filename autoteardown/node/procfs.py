@@ -10,6 +10,7 @@ cannot be told apart: start times are 0 then, and whoever wants to signal a proc
 from __future__ import annotations
 
 import os
+import time
 
 _boot = ""
 
@@ -46,6 +47,52 @@ def start_time(pid: int) -> int | None:
     except (OSError, ValueError, IndexError):
         return None
     return None if state in "ZXx" else started
+
+
+def age_and_use(pid: int) -> tuple[float, float] | None:
+    """Seconds since a process has started, and of processor time that it has used; None when there is none."""
+    try:
+        stat = _read(f"/proc/{pid}/stat")
+        fields = stat[stat.rindex(b")") + 1 :].split()
+        user, system, started = int(fields[11]), int(fields[12]), int(fields[19])
+    except (OSError, ValueError, IndexError):
+        return None
+    ticks = os.sysconf("SC_CLK_TCK")
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started / ticks, (user + system) / ticks
+
+
+def descendants(pid: int) -> list[int]:
+    """Children, their children and so on, as far as the kernel tells (CONFIG_PROC_CHILDREN)."""
+    found: list[int] = []
+    parents = [pid]
+    while parents:
+        parent = parents.pop()
+        try:
+            for thread in os.listdir(f"/proc/{parent}/task"):
+                children = [int(child) for child in _read(f"/proc/{parent}/task/{thread}/children").split()]
+                found += children
+                parents += children
+        except (OSError, ValueError):
+            continue
+    return found
+
+
+def open_files(pid: int) -> list[tuple[str, int]]:
+    """Path and flags (of open(2)) of the files that a process has open; those without a path, or deleted, are left out.
+
+    Raises:
+        OSError: that cannot be seen (PermissionError), or there is no such process (FileNotFoundError).
+    """
+    found = []
+    for descriptor in os.listdir(f"/proc/{pid}/fd"):
+        try:
+            path = os.readlink(f"/proc/{pid}/fd/{descriptor}")
+            if path.startswith("/") and not path.endswith(" (deleted)"):
+                about = _read(f"/proc/{pid}/fdinfo/{descriptor}").split()
+                found.append((path, int(about[about.index(b"flags:") + 1], 8)))
+        except (OSError, ValueError, IndexError):
+            continue  # closed meanwhile
+    return found
 
 
 def queued(tid: int) -> float:

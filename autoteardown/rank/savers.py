@@ -20,6 +20,7 @@ from typing import Any, Optional
 
 from autoteardown.primitives import get_ident, monotonic, sleep
 from autoteardown.rank import threads
+from autoteardown.rank.writers import Writers
 
 _MOMENT = 0.5  # seconds after a save in which another may follow it, at least
 _LONGEST_MOMENT = 5.0
@@ -28,8 +29,6 @@ _SAVER = re.compile(
     r"(^|_)save(_|[A-Z]|$)|Save($|_|[A-Z])|(write|dump|store|export|make|create|take)_?(checkpoint|ckpt|snapshot)"
 )
 _NO_SAVER = re.compile(r"save_for_backward|should|to_save|register|hook")
-# A worker of `multiprocessing` that is no daemon is joined at the exit: Megatron-core's asynchronous writer is one.
-_CHILDREN = "multiprocessing.process"
 
 
 class Saves:
@@ -41,6 +40,7 @@ class Saves:
         self._began: dict[int, float] = {}
         self._moment: dict[int, float] = {}  # until when another save may follow
         self._background = 0
+        self._writers = Writers()
 
     def enter(self, ident: int) -> None:
         """A save begins on that thread."""
@@ -90,7 +90,7 @@ class Saves:
         """Whether anything is being saved, on one of those threads or out of sight of them."""
         if self.open or self._background > 0:
             return True
-        return any(self.shields(ident) for ident in idents) or _writers()
+        return any(self.shields(ident) for ident in idents) or self._writers.any()
 
 
 def saver(ident: int) -> Optional[str]:
@@ -105,21 +105,3 @@ def saver(ident: int) -> Optional[str]:
             found = code.co_name
         frame = frame.f_back
     return found
-
-
-def _writers() -> bool:
-    process = sys.modules.get(_CHILDREN)
-    for child in list(getattr(process, "_children", ())):
-        popen = getattr(child, "_popen", None)
-        if popen is not None and not child.daemon and popen.returncode is None and _runs(popen.pid):
-            return True
-    return False
-
-
-def _runs(pid: int) -> bool:
-    # Not by waiting for it: its exit code is the program's to read.
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            return file.read().rpartition(b")")[2].split()[0] not in (b"Z", b"X")
-    except (OSError, IndexError):
-        return False

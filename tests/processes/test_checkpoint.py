@@ -1,5 +1,6 @@
 """No checkpoint is cut in half while time is left (promise 10)."""
 
+import json
 import os
 import random
 import signal
@@ -8,7 +9,7 @@ import time
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from harness import NONE, SIGTERM
+from harness import NONE, SIGTERM, needs_torch, wait_until
 
 EVICTIONS = int(os.environ.get("CHECKPOINT_EVICTIONS", "20"))
 
@@ -60,6 +61,25 @@ def test_a_save_on_another_thread_is_waited_for(job, how):
     rank.wait_for("saving")
     assert rank.evict(12) == 0, rank.story()
     assert whole(job) == 1, rank.story()
+
+
+@needs_torch(2, 7, "it cannot save in another process")
+@pytest.mark.parametrize("everybody", [False, True], ids=["the rank", "all processes"])
+def test_a_save_in_another_process_is_waited_for(job, everybody):
+    """DCP's own process, a rank of a group of its own; it may get a signal itself (torchrun's `killpg`)."""
+    ranks = job.world("checkpoint.py", 2, "process", 4, AUTOTEARDOWN_GRACE=20)
+    ranks[0].wait_for("saving")
+    for pid in job.survivors() if everybody else [ranks[0].pid]:
+        os.kill(pid, SIGTERM)
+    codes = []
+    for rank in ranks:
+        rank.signalled = time.monotonic()
+        codes.append(rank.outlast(20))
+    assert codes == ([0, 0] if everybody else [0, 143]), ranks[0].story()
+    assert whole(job) == 1, ranks[0].story()
+    wait_until(lambda: not job.survivors(), "the end of DCP's processes")
+    outcomes = [json.loads(path.read_text())["outcome"] for path in job.reports.glob("*Z.json")]
+    assert outcomes == ["clean"] * 4, ranks[0].story()
 
 
 def test_control_a_save_in_progress(job):
@@ -177,6 +197,9 @@ WHOLE = {
     "bytes": ["file"],
     "five": ["0.pt", "1.pt", "2.pt", "3.pt", "4.pt"],
     "forked": ["file"],
+    "late": ["file"],
+    "worker": ["file", "other"],
+    "grandchild": ["file"],
     "slow": ["file"],
 }
 
@@ -196,7 +219,9 @@ def files(job):
 @pytest.mark.parametrize("how", WHOLE)
 def test_a_checkpoint_is_waited_for(job, how, who):
     """Not one file of it: whoever is evicted, all the files are there, under their final names."""
-    seconds = {"five": 2.0, "rename": 0.4}.get(how, 1.8)
+    # A child's end is waited for at the exit, too: for 3 s.
+    longer = dict.fromkeys(["forked", "worker", "grandchild"], 4.5)
+    seconds = {"five": 2.0, "rename": 0.4, **longer}.get(how, 1.8)
     ranks = job.world("whole_checkpoint.py", 2, how, seconds, AUTOTEARDOWN_GRACE=16)
     ranks[0].wait_for("saving")
     ranks[who].signal()

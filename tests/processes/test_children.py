@@ -230,3 +230,20 @@ def test_signal_to_the_group_of_a_rank_with_children(job):
     assert rank.outlast(GRACE) == 0, rank.story()
     wait_until(lambda: not alive(child), "the child's end")
     assert rank.report()["outcome"] == "clean"
+
+
+@pytest.mark.parametrize("kind", ["idle", "pool", "spawned", "log", "busy"])
+def test_a_helper_is_no_writer(job, kind):
+    """Of the processes that a program has started, only one that writes a checkpoint is waited for (F20)."""
+    ranks = job.world("helpers.py", 2, kind, AUTOTEARDOWN_GRACE=16)
+    for rank in ranks:
+        rank.wait_for("^helper up$")
+        rank.wait_for("^step 3$")
+    time.sleep(5.5 if kind == "busy" else 0)  # who computes might be on its way to a file for its first 5 s
+    ranks[0].signal()
+    for rank in ranks:
+        rank.signalled = ranks[0].signalled
+        assert rank.outlast(16) == (0 if rank is ranks[0] else 143), rank.story()
+        report = rank.report()
+        assert report["outcome"] == "clean", rank.story()
+        assert [phase["outcome"] for phase in report["phases"] if phase["name"] == "park"] == ["ok"]

@@ -7,6 +7,7 @@ protect   one file written by hand within `autoteardown.protect()`, in SECONDS
 nested    as `protect`, within another `protect`
 dcp       one `torch.distributed.checkpoint.save` that takes SECONDS
 async     one `torch.distributed.checkpoint.async_save` that takes SECONDS, while training goes on
+process   the same in a process of DCP's own, which has a process group, and so is a rank
 thread    as `path`, on a thread of its own, while training goes on
 
 Prints `saving` when it is in the middle of a save, and `saved` when that is done.
@@ -25,6 +26,9 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 import autoteardown
+
+with contextlib.suppress(ImportError):  # torch 2.6
+    from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
 how, seconds = sys.argv[1], float([*sys.argv, "1"][2])
 folder = Path("saved")
@@ -82,8 +86,10 @@ def save(model):
                 (folder / "by_hand").write_text("half, whole")
     elif how == "dcp":
         dcp.save({"model": model.state_dict()}, storage_writer=SlowWriter(folder / "dcp"))
-    elif how == "async":
-        future = dcp.async_save({"model": model.state_dict()}, storage_writer=SlowWriter(folder / "dcp"))
+    elif how in ("async", "process"):
+        own = {"async_checkpointer_type": AsyncCheckpointerType.PROCESS} if how == "process" else {}
+        writer = SlowWriter(folder / "dcp")
+        future = dcp.async_save({"model": model.state_dict()}, storage_writer=writer, **own)
         future.add_done_callback(lambda _: print("saved", flush=True))
         return
     print("saved", flush=True)
@@ -91,7 +97,7 @@ def save(model):
 
 def main():
     """Train and save."""
-    dist.init_process_group("cpu:gloo" if how == "async" else "gloo")
+    dist.init_process_group("cpu:gloo" if how in ("async", "process") else "gloo")
     folder.mkdir(exist_ok=True)
     model = torch.nn.Linear(64, 64)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -106,7 +112,7 @@ def main():
         if how == "every":
             if dist.get_rank() == 0:
                 torch.save({"model": model.state_dict(), "step": step}, folder / f"{step % 4}.pt")
-        elif step == 2 and (dist.get_rank() == 0 or how in ("dcp", "async")):
+        elif step == 2 and (dist.get_rank() == 0 or how in ("dcp", "async", "process")):
             if how == "thread":
                 threading.Thread(target=save, args=[model], daemon=True).start()
             else:

@@ -5,6 +5,9 @@ rename    `torch.save` to a temporary name, SECONDS of checking, then the rename
 bytes     `torch.save` into memory, then SECONDS for the file (Lightning)
 five      five `torch.save`s in SECONDS, in the loop itself; an iteration takes 9 s
 forked    a forked writer, no daemon, that takes SECONDS (Megatron-core); training goes on
+late      a forked writer that computes for SECONDS before it has a file at all
+worker    a process that is there from the start, and has two files to write only now; the second takes SECONDS
+grandchild  a forked process that has another one write, and waits for it
 slow      one file by hand on a disk that takes SECONDS, under a temporary name until it is whole
 
 Rank 0 saves after the second step, once. `saving` is said when half of it is there, `saved` when all is.
@@ -34,12 +37,12 @@ def write(path, half):
         file.write("whole")
 
 
-def dawdle():
-    """What a disk does."""
+def dawdle(rest=0.005):
+    """What a disk does; or, without a rest, a compressor."""
     print("saving", flush=True)
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        time.sleep(0.005)
+        time.sleep(rest)
 
 
 def save_state():
@@ -80,6 +83,38 @@ def fork_writer():
     context.Process(target=write, args=[folder / "file", dawdle]).start()
 
 
+def compute_and_write():
+    """As one that compresses first."""
+    dawdle(rest=0)
+    write(folder / "file", lambda: time.sleep(0.3))
+
+
+def fork_late_writer():
+    """As `fork_writer`."""
+    multiprocessing.get_context("fork").Process(target=compute_and_write).start()
+
+
+def have_written():
+    """Waits for its own child."""
+    child = multiprocessing.get_context("fork").Process(target=write, args=[folder / "file", dawdle])
+    child.start()
+    child.join()
+
+
+def fork_grandchild():
+    """As Megatron-core does for several files."""
+    multiprocessing.get_context("fork").Process(target=have_written).start()
+
+
+def work(orders):
+    """In the worker: writes when it is told to."""
+    while orders.get():
+        print("saving", flush=True)
+        write(folder / "other", lambda: time.sleep(0.3))
+        time.sleep(0.3)
+        write(folder / "file", lambda: time.sleep(seconds))
+
+
 def five_files():
     """One after the other."""
     for number in range(5):
@@ -96,7 +131,11 @@ def main():
     weight = torch.nn.Parameter(torch.zeros(8))
     optimizer = torch.optim.SGD([weight], lr=1.0)
     kinds = {"pair": save_state, "rename": disk_saver, "bytes": atomically, "five": five_files}
-    kinds.update(forked=fork_writer, slow=save_checkpoint)
+    kinds.update(forked=fork_writer, slow=save_checkpoint, late=fork_late_writer, grandchild=fork_grandchild)
+    if how == "worker" and dist.get_rank() == 0:
+        orders = multiprocessing.get_context("fork").SimpleQueue()
+        multiprocessing.get_context("fork").Process(target=work, args=[orders]).start()
+        kinds[how] = lambda: orders.put(True)
     step = 0
     while True:
         weight.grad = torch.ones(8)
