@@ -64,6 +64,7 @@ class Gate:
     def begin(self, thread: int) -> None:
         """A new world: every rank of it counts from nought."""
         self.training.calls_init(thread)
+        self.saves.does_more()
         self.clock = Clock()
         self.polls = 0
         self.pace = Pace()
@@ -142,6 +143,8 @@ class Gate:
 
     def end_of_iteration(self) -> None:
         """In the hook, after the iteration was counted. A program that polls stops in its polls."""
+        if not self.pace.ends:
+            self.saves.does_more()
         self.pace.ends.append(monotonic())
         self.training.ident = ident = get_ident()
         if (self.holding or self.closed) and not self.polls:
@@ -246,6 +249,8 @@ def poll() -> bool:
     """What `autoteardown.stop_requested()` does."""
     g = gate
     g.polls += 1
+    if g.polls == 1:
+        g.saves.does_more()
     if g.calm:
         return False
     if g.holding or g.closed:

@@ -5,7 +5,8 @@ A thread writes a checkpoint as long as
 - it is in a save that we see (`torch.save`, `torch.distributed.checkpoint`) or in `autoteardown.protect()`;
 - such a save has ended a moment ago: the next file may follow, or the rename of a temporary one;
 - it is inside a function that says in its name that it saves (`save_state`, `_save_checkpoint`, `save_file`): that
-  covers files which nobody sees being written, and everything between two of them.
+  covers files which nobody sees being written, and everything between two of them. A function in which the thread has
+  joined a group or stepped (`train_and_save`) is none.
 
 It ends at the latest at the end of the iteration: there, the thread is stopped anyway.
 """
@@ -16,6 +17,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from types import CodeType, FrameType
 from typing import Any, Optional
 
 from autoteardown.primitives import get_ident, monotonic, sleep
@@ -41,6 +43,11 @@ class Saves:
         self._moment: dict[int, float] = {}  # until when another save may follow
         self._background = 0
         self._writers = Writers()
+        self._more_than_saves: set[CodeType] = set()
+
+    def does_more(self) -> None:
+        """The calling thread joins a group or steps: what it is in does more than save (`train_and_save`)."""
+        self._more_than_saves.update(frame.f_code for frame in _in_savers(sys._getframe()))
 
     def enter(self, ident: int) -> None:
         """A save begins on that thread."""
@@ -84,7 +91,10 @@ class Saves:
 
     def shields(self, ident: int) -> bool:
         """Whether that thread writes a checkpoint."""
-        return ident in self.open or monotonic() < self._moment.get(ident, 0.0) or saver(ident) is not None
+        if ident in self.open or monotonic() < self._moment.get(ident, 0.0):
+            return True
+        frames = _in_savers(sys._current_frames().get(ident))
+        return any(frame.f_code not in self._more_than_saves for frame in frames)
 
     def going_on(self, idents: Iterable[int]) -> bool:
         """Whether anything is being saved, on one of those threads or out of sight of them."""
@@ -93,15 +103,11 @@ class Saves:
         return any(self.shields(ident) for ident in idents) or self._writers.any()
 
 
-def saver(ident: int) -> Optional[str]:
-    """The outermost function of that thread that says in its name that it saves."""
-    found = None
-    frame: Any = sys._current_frames().get(ident)
+def _in_savers(frame: Optional[FrameType]) -> Iterator[FrameType]:
+    """From that frame on outwards, the functions that say in their name that they save."""
     while frame is not None:
         code = frame.f_code
-        if code.co_filename.startswith(threads.PACKAGE):
-            pass
-        elif _SAVER.search(code.co_name) and not _NO_SAVER.search(code.co_name):
-            found = code.co_name
+        says_so = _SAVER.search(code.co_name) and not _NO_SAVER.search(code.co_name)
+        if says_so and not code.co_filename.startswith(threads.PACKAGE):
+            yield frame
         frame = frame.f_back
-    return found

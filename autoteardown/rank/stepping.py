@@ -16,7 +16,7 @@ from autoteardown.primitives import get_ident
 from autoteardown.rank import gate
 
 _BACKWARD = "backward"
-_LOOKS = 0x1FF  # so many iterations, and one, between two looks at what C code may have taken from us
+_LOOKS = 0x1FF  # so many iterations, and one, between two looks at what seldom changes
 
 _graph_task: Callable[[], int] = lambda: -1  # noqa: E731  replaced by torch's own, which tells who is in backward
 _sequence: Optional[Callable[[], int]] = None  # counts the autograd nodes that this thread has made
@@ -94,6 +94,7 @@ def _step(who: object, fresh: bool) -> None:
     if g.clock.step(who, fresh):
         g.end_of_iteration()
         if not g.clock.count & _LOOKS:
+            g.saves.does_more()
             _now_and_then()
 
 

@@ -29,14 +29,17 @@ LOOP = """
         print("meanwhile", flush=True)
         {what}
 
-    for step in range(10**6):
-        if step == 40 and dist.get_rank() == 0:
-            meanwhile()
-        weight.grad = torch.ones(1)
-        dist.all_reduce(weight.grad)
-        optimizer.step()
-        print("step", step, flush=True)
-        time.sleep(0.02)
+    def {name}():
+        for step in range(10**6):
+            if step == 40 and dist.get_rank() == 0:
+                meanwhile()
+            weight.grad = torch.ones(1)
+            dist.all_reduce(weight.grad)
+            optimizer.step()
+            print("step", step, flush=True)
+            time.sleep(0.02)
+
+    {name}()
 """
 SLOW = {
     "evaluation": "end = time.monotonic() + {seconds}\n        while time.monotonic() < end: sum(range(1000))",
@@ -47,17 +50,20 @@ SLOW = {
 }
 
 
-def world(job, what, seconds):
-    ranks = job.world(
-        LOOP.replace("{what}", what).replace("{seconds}", str(seconds)), 3, AUTOTEARDOWN_YIELD="off", **ROOMY
-    )
+def world(job, what, seconds, name="train"):
+    program = LOOP.replace("{what}", what).replace("{seconds}", str(seconds)).replace("{name}", name)
+    ranks = job.world(program, 3, AUTOTEARDOWN_YIELD="off", **ROOMY)
     ranks[0].wait_for("^meanwhile$")
     return ranks
 
 
-def test_stuck(job):
-    """A rank that stays away from a collective: 9 s on the old code, and all three said "clean"."""
-    ranks = world(job, "time.sleep(3600)", 0)
+@pytest.mark.parametrize("name", ["train", "train_and_save_model"])
+def test_stuck(job, name):
+    """A rank that stays away from a collective: 9 s on the old code, and all three said "clean".
+
+    Whatever the function is called that trains.
+    """
+    ranks = world(job, "time.sleep(3600)", 0, name)
     ranks[1].signal()
     assert [rank.outlast(25) for rank in ranks] == [143, 0, 143], ranks[1].story()
     for rank in ranks:
@@ -111,19 +117,24 @@ def test_slow(job, what):
     assert len({rank.report()["steps"]["stopped_at"] for rank in ranks}) == 1
 
 
-def test_an_idle_host_frees_its_blocked_peer(job):
+@pytest.mark.parametrize("name", ["run", "run_and_save"])
+def test_an_idle_host_frees_its_blocked_peer(job, name):
     """5 s on the old code: the host waited for the peer that waited for it."""
     ranks = job.world(
-        """
+        f"""
         import time
         import torch, torch.distributed as dist
-        dist.init_process_group("gloo")
-        dist.barrier()
-        print("ready", flush=True)
-        if dist.get_rank():
-            dist.all_reduce(torch.ones(1))
-        while True:
-            time.sleep(0.01)
+
+        def {name}():
+            dist.init_process_group("gloo")
+            dist.barrier()
+            print("ready", flush=True)
+            if dist.get_rank():
+                dist.all_reduce(torch.ones(1))
+            while True:
+                time.sleep(0.01)
+
+        {name}()
         """,
         2,
         **ROOMY,
