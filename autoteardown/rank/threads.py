@@ -66,7 +66,19 @@ _PEERS = (
     "torch/nn/parallel/distributed.py",
     "torch/distributed/pipelining/",
 )
-_SLOW = ("torch/utils/data/", "torch/_dynamo/", "torch/_inductor/", "torch/utils/cpp_extension.py", "triton/")
+# What compiles, not what runs the compiled code: other files of the compiler's are on the stack of every step.
+_SLOW = (
+    "torch/utils/data/",
+    "torch/utils/cpp_extension.py",
+    "torch/_dynamo/convert_frame.py",
+    "torch/_inductor/graph.py",
+    "torch/_inductor/async_compile.py",
+    "torch/_inductor/codecache.py",
+    "torch/_inductor/select_algorithm.py",
+    "torch/_inductor/runtime/benchmarking.py",
+    "triton/compiler/",
+    "triton/testing.py",
+)
 
 
 def position(ident: Optional[int]) -> Optional[tuple[int, int]]:
@@ -78,15 +90,16 @@ def position(ident: Optional[int]) -> Optional[tuple[int, int]]:
 def place(ident: Optional[int]) -> str:
     """What that thread is likely to wait for: "peers"; "work", of which nobody knows how long it takes; else ""."""
     frame: Any = sys._current_frames().get(ident) if ident is not None else None
-    found = ""
-    while frame is not None:
+    while (
+        frame is not None
+    ):  # the innermost call tells: a loader may wait for its peers, a backward pass compile
         name = frame.f_code.co_filename
         if any(part in name for part in _SLOW):
             return "work"
-        if not found and any(part in name for part in _PEERS):
-            found = "peers"
+        if any(part in name for part in _PEERS):
+            return "peers"
         frame = frame.f_back
-    return found
+    return ""
 
 
 _FINALIZERS = frozenset(

@@ -45,6 +45,7 @@ SLOW = {
     "evaluation": "end = time.monotonic() + {seconds}\n        while time.monotonic() < end: sum(range(1000))",
     "data": "list(torch.utils.data.DataLoader(Stalls()))",
     "save": "import autoteardown\n        with autoteardown.protect(): time.sleep({seconds})",
+    "compilation": "torch.compile(lambda x: x + 1, backend=lambda graph, _: time.sleep({seconds}) or graph)(weight)",
     "C": "a = torch.randn(700, 700, dtype=torch.double); end = time.monotonic() + {seconds}\n"
     "        while time.monotonic() < end: a @ a",
 }
@@ -117,20 +118,32 @@ def test_slow(job, what):
     assert len({rank.report()["steps"]["stopped_at"] for rank in ranks}) == 1
 
 
-@pytest.mark.parametrize("name", ["run", "run_and_save"])
-def test_an_idle_host_frees_its_blocked_peer(job, name):
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("run", "wait()"),
+        ("run_and_save", "wait()"),
+        ("run", 'torch.compile(lambda: torch._dynamo.disable(wait)(), backend="eager")()'),
+    ],
+    ids=["plain", "and saves", "compiled"],
+)
+def test_an_idle_host_frees_its_blocked_peer(job, name, call):
     """5 s on the old code: the host waited for the peer that waited for it."""
     ranks = job.world(
         f"""
         import time
         import torch, torch.distributed as dist
 
+        def wait():
+            print("ready", flush=True)
+            dist.all_reduce(torch.ones(1))
+
         def {name}():
             dist.init_process_group("gloo")
             dist.barrier()
-            print("ready", flush=True)
             if dist.get_rank():
-                dist.all_reduce(torch.ones(1))
+                {call}
+            print("ready", flush=True)
             while True:
                 time.sleep(0.01)
 
