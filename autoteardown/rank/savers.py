@@ -28,7 +28,8 @@ _MOMENT = 0.5  # seconds after a save in which another may follow it, at least
 _LONGEST_MOMENT = 5.0
 _LOOK = 0.02  # seconds between two looks at saves in the background
 _SAVER = re.compile(
-    r"(^|_)save(_|[A-Z]|$)|Save($|_|[A-Z])|(write|dump|store|export|make|create|take)_?(checkpoint|ckpt|snapshot)"
+    r"(^|_)save(_|[A-Z]|$)|Save($|_|[A-Z])"
+    r"|(write|dump|store|export|make|create|take|commit|finalize|persist|push|upload)_?(checkpoint|ckpt|snapshot)"
 )
 _NO_SAVER = re.compile(r"save_for_backward|should|to_save|register|hook")
 
