@@ -12,14 +12,15 @@ PACKAGES = {
     "ignite": "ignite",
     "accelerate": "accelerate",
     "megatron": "megatron.core.dist_checkpointing",
+    "persistent": "megatron.core.dist_checkpointing",
 }
-ATOMIC = ["ignite", "megatron"]
+ATOMIC = ["ignite", "megatron", "persistent"]
 
 
 def saving(job, how, seconds, grace):
     """Two ranks, the first of which is in the middle of a checkpoint that takes about so many seconds."""
     pytest.importorskip(PACKAGES[how])
-    size = {"safetensors": 65536, "ignite": 68000, "accelerate": 85000, "megatron": 67000}[how]
+    size = {"safetensors": 65536, "ignite": 68000, "accelerate": 85000}.get(how, 67000)
     folder = job.folder / "saved"
     environment = slow_disk.environment(folder, size / seconds)
     ranks = job.world("fw_savers.py", 2, how, fresh=True, AUTOTEARDOWN_GRACE=grace, **environment)
@@ -52,7 +53,7 @@ def load(how, folder):
 
 
 @pytest.mark.parametrize(
-    ("how", "who"), [("safetensors", 0), ("ignite", 1), ("accelerate", 1), ("megatron", 0)]
+    ("how", "who"), [("safetensors", 0), ("ignite", 1), ("accelerate", 1), ("megatron", 0), ("persistent", 0)]
 )
 def test_a_slow_disk(job, how, who):
     """Ten seconds, of a grace period of 30: all of it is there, whoever is evicted (rank 0 saves)."""
@@ -73,3 +74,15 @@ def test_a_disk_that_is_too_slow(job, how):
         rank.signalled = ranks[0].signalled
         assert rank.outlast(8) != -signal.SIGKILL, rank.story()
     assert load(how, folder) == []
+
+
+def test_a_writer_that_has_nothing_to_write(job):
+    """Megatron-core's persistent one between two checkpoints: as if it were not there."""
+    ranks, folder = saving(job, "persistent", 0.2, 30)
+    wait_until((folder / "model.pt").exists, "the checkpoint")
+    ranks[0].signal()
+    for rank in ranks:
+        rank.signalled = ranks[0].signalled
+        assert rank.outlast(30) == (0 if rank is ranks[0] else 143), rank.story()
+        assert rank.report()["outcome"] == "clean", rank.story()
+    assert load("persistent", folder), ranks[0].story()

@@ -4,6 +4,7 @@ safetensors  `save_file`
 ignite       `Checkpoint` with a `DiskSaver`, as a handler of the trainer's events
 accelerate   `save_state`, on all ranks
 megatron     Megatron-core's asynchronous writer: a forked process that writes while training goes on
+persistent   its other one: a process that stays, and waits for the next checkpoint
 
 into the folder `saved`. `saving` is said before, `saved` after.
 """
@@ -93,16 +94,23 @@ def with_accelerate(training):
             tell("saved")
 
 
-def with_megatron(training):
-    """The forked writer is not waited for by the program."""
+def write(content):
+    """In the writer's process."""
+    torch.save(content, folder / "model.tmp")
+    os.replace(folder / "model.tmp", folder / "model.pt")
+
+
+def with_persistent(training):
+    """The writer outlives what it writes."""
+    with_megatron(training, persistent=True)
+
+
+def with_megatron(training, persistent=False):
+    """The writer is not waited for by the program."""
     from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 
     torch.cuda.synchronize = lambda: None  # there may be none here
-    queue = AsyncCallsQueue()
-
-    def write(content):
-        torch.save(content, folder / "model.tmp")
-        os.replace(folder / "model.tmp", folder / "model.pt")
+    queue = AsyncCallsQueue(persistent)
 
     def save():
         content = training.model.state_dict()
