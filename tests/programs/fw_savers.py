@@ -21,6 +21,12 @@ folder = Path("saved")
 SIZE = 128  # the weight has 64 KiB
 
 
+if how in ("megatron", "persistent"):  # it asks for a GPU, also in its own process; there may be none here
+    torch.cuda.synchronize = lambda: None
+    torch.cuda.device_count = lambda: 1
+    torch.cuda.set_device = lambda device: None
+
+
 def tell(what):
     """In one write."""
     os.write(1, f"{what}\n".encode())
@@ -109,7 +115,6 @@ def with_megatron(training, persistent=False):
     """The writer is not waited for by the program."""
     from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 
-    torch.cuda.synchronize = lambda: None  # there may be none here
     queue = AsyncCallsQueue(persistent)
 
     def save():
