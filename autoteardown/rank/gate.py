@@ -143,8 +143,6 @@ class Gate:
 
     def end_of_iteration(self) -> None:
         """In the hook, after the iteration was counted. A program that polls stops in its polls."""
-        if not self.pace.ends:
-            self.saves.does_more()
         self.pace.ends.append(monotonic())
         self.training.ident = ident = get_ident()
         if (self.holding or self.closed) and not self.polls:

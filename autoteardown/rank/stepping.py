@@ -17,6 +17,7 @@ from autoteardown.rank import gate
 
 _BACKWARD = "backward"
 _LOOKS = 0x1FF  # so many iterations, and one, between two looks at what seldom changes
+_FIRST = 2  # the count when the clock first knows that an iteration is over
 
 _graph_task: Callable[[], int] = lambda: -1  # noqa: E731  replaced by torch's own, which tells who is in backward
 _sequence: Optional[Callable[[], int]] = None  # counts the autograd nodes that this thread has made
@@ -93,7 +94,7 @@ def _step(who: object, fresh: bool) -> None:
     g = gate.gate
     if g.clock.step(who, fresh):
         g.end_of_iteration()
-        if not g.clock.count & _LOOKS:
+        if g.clock.count & _LOOKS == _FIRST:
             g.saves.does_more()
             _now_and_then()
 
