@@ -90,9 +90,8 @@ def position(ident: Optional[int]) -> Optional[tuple[int, int]]:
 def place(ident: Optional[int]) -> str:
     """What that thread is likely to wait for: "peers"; "work", of which nobody knows how long it takes; else ""."""
     frame: Any = sys._current_frames().get(ident) if ident is not None else None
-    while (
-        frame is not None
-    ):  # the innermost call tells: a loader may wait for its peers, a backward pass compile
+    # The innermost call tells: a loader may wait for its peers, a backward pass may compile.
+    while frame is not None:
         name = frame.f_code.co_filename
         if any(part in name for part in _SLOW):
             return "work"
