@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class Entry:
     """This process's own entry. Any thread may call any method at any time; none raises, none locks."""
 
-    __slots__ = ("_fields", "_over", "_path", "_pid", "_soon", "name")
+    __slots__ = ("_fields", "_gone", "_over", "_path", "_pid", "_soon", "name")
 
     def __init__(self, path: str, name: str, fields: Mapping[str, object], soon: Soon) -> None:
         """Use `enter`."""
@@ -30,7 +30,8 @@ class Entry:
         self._soon = soon
         self._path = path
         self._pid = os.getpid()
-        self._over = False
+        self._over = False  # nothing more is to be told
+        self._gone = False  # and it is to be there no more
         self._fields = {key: plain(value) for key, value in fields.items()}
 
     def update(self, **fields: object) -> None:
@@ -50,7 +51,7 @@ class Entry:
         """Disarmed; or, with an outcome, about to exit. May be called again: the last outcome counts."""
         if os.getpid() != self._pid or (outcome is None and "outcome" in self._fields):
             return
-        self._over = True
+        self._over = self._gone = True
         try:
             descriptor = folder.open_own(self._path)
             try:
@@ -59,6 +60,7 @@ class Entry:
                     return
             finally:
                 os.close(descriptor)
+            self._gone = False  # for those who drain this node
             self._fields.update(state="left", outcome=plain(outcome), exit_code=plain(exit_code))
             self._publish()
         except Exception:
@@ -95,7 +97,7 @@ class Entry:
         return True
 
     def _publish(self) -> None:
-        if self._over and "outcome" not in self._fields:
+        if self._gone:
             return
         # Two threads may be here at once, and the slower one would put back what the faster one has replaced:
         # whoever finds, after its own rename, that more is known by now sets it right.
@@ -104,7 +106,7 @@ class Entry:
             for _ in range(5):
                 snapshot = dict(self._fields)
                 folder.replace(descriptor, self.name, json.dumps(snapshot).encode("ascii"))
-                if self._over and "outcome" not in self._fields:
+                if self._gone:
                     folder.remove(descriptor, self.name)
                     return
                 if snapshot == self._fields:

@@ -10,7 +10,7 @@ Imports ctypes, as `import torch` does; so never at start-up.
 from __future__ import annotations
 
 import ctypes
-from typing import Callable
+from typing import Callable, Optional
 
 from autoteardown import primitives
 from autoteardown.boundary import failed
@@ -90,12 +90,39 @@ def run_saved(signum: int, disposition: bytes, ours: int) -> None:
     def run() -> None:
         restore(signum, disposition)
         try:
-            # To this thread: it has been handled when the call returns, if it returns.
-            _raise(signum)
+            # To this thread: it has been handled when the call returns, if it returns. Only faulthandler is sure to:
+            # it reads the frames of all threads, and crashes if they run on meanwhile.
+            (_raise_with_the_gil if _is_pythons(handler_of(signum)) else _raise)(signum)
         finally:
             set_handler(signum, ours)
 
     primitives.start_new_thread(run, ())
 
 
+def _is_pythons(handler: int) -> bool:
+    """Whether a handler is part of the interpreter: faulthandler's is."""
+    base = _loaded_at(handler)
+    return base is not None and base == _loaded_at(ctypes.cast(_setsig, ctypes.c_void_p).value)
+
+
+def _loaded_at(address: Optional[int]) -> Optional[int]:
+    """Where the library, or the program, begins in memory that has this address."""
+    found = _Symbol()
+    if _dladdr is None or not _dladdr(ctypes.c_void_p(address), ctypes.byref(found)):
+        return None
+    base: Optional[int] = found.base
+    return base
+
+
+class _Symbol(ctypes.Structure):  # Dl_info
+    _fields_ = [
+        ("file", ctypes.c_char_p),
+        ("base", ctypes.c_void_p),
+        ("name", ctypes.c_char_p),
+        ("address", ctypes.c_void_p),
+    ]
+
+
+_dladdr = getattr(ctypes.CDLL(None), "dladdr", None)
 _raise = ctypes.CDLL(None)["raise"]
+_raise_with_the_gil = ctypes.PyDLL(None)["raise"]

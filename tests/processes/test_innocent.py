@@ -68,6 +68,34 @@ def test_a_handler_in_c(job, when):
     assert (yielded is not None and yielded["outcome"] == "timeout") == (when in ("before", "after"))
 
 
+DUMPS = """
+import faulthandler, os, signal, threading, time
+from autoteardown.rank import dispositions
+
+faulthandler.register(signal.SIGUSR1, file=open(os.devnull, "w"))
+saved, ours = dispositions.save(signal.SIGUSR1), dispositions.handler_of(signal.SIGUSR1)
+
+def dump():
+    for _ in range(200):
+        dispositions.run_saved(signal.SIGUSR1, saved, ours)
+        time.sleep(0.003)
+
+def deep(depth):
+    return depth and deep(depth - 1)
+
+thread = threading.Thread(target=dump)
+thread.start()
+while thread.is_alive():
+    deep(150)
+"""
+
+
+def test_faulthandler_does_not_meet_running_threads():
+    """It reads the frames of all threads: called on a thread of ours beside the program's, it crashed the process."""
+    done = subprocess.run([sys.executable, "-c", DUMPS], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, ""), done
+
+
 def test_signal_first_imported_on_another_thread(job):
     """A rank all the same: what only the main thread can do is done when it comes by."""
     program = job.folder / "early.py"
@@ -124,9 +152,11 @@ def test_what_a_rank_executes_is_no_rank(job):
     """`os.execv` ends a rank and keeps its pid: `ps` does not list the new program, `drain` does not signal it."""
     rank = job.start(
         """
-        import os, sys
+        import glob, os, sys, time
         import torch.distributed as dist
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        while not glob.glob(os.environ["AUTOTEARDOWN_RUNTIME_DIR"] + "/*.json"):
+            time.sleep(0.01)  # it is written on the side
         print("rank", flush=True)
         os.execv("/bin/sleep", ["sleep", "3600"])
         """,

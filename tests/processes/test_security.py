@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from harness import AGENT, LOG_LINE, NONE, environment, free_port
+from harness import AGENT, LOG_LINE, NONE, environment, free_port, wait_until
 
 from autoteardown.stop import report
 from autoteardown.timeline import reports
@@ -166,7 +166,7 @@ def test_what_is_written_and_with_which_mode(job):
     )
     rank.wait_for("ready")
     runtime = homes["tmp"] / f"autoteardown-{os.getuid()}"
-    (entry,) = runtime.iterdir()
+    (entry,) = wait_until(lambda: list(runtime.glob("*.json")), "the entry, which is written on the side")
     assert (mode_of(runtime), mode_of(entry)) == (0o700, 0o600)
     assert rank.evict() == 0, rank.story()
     (written,) = (job.folder / "made" / "reports").iterdir()

@@ -275,6 +275,14 @@ def test_a_slow_writer_does_not_bring_back_an_entry_that_is_gone(runtime, interr
     assert list(runtime.iterdir()) == []
 
 
+def test_nor_one_that_told_of_the_end(runtime, interrupted_write):
+    """`leaving` says how it is to end, before it does."""
+    entry = enter(runtime)
+    interrupted_write(lambda: entry.leave("clean", 0))
+    entry.update(state="leaving", outcome="clean", exit_code=0)
+    assert list(runtime.iterdir()) == []
+
+
 def test_a_thread_that_never_gets_on_holds_nobody_up(runtime, interrupted_write):
     entry = enter(runtime)
     frozen, thaw = threading.Event(), threading.Event()
