@@ -90,8 +90,8 @@ def run_saved(signum: int, disposition: bytes, ours: int) -> None:
     def run() -> None:
         restore(signum, disposition)
         try:
-            # To this thread: it has been handled when the call returns, if it returns. Only faulthandler is sure to:
-            # it reads the frames of all threads, and crashes if they run on meanwhile.
+            # To this thread: it has been handled when the call returns, if it returns. faulthandler reads the frames
+            # of all threads, and crashes if they run on meanwhile; if it cannot write, there is still the fuse.
             (_raise_with_the_gil if _is_pythons(handler_of(signum)) else _raise)(signum)
         finally:
             set_handler(signum, ours)
