@@ -204,7 +204,7 @@ class Gate:
         """
         ident, until = get_ident(), monotonic() + limit
         while not self.closed and monotonic() < until:
-            needed = not ends or (ident == self.thread and not self._resumed)
+            needed = not ends or (self.count > 0 and ident == self.thread and not self._resumed)
             if needed and (self._resumed or self._last is not None):
                 break
             self.waits.wait(ident)

@@ -67,7 +67,9 @@ class MainThread:
             return True  # the driver was faster than Python's handler: that was for this signal
         if not (teardown is not None and teardown.committed and self.handed) and self.owner(signum):
             owns = armed.tap.application_owns(signum)
-            if self.defers(signum) and self._seen == 1 and (owns or not self.handed):
+            # Delivered before it came, on a peer's notice; the program may have left the group since.
+            together = self.defers(signum) or handed
+            if together and self._seen == 1 and (owns or not self.handed):
                 if self.handed and teardown is not None:
                     teardown.also_signalled(signum, sure=True)
                 return True
@@ -88,7 +90,7 @@ class MainThread:
             self._waits = True
             # Some C code (`re`, big integers) runs signal handlers but never lets go of the GIL: this may be the only
             # chance of the other threads. The training thread is not needed until the last iteration is known.
-            armed.gate.wait_for_plan(_PLAN_WAIT, ends)
+            armed.gate.wait_for_plan(armed.settings.hard if ends else _PLAN_WAIT, ends)
             self._waits = False
         self.stop()
         return True

@@ -243,8 +243,9 @@ def test_they_hear_of_it_before_the_group_is_gone(job):
     assert ranks[0].wait() == 42, ranks[0].story()
 
 
+@pytest.mark.parametrize("after", ["0", "3600"], ids=["trains", "has stepped once"])
 @pytest.mark.parametrize("handlers", ["together", "alone"])
-def test_one_that_puts_the_default_back_and_sends_itself_the_signal(job, handlers):
+def test_one_that_puts_the_default_back_and_sends_itself_the_signal(job, handlers, after):
     """As uvicorn and many others do when they have shut down: not a line of the program runs after that."""
     ranks = job.world(
         """
@@ -255,7 +256,7 @@ def test_one_that_puts_the_default_back_and_sends_itself_the_signal(job, handler
         dist.init_process_group("gloo")
         asked = threading.Event()
         signal.signal(signal.SIGTERM, lambda *_: asked.set())
-        apart.begin()
+        apart.begin(AFTER)
         print("ready", flush=True)
         while not asked.is_set():
             time.sleep(0.01)
@@ -263,7 +264,7 @@ def test_one_that_puts_the_default_back_and_sends_itself_the_signal(job, handler
         signal.raise_signal(signal.SIGTERM)
         while True:
             os.write(1, b"ran on\\n")
-        """,
+        """.replace("AFTER", after),
         AUTOTEARDOWN_HANDLERS=handlers,
         **PATIENT,
     )
@@ -273,7 +274,44 @@ def test_one_that_puts_the_default_back_and_sends_itself_the_signal(job, handler
     for rank in ranks:
         rank.signalled = ranks[0].signalled
         assert rank.outlast(16) == (0 if rank is ranks[0] else 143), rank.story()
-        assert "ran on" not in rank.stdout, rank.story()
+        assert not rank.count("ran on"), rank.story()
+
+
+def test_its_own_signal_after_it_has_left(job):
+    """The handler has run for this eviction, on a peer's notice, and its program has left the group: it is one call."""
+    ranks = job.world(
+        """
+        import signal, sys, time
+        import torch, torch.distributed as dist
+
+        def handler(*_):
+            global asked
+            asked = True
+            print("handler", flush=True)
+
+        asked = False
+        signal.signal(signal.SIGTERM, handler)
+        dist.init_process_group("gloo")
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+        while not asked:
+            optimizer.step()
+            print("step", flush=True)
+            time.sleep(0.01)
+        dist.destroy_process_group()
+        print("left", flush=True)
+        time.sleep(1)
+        sys.exit(42)
+        """,
+        **PATIENT,
+    )
+    for rank in ranks:
+        rank.wait_for("step\nstep")
+    ranks[0].signal()
+    ranks[1].wait_for("left")
+    ranks[1].signal()
+    for rank in ranks:
+        assert rank.outlast(16) == 42, rank.story()
+        assert rank.count("handler") == 1, rank.story()
 
 
 def test_a_handler_that_raises(job):
