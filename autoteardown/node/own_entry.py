@@ -51,11 +51,16 @@ class Entry:
         """Disarmed; or, with an outcome, about to exit. May be called again: the last outcome counts."""
         if os.getpid() != self._pid or (outcome is None and "outcome" in self._fields):
             return
-        self._over = self._gone = True
+        self._over = True
         try:
             descriptor = folder.open_own(self._path)
+        except Exception:
+            self._gone = True  # it may yet be made
+            return
+        try:
             try:
                 if outcome is None or not registry.markers(descriptor):
+                    self._gone = True  # first: who publishes it just now looks afterwards
                     folder.remove(descriptor, self.name)
                     return
             finally:

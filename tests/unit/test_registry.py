@@ -283,6 +283,33 @@ def test_nor_one_that_told_of_the_end(runtime, interrupted_write):
     assert list(runtime.iterdir()) == []
 
 
+def test_nor_does_one_take_away_what_a_drain_reads(runtime, interrupted_write, monkeypatch):
+    """Not for a moment: a rank whose entry is not there has ended without a word."""
+    entry = enter(runtime)
+    marker = registry.DrainMarker(str(runtime))
+    asked, answer, markers = threading.Event(), threading.Event(), registry.markers
+
+    def slow(descriptor):
+        asked.set()
+        answer.wait()
+        return markers(descriptor)
+
+    def leave():
+        thread.start()
+        asked.wait()
+
+    monkeypatch.setattr(registry, "markers", slow)
+    thread = threading.Thread(target=entry.leave, args=["clean", 0])
+    interrupted_write(leave)
+    entry.update(state="leaving", outcome="clean", exit_code=0)
+    there = (runtime / entry.name).exists()
+    answer.set()
+    thread.join()
+    assert there
+    assert (runtime / entry.name).exists()
+    marker.close()
+
+
 def test_a_thread_that_never_gets_on_holds_nobody_up(runtime, interrupted_write):
     entry = enter(runtime)
     frozen, thaw = threading.Event(), threading.Event()
