@@ -31,6 +31,12 @@ def is_ours() -> bool:
         return False
 
 
+def _fields(pid: int) -> list[bytes]:
+    """A /proc/<pid>/stat, from its third field (the state) on: field N is the one at N - 3."""
+    stat = _read(f"/proc/{pid}/stat")
+    return stat[stat.rindex(b")") + 1 :].split()
+
+
 def parse_stat(text: bytes) -> tuple[str, int]:
     """The state letter and the start time (field 22, in ticks since boot) of a /proc/<pid>/stat.
 
@@ -50,12 +56,13 @@ def start_time(pid: int) -> int | None:
 
 
 def age_and_use(pid: int) -> tuple[float, float] | None:
-    """Seconds since a process has started, and of processor time that it has used; None when there is none."""
+    """Seconds since a process has started, and of processor time that it has used; None when it has ended."""
     try:
-        stat = _read(f"/proc/{pid}/stat")
-        fields = stat[stat.rindex(b")") + 1 :].split()
+        fields = _fields(pid)
         user, system, started = int(fields[11]), int(fields[12]), int(fields[19])
     except (OSError, ValueError, IndexError):
+        return None
+    if fields[0] in b"ZXx":
         return None
     ticks = os.sysconf("SC_CLK_TCK")
     return time.clock_gettime(time.CLOCK_BOOTTIME) - started / ticks, (user + system) / ticks
@@ -108,8 +115,7 @@ def ancestors(pid: int) -> list[int]:
     found: list[int] = []
     while len(found) < 64:
         try:
-            stat = _read(f"/proc/{pid}/stat")
-            pid = int(stat[stat.rindex(b")") + 1 :].split()[1])
+            pid = int(_fields(pid)[1])
         except (OSError, ValueError, IndexError):
             break
         if pid < 1:
@@ -132,8 +138,7 @@ def image(pid: int) -> str:
     Empty where that cannot be seen.
     """
     try:
-        stat = _read(f"/proc/{pid}/stat")
-        code, _, stack = stat[stat.rindex(b")") + 1 :].split()[23:26]  # fields 26 and 28
+        code, _, stack = _fields(pid)[23:26]  # fields 26 and 28
     except (OSError, ValueError, IndexError):
         return ""
     return f"{int(code):x}-{int(stack):x}" if int(stack) else ""

@@ -33,9 +33,7 @@ class Writers:
     def __init__(self) -> None:
         self._looked = -inf
         self._any = False
-        self._used: dict[
-            int, float
-        ] = {}  # of each child: the processor time that it had used at the last look
+        self._used: dict[int, float] = {}  # processor time of each child and its own, at the last look
         self._until: dict[int, float] = {}  # when each ceases to be one, if it shows nothing more
 
     def any(self) -> bool:
@@ -49,14 +47,15 @@ class Writers:
         return self._any
 
     def _writes(self, child: int, now: float) -> bool:
-        if procfs.start_time(child) is None:
+        life = procfs.age_and_use(child)
+        if life is None:
             return False
-        family = [child, *procfs.descendants(child)]  # Megatron-core's has writers of its own
-        lives = [life for life in map(procfs.age_and_use, family) if life is not None]
+        offspring = procfs.descendants(child)  # Megatron-core's has writers of its own
+        lives = [life, *filter(None, map(procfs.age_and_use, offspring))]
         used, before = sum(use for _, use in lives), self._used.get(child)
         self._used[child] = used
-        computes = used != before and min((age for age, _ in lives), default=inf) < _YOUNG
-        if computes or any(map(_has_file_to_write, family)):
+        computes = used != before and min(lives)[0] < _YOUNG
+        if computes or any(map(_has_file_to_write, [child, *offspring])):
             self._until[child] = now + _MOMENT
         return now < self._until.get(child, -inf)
 
