@@ -4,6 +4,7 @@ import threading
 
 import pytest
 
+from autoteardown.rank import gate
 from autoteardown.rank.savers import Saves
 
 # Of Accelerate, safetensors, Transformers, Lightning, DeepSpeed, Megatron-core, Composer; and of programs' own.
@@ -70,3 +71,14 @@ def test_a_function_that_trains_does_not():
         assert inside("save_model", lambda: saves.shields(thread))
 
     inside("train_and_save", train)
+
+
+def test_a_function_that_polls_does_not():
+    """`stop_requested()` is the clock of a program that has no optimizer."""
+
+    def then():
+        gate.renew()
+        gate.poll()
+        return gate.gate.saves.shields(threading.get_ident())
+
+    assert not inside("generate_and_save", then)
