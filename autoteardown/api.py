@@ -6,7 +6,7 @@ import sys
 from typing import Any, Callable, Optional
 
 from autoteardown import startup
-from autoteardown.boundary import guarded
+from autoteardown.fail_open import guarded
 
 
 def status() -> dict[str, Any]:
@@ -22,7 +22,7 @@ def status() -> dict[str, Any]:
 
 @guarded
 def _status() -> dict[str, Any]:
-    from autoteardown.rank import gate
+    from autoteardown.training import gate
 
     if not startup.active():
         return {"active": False, "state": "off", "reason": startup.why_off or "AUTOTEARDOWN is not set"}
@@ -57,12 +57,13 @@ def arm() -> bool:
 def _arm() -> bool:
     if not startup.activate():
         return False
-    from autoteardown.rank import custom_groups, instrument
+    from autoteardown.process_groups import custom_groups
+    from autoteardown.rank import torch_hooks
 
-    instrument.disarmed = False
+    torch_hooks.disarmed = False
     c10d = sys.modules.get("torch.distributed.distributed_c10d")
     if c10d is not None and (c10d.is_initialized() or custom_groups.any_left()):
-        instrument.adopt()
+        torch_hooks.adopt()
     return True
 
 
@@ -71,9 +72,9 @@ def disarm() -> None:
     """Take the guard off this process, for good: handlers, threads and registry entry go."""
     if not startup.active():
         return
-    from autoteardown.rank import instrument
+    from autoteardown.rank import torch_hooks
 
-    instrument.disarmed = True
+    torch_hooks.disarmed = True
     guard = _guard()
     if guard is not None:
         guard.leave()
@@ -91,7 +92,7 @@ class protect:
     @guarded
     def __enter__(self) -> None:
         """Begin the block; a thread that should have stopped by now stops here."""
-        from autoteardown.rank import gate
+        from autoteardown.training import gate
 
         gate.gate.enter_save()
         self._gate = gate.gate
@@ -123,7 +124,7 @@ _poll: Optional[Callable[[], bool]] = None
 
 def _find_poll() -> Callable[[], bool]:
     global _poll
-    gate = sys.modules.get("autoteardown.rank.gate")
+    gate = sys.modules.get("autoteardown.training.gate")
     if gate is None:
         return bool
     found: Callable[[], bool] = gate.poll
@@ -152,7 +153,7 @@ def on_teardown(callback: Callable[[], object]) -> Callable[[], object]:
 @guarded
 def _register(callback: Callable[[], object]) -> None:
     if startup.active():
-        from autoteardown.rank import callbacks
+        from autoteardown.checkpoints import callbacks
 
         callbacks.registered.append(callback)
 

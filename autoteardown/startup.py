@@ -71,15 +71,15 @@ def _start() -> None:
             return
     import atexit
 
-    from autoteardown import finder
+    from autoteardown import import_hooks
 
     # Handlers run last in, first out: registered this early, ours runs when the program's own are done.
     atexit.register(_at_exit)
     if atexit._ncallbacks() > 1:
-        from autoteardown import exits
+        from autoteardown import exit_callbacks
 
-        exits.remember(_at_exit)
-    finder.install()
+        exit_callbacks.remember(_at_exit)
+    import_hooks.install()
     _active = True
 
 

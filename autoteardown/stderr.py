@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import select
 
-from autoteardown import primitives
+from autoteardown import unpatched
 
 
 def say(line: str, stderr: tuple[int, int] | None = None) -> None:
@@ -19,7 +19,7 @@ def say(line: str, stderr: tuple[int, int] | None = None) -> None:
     try:
         if stderr is not None and identity(2) != stderr:
             return
-        poll = primitives.poll()
+        poll = unpatched.poll()
         poll.register(2, select.POLLOUT)
         ready = poll.poll(0)
         if ready and ready[0][1] & select.POLLOUT:

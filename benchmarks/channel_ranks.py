@@ -16,7 +16,7 @@ import threading
 import time
 from typing import Any
 
-from autoteardown.stop.council import Council
+from autoteardown.stop.coordinator import Council
 
 Pipe = Any
 
@@ -78,7 +78,7 @@ def real(pipe: Pipe, port: int, ranks: range, world: int) -> None:
     import torch.distributed as dist
 
     from autoteardown.channel.channel import Channel
-    from autoteardown.channel.loop import Loop
+    from autoteardown.event_loop.loop import Loop
 
     first = ranks[0] == 0
     if not first:
@@ -137,8 +137,8 @@ def light(pipe: Pipe, port: int, ranks: range, world: int) -> None:
     """Ranks that each hold a connection, say what they have to, and do no more; one look into the store for all."""
     import torch.distributed as dist
 
-    from autoteardown.channel.messages import encode, proof
     from autoteardown.channel.rendezvous import KEY, Card
+    from autoteardown.channel.wire import encode, proof
 
     many_files()
     server = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)

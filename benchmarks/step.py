@@ -64,7 +64,7 @@ dist.destroy_process_group()
 
 def hook(rounds: int) -> None:
     """The hook beside a hook that does nothing, in nanoseconds a call."""
-    from autoteardown.rank import stepping
+    from autoteardown.training import optimizer_hooks
 
     def empty(optimizer: object, args: object, kwargs: object) -> None:
         pass
@@ -72,7 +72,7 @@ def hook(rounds: int) -> None:
     calls = 20_000
     found: dict[str, list[float]] = {"a hook that does nothing": [], "the agent's hook": []}
     for _ in range(rounds):
-        for name, function in zip(found, (empty, stepping._after_step)):
+        for name, function in zip(found, (empty, optimizer_hooks._after_step)):
             seconds = timeit.timeit(lambda function=function: function(None, (), {}), number=calls)  # type: ignore[misc]
             found[name].append(seconds / calls * 1e9)
     table(["call", "ns: median (quartiles)"], [[name, middle(values, 0)] for name, values in found.items()])

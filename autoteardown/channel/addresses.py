@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, Optional
 
-from autoteardown import primitives
+from autoteardown import unpatched
 
 MOST = 4
 """So many addresses, beside loopback: each is a listening socket."""
@@ -97,7 +97,7 @@ def interfaces() -> list[Interface]:
 def _ipv4() -> list[Interface]:
     import fcntl
 
-    sock = primitives.socket(_socket.AF_INET, _socket.SOCK_DGRAM)
+    sock = unpatched.socket(_socket.AF_INET, _socket.SOCK_DGRAM)
     try:
         table = array.array("B", bytes(_IFREQ * 256))
         request = struct.pack("iP", len(table), table.buffer_info()[0])
@@ -148,7 +148,7 @@ def connections(port: int, most: int = 64) -> list[tuple[Any, bool]]:
         try:
             if not os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
                 continue
-            sock = primitives.socket(fileno=os.dup(int(name)))
+            sock = unpatched.socket(fileno=os.dup(int(name)))
         except OSError:
             continue
         try:

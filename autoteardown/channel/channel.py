@@ -10,16 +10,17 @@ import os
 import weakref
 from typing import TYPE_CHECKING, Any, Callable, Optional
 
-from autoteardown import primitives
-from autoteardown.boundary import failed
-from autoteardown.channel import addresses, rendezvous, sockets
+from autoteardown import unpatched
+from autoteardown.channel import addresses, rendezvous
 from autoteardown.channel.connection import Connection, Deliver
-from autoteardown.channel.council import Council
+from autoteardown.channel.coordinator import Council
 from autoteardown.channel.hub import Hub
-from autoteardown.channel.messages import encode, kind_of
+from autoteardown.channel.wire import encode, kind_of
+from autoteardown.event_loop import sockets
+from autoteardown.fail_open import failed
 
 if TYPE_CHECKING:
-    from autoteardown.channel.loop import Loop
+    from autoteardown.event_loop.loop import Loop
 
 _PATIENCE = 0.5  # seconds for the loop thread, which needs nothing but the GIL, to come by
 _PUBLISH_AGAIN = 2.0  # seconds
@@ -163,7 +164,7 @@ class Channel:
         end, loop = self._end, self._loop
         if self._closed or end is None or loop is None or not loop.running or loop.is_current:
             return False
-        heard = primitives.allocate_lock()
+        heard = unpatched.allocate_lock()
         heard.acquire()
         loop.call(lambda: end.when_heard(lambda: _release(heard)))
         return heard.acquire(timeout=max(0.0, seconds))
@@ -180,7 +181,7 @@ class Channel:
         if loop.is_current or not loop.running:
             end.close()
             return
-        gone = primitives.allocate_lock()
+        gone = unpatched.allocate_lock()
         gone.acquire()
 
         def leave() -> None:

@@ -10,16 +10,16 @@ import collections
 import os
 from typing import TYPE_CHECKING, Any, Callable, Optional
 
-from autoteardown import primitives
-from autoteardown.boundary import failed
-from autoteardown.channel.dial import Link
-from autoteardown.channel.messages import Malformed, encode, kind_of, whole
-from autoteardown.channel.search import Search
-from autoteardown.channel.sockets import READ, Ended
+from autoteardown import unpatched
+from autoteardown.channel.connect import Link
+from autoteardown.channel.discovery import Search
+from autoteardown.channel.wire import Malformed, encode, kind_of, whole
+from autoteardown.event_loop.sockets import READ, Ended
+from autoteardown.fail_open import failed
 
 if TYPE_CHECKING:
-    from autoteardown.channel.loop import Loop, Timer
     from autoteardown.channel.rendezvous import Card, Desk
+    from autoteardown.event_loop.loop import Loop, Timer
 
 Deliver = Callable[[str, Any], object]
 
@@ -76,7 +76,7 @@ class Connection:
         if self._closed:
             return
         self._posted += 1
-        post = (self._posted, kind, value, primitives.monotonic())
+        post = (self._posted, kind, value, unpatched.monotonic())
         self._unheard.append(post)
         if self._link is not None:
             self._send(self._link, encode("p", *post[:3]))
@@ -223,7 +223,7 @@ class Connection:
         self._doubt = None
         if self._closed or not self._unheard:
             return
-        age = primitives.monotonic() - self._unheard[0][3]
+        age = unpatched.monotonic() - self._unheard[0][3]
         if self._link is not None and age >= UNHEARD:
             self._patience *= 2  # a hub that has too much to do is not helped by more connections
             self._search.set_out()

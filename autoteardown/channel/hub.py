@@ -10,18 +10,19 @@ import functools
 import os
 from typing import TYPE_CHECKING, Any, Callable, Optional
 
-from autoteardown.boundary import failed
-from autoteardown.channel import descriptors, sockets
-from autoteardown.channel.council import BORN, FAREWELLS, Council
-from autoteardown.channel.door import Door, Peer
-from autoteardown.channel.messages import FIRST, Malformed, encode, kind_of, whole
+from autoteardown.channel import fd_limits
+from autoteardown.channel.admission import Door, Peer
+from autoteardown.channel.broadcast import Telling
+from autoteardown.channel.coordinator import BORN, FAREWELLS, Council
 from autoteardown.channel.sitting import Sitting
-from autoteardown.channel.sockets import Ended
-from autoteardown.channel.telling import Telling
+from autoteardown.channel.wire import FIRST, Malformed, encode, kind_of, whole
+from autoteardown.event_loop import sockets
+from autoteardown.event_loop.sockets import Ended
+from autoteardown.fail_open import failed
 
 if TYPE_CHECKING:
-    from autoteardown.channel.loop import Loop, Timer
     from autoteardown.channel.rendezvous import Card
+    from autoteardown.event_loop.loop import Loop, Timer
 
 BACK_WITHIN = 2.0
 """Seconds that a rank has to come back after it has heard that its connection has ended, before it counts as lost."""
@@ -72,7 +73,7 @@ class Hub:
     ) -> None:
         self._loop, self._card = loop, card
         self._deliver = deliver
-        self._crowd = descriptors.Crowd(loop, self._heard_them)
+        self._crowd = fd_limits.Crowd(loop, self._heard_them)
         self._many = card.world > _MANY
         self._here = 0  # members that are connected
         self._door = Door(
@@ -90,7 +91,7 @@ class Hub:
     def start(self) -> None:
         """Let them come."""
         if self._many:
-            descriptors.make_room(self._card.world)
+            fd_limits.make_room(self._card.world)
         self._door.open()
         self._sitting.happened(0, "joined", None)
         self._tell()

@@ -17,10 +17,11 @@ import sys
 import weakref
 from typing import Any, Callable, NamedTuple, Optional
 
-from autoteardown import native, primitives
-from autoteardown.boundary import failed
-from autoteardown.channel import addresses, sockets
-from autoteardown.channel.messages import Malformed, name_of, whole
+from autoteardown import native_calls, unpatched
+from autoteardown.channel import addresses
+from autoteardown.channel.wire import Malformed, name_of, whole
+from autoteardown.event_loop import sockets
+from autoteardown.fail_open import failed
 
 KEY = "autoteardown/hub"
 _VERSION = 1
@@ -114,13 +115,13 @@ def _start(errand: Callable[[], object]) -> None:
 
     def run() -> None:
         try:
-            native.call(errand)
-        except native.Over:
+            native_calls.call(errand)
+        except native_calls.Over:
             pass
         except Exception as error:
             failed("to use the store", error)
 
-    primitives.start_new_thread(run, ())
+    unpatched.start_new_thread(run, ())
 
 
 class Desk:
@@ -137,7 +138,7 @@ class Desk:
         root = _root(store)
         tcp = getattr(sys.modules.get("torch.distributed"), "TCPStore", ())
         self.port: Optional[int] = root.port if isinstance(root, tcp) else None
-        self._busy = primitives.allocate_lock()
+        self._busy = unpatched.allocate_lock()
         self._since = 0.0  # when it was taken
         self._found = False  # whether there has been a card
         self._seen = False  # whether a connection with the store's server has been seen
@@ -166,7 +167,7 @@ class Desk:
             return True
         # The program itself waits in that client: for NCCL's unique id, say, until rank 0 comes to its first
         # collective. That may take long, and another client may not.
-        if primitives.monotonic() - self._since < _STUCK or self._cloning:
+        if unpatched.monotonic() - self._since < _STUCK or self._cloning:
             return False
         clone = getattr(self._store(), "clone", None)
         if clone is None:  # torch before 2.8
@@ -186,7 +187,7 @@ class Desk:
         """Have a thread do something in the store; False while another is still at it."""
         if not self._busy.acquire(False):
             return False
-        self._since = primitives.monotonic()
+        self._since = unpatched.monotonic()
 
         def run() -> None:
             try:

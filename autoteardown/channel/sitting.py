@@ -5,13 +5,13 @@ from __future__ import annotations
 from math import inf
 from typing import TYPE_CHECKING, Any, Callable, Optional
 
-from autoteardown import primitives
-from autoteardown.boundary import failed
-from autoteardown.channel.council import Council
-from autoteardown.channel.said import Said
+from autoteardown import unpatched
+from autoteardown.channel.coordinator import Council
+from autoteardown.channel.message_log import Said
+from autoteardown.fail_open import failed
 
 if TYPE_CHECKING:
-    from autoteardown.channel.loop import Loop, Timer
+    from autoteardown.event_loop.loop import Loop, Timer
 
 
 class Sitting:
@@ -32,7 +32,7 @@ class Sitting:
     def happened(self, rank: int, kind: str, value: Any) -> None:
         """Have the council hear it (see `Council.on`)."""
         try:
-            for to, what, content in self._council.on(rank, kind, value, primitives.monotonic()):
+            for to, what, content in self._council.on(rank, kind, value, unpatched.monotonic()):
                 self.said.add(to, what, content)
         except Exception as error:
             failed("the council", error)
@@ -52,7 +52,7 @@ class Sitting:
             self._alarm.cancel()
             self._alarm = None
         if wake < inf and not self._over:
-            self._alarm = self._loop.at(max(0.001, wake - primitives.monotonic()), self._tick)
+            self._alarm = self._loop.at(max(0.001, wake - unpatched.monotonic()), self._tick)
             self._alarm.due = wake
 
     def _tick(self) -> None:

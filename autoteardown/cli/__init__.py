@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 import autoteardown
-from autoteardown.node.record import printable
+from autoteardown.node.entry import printable
 
 COMMANDS = {
     "doctor": "is the agent active here, and if not, why",

@@ -9,7 +9,7 @@ import sys
 
 from autoteardown import settings
 from autoteardown.node import registry
-from autoteardown.node.record import Record, printable
+from autoteardown.node.entry import Record, printable
 
 SUMMARY = "list the armed ranks on this node"
 

@@ -19,7 +19,7 @@ from autoteardown.drills.job import AFTERMATH
 from autoteardown.drills.outcome import Outcome, RankOutcome
 from autoteardown.drills.scenario import AGENT, Scenario
 from autoteardown.node import registry
-from autoteardown.node.record import Record
+from autoteardown.node.entry import Record
 
 TICK = 0.05
 SETTLED = 5.0  # seconds without another rank: the rest of the world is on other nodes

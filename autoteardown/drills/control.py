@@ -12,7 +12,7 @@ from autoteardown.drills.display import Display
 from autoteardown.drills.outcome import Outcome, RankOutcome
 from autoteardown.drills.scenario import NONE, Scenario
 from autoteardown.node import procfs
-from autoteardown.node.record import Record
+from autoteardown.node.entry import Record
 
 
 class ControlDrill(CommandDrill):

@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 
-from autoteardown import primitives
+from autoteardown import unpatched
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def _outside_method() -> bool:
     """
     if not _is_worker():
         return False
-    frame: Any = sys._current_frames().get(primitives.main_ident() or 0)
+    frame: Any = sys._current_frames().get(unpatched.main_ident() or 0)
     above = None
     while frame is not None:
         code = frame.f_code
@@ -106,7 +106,7 @@ def waits_for_method(inside: Callable[[str], list[int]], loop: Any, parked: Iter
     if inside(_TRAINING_IS_CALLED_IN) or _outside_method():
         return True
     # Those of threaded actors and concurrency groups are on threads of a pool.
-    if set(inside(_METHODS_ARE_CALLED_IN)).difference(parked, [primitives.main_ident()]):
+    if set(inside(_METHODS_ARE_CALLED_IN)).difference(parked, [unpatched.main_ident()]):
         return True
     if loop is None or asyncio is None:
         return False

@@ -14,7 +14,7 @@ import signal
 import time
 
 from autoteardown.node import procfs, registry
-from autoteardown.node.record import Record, printable
+from autoteardown.node.entry import Record, printable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

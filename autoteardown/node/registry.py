@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import os
 
-from autoteardown.node import folder, procfs
-from autoteardown.node.record import MARKER, Record, identity, load, name_of, own_name, plain
+from autoteardown.node import procfs, safe_folder
+from autoteardown.node.entry import MARKER, Record, identity, load, name_of, own_name, plain
 
 TYPE_CHECKING = False  # typing costs an import
 if TYPE_CHECKING:
@@ -25,9 +25,9 @@ class DrainMarker:
 
     def __init__(self, runtime_dir: str) -> None:
         """Put it up if the folder can be written; a drain without it only learns less."""
-        self._path = folder.absolute(runtime_dir)
+        self._path = safe_folder.absolute(runtime_dir)
         self._name = MARKER + own_name()
-        self._act(lambda descriptor: folder.replace(descriptor, self._name, b"{}"))
+        self._act(lambda descriptor: safe_folder.replace(descriptor, self._name, b"{}"))
 
     def tell(self, names: Sequence[str], until: float) -> None:
         """Write into it, before they are signalled, when the processes of these entries will be killed.
@@ -37,15 +37,15 @@ class DrainMarker:
             until: on the clock of `time.monotonic`, which all processes of a machine share.
         """
         content = json.dumps({"until": until, "ranks": list(names)}).encode("ascii")
-        self._act(lambda descriptor: folder.replace(descriptor, self._name, content))
+        self._act(lambda descriptor: safe_folder.replace(descriptor, self._name, content))
 
     def close(self) -> None:
         """Take it down."""
-        self._act(lambda descriptor: folder.remove(descriptor, self._name))
+        self._act(lambda descriptor: safe_folder.remove(descriptor, self._name))
 
     def _act(self, act: Callable[[int], None]) -> None:
         try:
-            descriptor = folder.open_own(self._path)
+            descriptor = safe_folder.open_own(self._path)
             try:
                 act(descriptor)
             finally:
@@ -57,7 +57,7 @@ class DrainMarker:
 def read(runtime_dir: str, problem: Problem | None = None) -> list[Record]:
     """The living ranks of this user and pid namespace. What is certainly dead is removed on the way."""
     try:
-        descriptor = folder.open_own(folder.absolute(runtime_dir))
+        descriptor = safe_folder.open_own(safe_folder.absolute(runtime_dir))
         try:
             living = [name for name in sweep(descriptor) if not name.startswith((".", MARKER))]
             records = [load(descriptor, name) for name in living]
@@ -77,7 +77,7 @@ def reread(runtime_dir: str, record: Record) -> Record | None:
 
     Raises OSError when that cannot be told: the folder is no longer to be trusted, or the file is no entry.
     """
-    descriptor = folder.open_own(folder.absolute(runtime_dir))
+    descriptor = safe_folder.open_own(safe_folder.absolute(runtime_dir))
     try:
         found = load(descriptor, record.name)
         if found is None and record.name in os.listdir(descriptor):
@@ -90,7 +90,7 @@ def reread(runtime_dir: str, record: Record) -> Record | None:
 def elsewhere(runtime_dir: str) -> int:
     """How many entries belong to other pid namespaces or boots: to containers that share the folder."""
     try:
-        names = os.listdir(folder.absolute(runtime_dir))
+        names = os.listdir(safe_folder.absolute(runtime_dir))
     except OSError:
         return 0
     ours = f"-{procfs.space()}.json"
@@ -113,7 +113,7 @@ def _is_still(record: Record) -> bool:
 def state_of(runtime_dir: str, pid: int) -> str | None:
     """The state of one armed process; None when it is none. A few system calls, for whoever asks often."""
     try:
-        descriptor = folder.open_own(folder.absolute(runtime_dir))
+        descriptor = safe_folder.open_own(safe_folder.absolute(runtime_dir))
         try:
             record = load(descriptor, name_of(pid))
         finally:
@@ -131,7 +131,7 @@ def sweep(descriptor: int) -> list[str]:
     if not any(name.startswith(MARKER) for name in living):  # a drain has yet to read the entries of the dead
         for name in known:
             if not known[name]:
-                folder.remove(descriptor, name)
+                safe_folder.remove(descriptor, name)
     return living
 
 
@@ -144,7 +144,7 @@ def markers(descriptor: int) -> list[str]:
 def told(descriptor: int, marker: str, name: str) -> float | None:
     """What that drain has told the process with this entry."""
     try:
-        content = json.loads(folder.read(descriptor, marker))
+        content = json.loads(safe_folder.read(descriptor, marker))
         until = plain(content["until"])
         return float(until) if name in content["ranks"] and isinstance(until, (int, float)) else None
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):

@@ -10,21 +10,23 @@ import os
 import sys
 from typing import Any, Callable, Optional
 
-from autoteardown import native
-from autoteardown.boundary import failed, guarded
+from autoteardown import native_calls
 from autoteardown.channel import channel as channels
+from autoteardown.checkpoints import callbacks
+from autoteardown.fail_open import failed, guarded
 from autoteardown.frameworks import ray
-from autoteardown.node.record import printable, text, whole
-from autoteardown.primitives import allocate_lock, get_ident
-from autoteardown.rank import backends, callbacks, stepping
-from autoteardown.rank.armed import Armed
-from autoteardown.rank.hands import RankHands
-from autoteardown.rank.lost import Watch
+from autoteardown.node.entry import printable, text, whole
+from autoteardown.process_groups import operations
+from autoteardown.rank.control import RankHands
+from autoteardown.rank.lost_peer import Watch
 from autoteardown.rank.main_thread import MainThread
-from autoteardown.stop.council import Council
+from autoteardown.rank.state import Armed
+from autoteardown.stop.coordinator import Council
 from autoteardown.stop.driver import Teardown, end
-from autoteardown.stop.fuse import Fuse
-from autoteardown.stop.words import understood
+from autoteardown.stop.message_types import understood
+from autoteardown.stop.posix_timer import Fuse
+from autoteardown.training import optimizer_hooks
+from autoteardown.unpatched import allocate_lock, get_ident
 
 _GOODBYE = 0.2  # seconds for the others to hear that this rank has left by itself
 _SETTLE = 2.0  # seconds at exit for what our threads do in C++
@@ -44,7 +46,7 @@ class Guard(Armed):
         self._finalized = False
         self._fuse = Fuse()
         self._signalled = False
-        self._hooks: Optional[stepping.Hooks] = None
+        self._hooks: Optional[optimizer_hooks.Hooks] = None
 
     # -- the life of a rank -----------------------------------------------------------------------------------------
 
@@ -70,13 +72,13 @@ class Guard(Armed):
 
     def join(self) -> None:
         """After torch's init, or that of a group without it: the world is known."""
-        world = backends.world()
+        world = operations.world()
         if world is None:
             return
         self.joined, self.unshared = True, world.alone
         self.identity.joined(world)
         if self._hooks is None:
-            self._hooks = stepping.Hooks(self.listening.look_again)
+            self._hooks = optimizer_hooks.Hooks(self.listening.look_again)
         callbacks.prepare(self.settings.on_teardown, self.identity.log.line)
         loop = self.listening.loop
         if self.settings.peers and world.size > 1 and loop is not None and not world.alone:
@@ -208,7 +210,7 @@ class Guard(Armed):
         self._leave_to_the_stop()
         self.identity.unlist()
         channels.close_all()
-        native.settle(_SETTLE)
+        native_calls.settle(_SETTLE)
 
     def _leave_to_the_stop(self) -> None:
         teardown = self.teardown

@@ -7,10 +7,10 @@ import socket
 import sys
 from typing import Any, Callable, Optional
 
-from autoteardown import primitives
-from autoteardown.boundary import guarded
-from autoteardown.node import own_entry
-from autoteardown.rank.backends import World
+from autoteardown import unpatched
+from autoteardown.fail_open import guarded
+from autoteardown.node import registration
+from autoteardown.process_groups.operations import World
 from autoteardown.settings import Settings
 from autoteardown.stop.report import Log
 
@@ -28,12 +28,12 @@ class Identity:
         self.world_size: Optional[int] = None
         self.backend: Optional[str] = None
         self.log = Log(settings.log, self.host, settings.job, settings.log_format)
-        self._entry: Optional[own_entry.Entry] = None
+        self._entry: Optional[registration.Entry] = None
 
     def joining(self) -> None:
         """Before torch's init: what the launcher says."""
         self._is(_environment_int("RANK"), _environment_int("WORLD_SIZE"))
-        self._entry = own_entry.enter(self.settings.runtime_dir, self._fields(), self.log.line, _soon)
+        self._entry = registration.enter(self.settings.runtime_dir, self._fields(), self.log.line, _soon)
 
     def joined(self, world: World) -> None:
         """After torch's init: what is true. The registry is yet to be told."""
@@ -86,7 +86,7 @@ class Identity:
 def _soon(function: Callable[[], object]) -> None:
     """On a thread that ends with it: neither init nor the loop thread, which hears signals, is to wait for a disk."""
     try:
-        primitives.start_new_thread(guarded(function), ())
+        unpatched.start_new_thread(guarded(function), ())
     except RuntimeError:  # no thread to be had
         function()
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Callable, Optional
 
-from autoteardown.primitives import get_ident
-from autoteardown.rank import threads
-from autoteardown.rank.armed import Armed
+from autoteardown import thread_stacks
+from autoteardown.rank.state import Armed
+from autoteardown.unpatched import get_ident
 
 _PLAN_WAIT = 2.0  # seconds that the main thread waits, in the signal handler, to know if it is to run on
 
@@ -114,11 +114,11 @@ class MainThread:
         # The function that it stands for runs no handler in its midst, so its caller need not expect one to raise:
         # uvloop leaves its loop through it. It is asked again, as often as it takes.
         loop = armed.listening.loop
-        if loop is not None and loop.running and threads.in_stand_in():
+        if loop is not None and loop.running and thread_stacks.in_stand_in():
             loop.call(lambda: armed.listening.on_main(self.stop))
             return
         # An exception in an exit callback would be printed, and cut it short. Ours is the last of them, and waits.
-        if ident != gate.thread and threads.in_exit_callback():
+        if ident != gate.thread and thread_stacks.in_exit_callback():
             return
         if armed.teardown is not None and armed.teardown.leaving:
             gate.parking.leave()

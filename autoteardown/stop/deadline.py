@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Callable, Optional
 
-from autoteardown.primitives import monotonic, sleep
-from autoteardown.stop.aside import aside
-from autoteardown.stop.fuse import Fuse
+from autoteardown.stop.bounded import aside
+from autoteardown.stop.posix_timer import Fuse
+from autoteardown.unpatched import monotonic, sleep
 
 _BEFORE = 0.1  # seconds before the deadline when a thread of ours ends the process; the fuse comes after it
 _FUSE = 0.02

@@ -13,17 +13,18 @@ import _queue
 import os
 from typing import Any, Callable, NoReturn, Optional
 
-from autoteardown import exits, native
-from autoteardown.boundary import guarded
-from autoteardown.primitives import allocate_lock, sleep, start_new_thread
-from autoteardown.stop import abort_signal, collector, lastwords, protocol, terms
-from autoteardown.stop.account import Account
+from autoteardown import exit_callbacks, native_calls
+from autoteardown.fail_open import guarded
+from autoteardown.process_groups import watchdog_abort
+from autoteardown.stop import final_report, gc_pause, protocol, types
+from autoteardown.stop.actions import Orders
+from autoteardown.stop.control import Hands
 from autoteardown.stop.deadline import Deadline
-from autoteardown.stop.fuse import Fuse
-from autoteardown.stop.hands import Hands
-from autoteardown.stop.lookout import Lookout
-from autoteardown.stop.orders import Orders
-from autoteardown.stop.story import Story
+from autoteardown.stop.outcome import Story
+from autoteardown.stop.polling import Lookout
+from autoteardown.stop.posix_timer import Fuse
+from autoteardown.stop.record import Account
+from autoteardown.unpatched import allocate_lock, sleep, start_new_thread
 
 _POLL = 0.02  # seconds between looks at what sends no event
 _FLUSH = 0.2  # seconds for the last posts to get to the hub
@@ -89,7 +90,7 @@ class Teardown:
     def _drive(self) -> None:
         try:
             self._shorten()
-            facts = native.call(lambda: self.hands.facts(self._account.cause))
+            facts = native_calls.call(lambda: self.hands.facts(self._account.cause))
             self._owner = facts.owner
             stop = self.stop = protocol.Stop(self._limits(), facts)
             self._open()
@@ -103,7 +104,7 @@ class Teardown:
                 except _queue.Empty:
                     event, value = "tick", None
                 self._take(stop, event, value)
-        except native.Over:  # the application has ended by itself
+        except native_calls.Over:  # the application has ended by itself
             sleep(_FOR_EVER)
         except BaseException as error:  # ours: it may cost the teardown, not the exit code
             problem = f"internal error: {type(error).__name__}: {error}"
@@ -161,17 +162,17 @@ class Teardown:
             # The process is sure to end (the fuse burns), and with our exit code, not with that of a communicator's
             # watchdog. An application that ends by itself may have an abort of its own.
             if not self._owner:
-                abort_signal.hold_off()
+                watchdog_abort.hold_off()
             # A collection would run finalizers of the program on our threads, and those take locks.
-            collector.pause()
+            gc_pause.pause()
             self.hands.mark(state="stopping")
         else:
-            collector.resume()
+            gc_pause.resume()
             self.hands.mark(state="yielding")
 
-    def _limits(self) -> terms.Limits:
+    def _limits(self) -> types.Limits:
         s = self.hands.settings
-        return terms.Limits(
+        return types.Limits(
             hard=self._deadline.hard - _LAST_WORDS - 0.1,
             yield_=self._account.yields,
             step=s.step_timeout,
@@ -195,7 +196,7 @@ class Teardown:
             return
         # From here on the program's own code decides how the process ends: it may call os._exit, or free what cannot
         # be freed. So the report is written before, and the fuse made shorter.
-        lastwords.write(self.story(), self.hands, _LAST_WORDS, final=False)
+        final_report.write(self.story(), self.hands, _LAST_WORDS, final=False)
         latest = self.now + self.hands.settings.exit_timeout + _LONG_LAST_WORDS + _LAST_WORDS
         self._deadline.light(self.exit_code, latest)
         if self.hands.is_stuck_outside():
@@ -224,7 +225,7 @@ class Teardown:
 
     def ended(self) -> None:
         """On the main thread, last of all atexit callbacks, when the program is over."""
-        exits.run_earlier()
+        exit_callbacks.run_earlier()
         self._finish()
 
     def _finish(self, patience: Optional[float] = None) -> None:
@@ -236,13 +237,13 @@ class Teardown:
                 left = self._deadline.hard - _LAST_WORDS - self.now
                 patience = max(_LAST_WORDS, min(_LONG_LAST_WORDS, left))
             story = self.story(final=True)
-            lastwords.write(story, self.hands, patience, final=True)
+            final_report.write(story, self.hands, patience, final=True)
             if (
                 self.stop is not None
                 and self.stop.wedged
                 and self.now < self._deadline.hard - _LONG_LAST_WORDS
             ):
-                lastwords.write_evidence(story, self.hands, _LAST_WORDS)
+                final_report.write_evidence(story, self.hands, _LAST_WORDS)
             self.say(story.summary(), event="done", outcome=story.outcome)
         finally:
             end(lambda: self.exit_code)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from math import inf
 from typing import Any, Optional
 
-from autoteardown.stop.terms import Action, Facts, Limits, Phase
+from autoteardown.stop.types import Action, Facts, Limits, Phase
 
 _FROM_THE_COUNCIL = ("notice", "plan", "even", "halt", "quiet", "gone")
 _LATEST = ("saving", "busy", "still", "progress", "stopped", "down")  # of these, what was heard last counts

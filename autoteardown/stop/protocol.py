@@ -18,7 +18,7 @@ from math import inf
 from typing import Any, Optional
 
 from autoteardown.stop.machine import Machine
-from autoteardown.stop.terms import Phase
+from autoteardown.stop.types import Phase
 
 # A rank that knows nothing of its peers, and no accelerator whose memory they could touch, gives them this long.
 COURTESY = 1.0

@@ -15,8 +15,8 @@ import time
 from typing import Any, Optional
 
 from autoteardown import stderr
-from autoteardown.node import folder
-from autoteardown.node.record import printable
+from autoteardown.node import safe_folder
+from autoteardown.node.entry import printable
 
 TERMINATION_LOG_BYTES = 4096  # what Kubernetes keeps of it
 _MOST_OF_A_NAME = 20
@@ -134,7 +134,7 @@ def write_report(directory: str, name: str, report: dict[str, Any]) -> Optional[
     name = _wanted(name, report)
     try:
         os.makedirs(directory, 0o755, exist_ok=True)
-        descriptor = folder.open_any(directory)
+        descriptor = safe_folder.open_any(directory)
         try:
             data = json.dumps(report, indent=1, default=str).encode("ascii")
             _write_own(descriptor, (directory, name), data)
@@ -170,13 +170,13 @@ _own: dict[
 
 def _write_own(descriptor: int, wanted: tuple[str, str], data: bytes) -> None:
     if wanted in _own:
-        folder.replace(descriptor, _own[wanted], data, 0o644)
+        safe_folder.replace(descriptor, _own[wanted], data, 0o644)
         return
     stem, dot, suffix = wanted[1].rpartition(".json")
     for number in range(1, _MOST_OF_A_NAME + 1):
         name = wanted[1] if number == 1 else f"{stem}-{number}{dot}{suffix}"
         try:
-            folder.create(descriptor, name, data, 0o644)
+            safe_folder.create(descriptor, name, data, 0o644)
         except FileExistsError:
             continue
         _own[wanted] = name

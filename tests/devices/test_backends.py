@@ -13,7 +13,7 @@ HEAD = f"""
 import os, sys, time, threading, json
 sys.path.insert(1, {str(TESTS)!r})
 import simulated_accelerator, torch, torch.distributed as dist
-from autoteardown.rank import backends
+from autoteardown.process_groups import operations
 
 def say(name, value):
     print(name, json.dumps(value), flush=True)
@@ -38,19 +38,20 @@ for _ in range(3):
 other = dist.new_group([0, 1])
 dist.all_reduce(ones, group=other)
 device.synchronize()
-say("before", [backends.sequence_numbers(), backends.stuck_collective()])
+say("before", [operations.sequence_numbers(), operations.stuck_collective()])
 if rank == 0:
     dist.broadcast(ones, 0, group=other)
     def look():
         time.sleep(0.3)
-        first = backends.progress()
+        first = operations.progress()
         time.sleep(0.3)
-        say("still", backends.progress() == first)
-        stuck = backends.stuck_collective()
+        say("still", operations.progress() == first)
+        stuck = operations.stuck_collective()
         say("stuck", dict(stuck))
-        say("written", backends.evidence(os.environ["EVIDENCE"], stuck))
+        say("written", operations.evidence(os.environ["EVIDENCE"], stuck))
         say("found", stuck)
-        say("cost", [timed(backends.progress), timed(backends.sequence_numbers), timed(backends.stuck_collective)])
+        costs = operations.progress, operations.sequence_numbers, operations.stuck_collective
+        say("cost", [timed(each) for each in costs])
     beside(look)
     device.synchronize()
 else:
@@ -98,7 +99,7 @@ for _ in range(10):
 def look():
     seen = set()
     while True:
-        seen.add(backends.progress())
+        seen.add(operations.progress())
         say(f"values{len(seen)}", True)
         time.sleep(0.02)
 beside(look)
@@ -122,9 +123,9 @@ dist.all_reduce(ones)
 if dist.get_rank() == 0:
     def look():
         time.sleep(0.5)
-        say("numbers", backends.sequence_numbers())
-        say("stuck", backends.stuck_collective())
-        say("cost", [timed(backends.progress), timed(backends.sequence_numbers)])
+        say("numbers", operations.sequence_numbers())
+        say("stuck", operations.stuck_collective())
+        say("cost", [timed(operations.progress), timed(operations.sequence_numbers)])
     beside(look)
     dist.broadcast(ones, 0)
     dist.barrier()
@@ -147,15 +148,15 @@ def test_a_device_by_the_name_that_its_vendor_gave_it(job, devices, waitable, bo
         job,
         f"""
 device = simulated_accelerator.install(waitable={waitable})
-say("unused", backends.accelerators())
+say("unused", operations.accelerators())
 dist.init_process_group("simulated", device_id=torch.device("simulated:0") if {bound} else None)
 dist.all_reduce(torch.ones(1, device="simulated"))
 device.compute(700)
 start = time.monotonic()
-say("drained", backends.drain())
+say("drained", operations.drain())
 say("took", time.monotonic() - start)
-say("used", backends.accelerators())
-say("unwaitable", backends.unwaitable())
+say("used", operations.accelerators())
+say("unwaitable", operations.unwaitable())
 """,
         1,
         devices,
@@ -175,8 +176,8 @@ device = simulated_accelerator.install()
 dist.init_process_group("simulated", device_id=torch.device("simulated:0"))
 graph = device.graph()
 graph.__enter__()
-say("drained", backends.drain())
-say("unwaitable", backends.unwaitable())
+say("drained", operations.drain())
+say("unwaitable", operations.unwaitable())
 """,
         1,
         devices,

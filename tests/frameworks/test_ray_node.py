@@ -15,7 +15,7 @@ import pytest
 from harness import AGENT, NONE, alive, environment, free_port, wait_until
 
 from autoteardown import settings
-from autoteardown.node import ray_start as ray_node
+from autoteardown.launchers import ray_start as ray_node
 
 # Has its handler put in as Ray does it: in Python, late, on the main thread. Its Node is where Ray has it.
 NODE = """
@@ -66,7 +66,7 @@ NODE = """
 
 RANK = """
     import os, signal, sys, time
-    from autoteardown.node import own_entry
+    from autoteardown.node import registration
 
     runtime = os.environ["AUTOTEARDOWN_RUNTIME_DIR"]
 
@@ -78,7 +78,7 @@ RANK = """
             os._exit(0)
 
     signal.signal(signal.SIGTERM, leave)
-    entry = own_entry.enter(runtime, {"rank": 0, "world_size": 1}, print)
+    entry = registration.enter(runtime, {"rank": 0, "world_size": 1}, print)
     print("ready", flush=True)
     if sys.argv[1] == "ends":
         time.sleep(1)

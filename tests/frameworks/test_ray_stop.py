@@ -9,7 +9,7 @@ import pytest
 from harness import AGENT, NONE, environment
 from test_ray_node import RANK
 
-from autoteardown.node import ray_stop
+from autoteardown.launchers import ray_stop
 
 RAYLET = """
 import os, subprocess, sys

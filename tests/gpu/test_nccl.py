@@ -308,7 +308,7 @@ def test_what_the_collectives_tell(job, rows, tmp_path):
 import json, os, sys, threading, time
 sys.path[1:1] = [{str(TESTS)!r}, {str(ROOT)!r}]
 import torch, torch.distributed as dist
-from autoteardown.rank import backends
+from autoteardown.process_groups import operations
 rank = int(os.environ["RANK"])
 if {CUDA}:
     os.environ.update(NCCL_HOSTID=f"rank{{rank}}", NCCL_NET="Socket", NCCL_SOCKET_IFNAME="lo", NCCL_IB_DISABLE="1")
@@ -327,17 +327,17 @@ def say(name, value):
 
 def look():
     time.sleep(1)
-    first = backends.progress()
+    first = operations.progress()
     time.sleep(1)
-    say("still", first is not None and backends.progress() == first)
-    stuck = backends.stuck_collective()
+    say("still", first is not None and operations.progress() == first)
+    stuck = operations.stuck_collective()
     say("stuck", stuck)
     start = time.perf_counter()
     for _ in range(100):
-        backends.progress()
+        operations.progress()
     say("cost", (time.perf_counter() - start) * 1e4)
-    say("numbers", backends.sequence_numbers())
-    say("written", backends.evidence({str(tmp_path / "dump")!r}, stuck))
+    say("numbers", operations.sequence_numbers())
+    say("written", operations.evidence({str(tmp_path / "dump")!r}, stuck))
     say("found", stuck)
 
 if rank == 0:

@@ -206,7 +206,7 @@ def test_hidden_by_another_sitecustomize(tmp_path):
 def test_a_start_up_that_fails(tmp_path):
     package = tmp_path / "autoteardown"
     shutil.copytree(ROOT / "autoteardown", package, ignore=shutil.ignore_patterns("__pycache__"))
-    (package / "finder.py").write_text("raise RuntimeError('broken')\n")
+    (package / "import_hooks.py").write_text("raise RuntimeError('broken')\n")
     done = python(
         "-m", "autoteardown", "doctor", "--json", AUTOTEARDOWN="1", PYTHONPATH=str(tmp_path), timeout=150
     )

@@ -20,14 +20,14 @@ import autoteardown
 PACKAGE = Path(autoteardown.__file__).parent
 SOURCE = Path(__file__).parents[2]
 GATE = ["autoteardown", "autoteardown.startup", "autoteardown.switch"]
-ON = [*GATE, "autoteardown.finder"]
+ON = [*GATE, "autoteardown.import_hooks"]
 
 # Says what a process looks like from inside. Imports only what start-up has imported anyway, but for json, last.
 PROBE = """
 import sys, os
 modules = sorted(sys.modules)
 ours = [name for name in modules if name.partition(".")[0] == "autoteardown"]
-finders = sum(type(finder).__module__ == "autoteardown.finder" for finder in sys.meta_path)
+finders = sum(type(finder).__module__ == "autoteardown.import_hooks" for finder in sys.meta_path)
 startup = sys.modules.get("autoteardown.startup")
 descriptors = sorted(os.listdir("/proc/self/fd"))[:-1]
 threads = len(os.listdir("/proc/self/task"))
@@ -252,7 +252,7 @@ def test_switched_on_from_code():
     "error", ["SystemExit(3)", "KeyboardInterrupt", "MemoryError", "RuntimeError('ours')"]
 )
 def test_whatever_start_up_raises_the_program_runs(broken, error):
-    (broken / "autoteardown" / "finder.py").write_text(f"raise {error}\n")
+    (broken / "autoteardown" / "import_hooks.py").write_text(f"raise {error}\n")
     done = python("-c", "print('ran')", AUTOTEARDOWN="1", PYTHONPATH=str(broken))
     assert (done.returncode, done.stdout) == (0, "ran\n")
     assert done.stderr.startswith(f"autoteardown: start-up failed: {error.partition('(')[0]}(")
@@ -282,8 +282,8 @@ def run_on(code, *folders):
 def test_the_tap_is_in_place_when_signal_has_been_imported_and_its_loader_is_its_own():
     code = (
         "import signal, _signal, importlib.machinery as machinery\n"
-        "from autoteardown import signals\n"
-        "assert signals.tap is not None\n"
+        "from autoteardown.signals import interception\n"
+        "assert interception.tap is not None\n"
         "loaders = {type(signal.__loader__), type(signal.__spec__.loader)}\n"
         "print(loaders == {machinery.SourceFileLoader}, signal.getsignal(signal.SIGTERM) is signal.SIG_DFL)"
     )
@@ -296,8 +296,8 @@ def test_asking_whether_a_module_exists_is_not_importing_it(fake_torch):
         "found = [util.find_spec(name) for name in ('signal', 'torch')]\n"
         "print([spec.loader.get_filename() == spec.origin for spec in found], 'wrapt' in sys.modules)\n"
         "import torch, signal\n"
-        "from autoteardown import signals\n"
-        "print(torch.saw_wrapt, signals.tap is not None)"
+        "from autoteardown.signals import interception\n"
+        "print(torch.saw_wrapt, interception.tap is not None)"
     )
     assert run_on(code, fake_torch).split("\n") == ["[True, True] False", "True True"]
 
@@ -332,8 +332,8 @@ def test_what_find_spec_returns_can_be_copied_pickled_and_compared(fake_torch):
         "    assert len({each.loader for each in copies}) == 1\n"
         "    assert type(pickle.loads(pickle.dumps(spec.loader))).__module__ == '_frozen_importlib_external'\n"
         "import signal, torch\n"
-        "from autoteardown import signals\n"
-        "print(torch.saw_wrapt, signals.tap is not None)"
+        "from autoteardown.signals import interception\n"
+        "print(torch.saw_wrapt, interception.tap is not None)"
     )
     assert run_on(code, fake_torch) == "True True"
 
@@ -345,8 +345,8 @@ def test_a_finder_ahead_of_ours_cannot_hide_torch(fake_torch):
         "    def find_spec(self, name, path=None, target=None):\n"
         "        return machinery.PathFinder.find_spec(name, path) if name == 'torch' else None\n"
         "sys.meta_path.insert(0, First())\n"
-        "import torch; print('autoteardown.rank.instrument' in sys.modules)\n"
-        "import torch.part; print('autoteardown.rank.instrument' in sys.modules)\n"
+        "import torch; print('autoteardown.rank.torch_hooks' in sys.modules)\n"
+        "import torch.part; print('autoteardown.rank.torch_hooks' in sys.modules)\n"
         "print(type(torch.part.__spec__.loader).__name__)"
     )
     assert run_on(code, fake_torch).split() == ["False", "True", "SourceFileLoader"]
@@ -356,10 +356,10 @@ def test_torch_imported_before_the_agent_is_hooked_late(fake_torch):
     code = (
         "import sys, torch, signal\n"
         "from autoteardown import startup\n"
-        "assert 'autoteardown.rank.instrument' not in sys.modules\n"
+        "assert 'autoteardown.rank.torch_hooks' not in sys.modules\n"
         "startup.activate()\n"
-        "from autoteardown import signals\n"
-        "print('autoteardown.rank.instrument' in sys.modules, signals.tap is not None)"
+        "from autoteardown.signals import interception\n"
+        "print('autoteardown.rank.torch_hooks' in sys.modules, interception.tap is not None)"
     )
     assert python("-c", code, PYTHONPATH=str(fake_torch)).stdout == "True True\n"
 

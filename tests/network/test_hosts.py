@@ -7,7 +7,8 @@ import pytest
 from hosts import Net, needs, slow_line, split
 from talkers import Talk, expect_lost
 
-from autoteardown.channel import connection, hub, rendezvous, sockets
+from autoteardown.channel import connection, hub, rendezvous
+from autoteardown.event_loop import sockets
 
 pytestmark = needs()
 

@@ -13,7 +13,8 @@ from harness import wait_until
 from hosts import Net, needs, slow_line
 from jobs_on_hosts import end_by_themselves, hub_port, out_in_time, stopped_together, train
 
-from autoteardown.channel import connection, hub, sockets
+from autoteardown.channel import connection, hub
+from autoteardown.event_loop import sockets
 
 pytestmark = needs("ss", "nft")
 

@@ -7,13 +7,13 @@ from harness import NONE
 
 PROGRAM = """
 import ctypes, os, sys, threading, time
-from autoteardown.stop import abort_signal
-from autoteardown.stop.fuse import Fuse
+from autoteardown.process_groups import watchdog_abort
+from autoteardown.stop.posix_timer import Fuse
 
 signal_handler = __import__("signal").signal
 signal_handler(__import__("signal").SIGUSR1, lambda *_: None)
 if {held}:
-    assert abort_signal.hold_off()
+    assert watchdog_abort.hold_off()
 abort = ctypes.CDLL(None).abort if {c} else os.abort  # without the GIL, or with it
 if not {c}:
     Fuse().light(1, 7)
@@ -68,7 +68,7 @@ def test_an_exit_while_our_thread_is_in_cpp(job):
         """
         import datetime, os, signal, time
         import torch.distributed as dist
-        from autoteardown.rank import backends
+        from autoteardown.process_groups import operations
         store = dist.HashStore()
         dist.init_process_group("gloo", store=store, rank=0, world_size=1)
         going = []
@@ -81,7 +81,7 @@ def test_an_exit_while_our_thread_is_in_cpp(job):
                 except Exception:
                     pass
 
-        backends.progress = progress
+        operations.progress = progress
 
         def leave(signum, frame):
             seen = len(going)

@@ -10,7 +10,7 @@ import pytest
 from harness import PATIENCE, free_port, needs_torch, stat, wait_until
 from talkers import Talk, expect_lost
 
-from autoteardown.channel import addresses, connection, dial, door, hub, messages, rendezvous
+from autoteardown.channel import addresses, admission, connect, connection, hub, rendezvous, wire
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def until_closed(sock):
 
 def hello(card, rank, member="stranger", attempt=1, heard=0, token=None):
     said = (rank, card.world, member, attempt, heard, 0)
-    return messages.encode("hello", *said, messages.proof(token or card.token, "hello", *said))
+    return wire.encode("hello", *said, wire.proof(token or card.token, "hello", *said))
 
 
 # -- who hears what ---------------------------------------------------------------------------------------------
@@ -223,7 +223,7 @@ def test_a_hub_that_has_much_to_do(talk):
             assert sock.recv(1024).startswith(b'["hello",')
             since = time.monotonic()
             second.accept()[0].close()
-            assert time.monotonic() - since > dial._ANSWER / 4
+            assert time.monotonic() - since > connect._ANSWER / 4
 
 
 def test_a_connection_that_ends_is_made_again(talk):
@@ -494,7 +494,7 @@ def test_a_wrong_token(talk):
     card = card_of(talk)
     for rank in (1, 2):
         with call_on(card) as sock:
-            sock.sendall(hello(card, rank, token="f" * 32) + messages.encode("p", 1, "notice", {}))
+            sock.sendall(hello(card, rank, token="f" * 32) + wire.encode("p", 1, "notice", {}))
             assert until_closed(sock) == b""
     still_well(ranks, "after")
     assert ranks[0].heard("notice") == []
@@ -515,20 +515,20 @@ def test_a_replayed_line(talk):
     first.expect("ready")
     first.ask("open", answer="opened")
     card = card_of(talk)
-    once = hello(card, 1) + messages.encode("p", 1, "once", None) * 3
+    once = hello(card, 1) + wire.encode("p", 1, "once", None) * 3
     with call_on(card) as sock:
         sock.sendall(once)
         first.expect("heard", "once")
         with call_on(card) as other:
             other.sendall(once)
             assert json.loads(until_closed(other)) == ["no", "that has been said before"]
-        sock.sendall(messages.encode("p", 2, "twice", None))  # and this connection is not disturbed
+        sock.sendall(wire.encode("p", 2, "twice", None))  # and this connection is not disturbed
         first.expect("heard", "twice")
     with call_on(card) as sock:  # the rank itself comes again, and does not know what has arrived
-        sock.sendall(hello(card, 1, attempt=2) + messages.encode("p", 2, "twice", None))
-        sock.sendall(messages.encode("p", 3, "thrice", None))
+        sock.sendall(hello(card, 1, attempt=2) + wire.encode("p", 2, "twice", None))
+        sock.sendall(wire.encode("p", 3, "thrice", None))
         first.expect("heard", "thrice")
-        sock.sendall(messages.encode("p", 5, "gap", None))
+        sock.sendall(wire.encode("p", 5, "gap", None))
         until_closed(sock)
     heard = first.heard("once", "twice", "thrice", "gap")
     assert [kind for kind, _ in heard] == ["once", "twice", "thrice"]
@@ -542,13 +542,13 @@ def test_a_replayed_line_of_an_earlier_life(talk):
     card = card_of(talk)
     for life in ("one", "two"):
         with call_on(card) as sock:
-            sock.sendall(hello(card, 1, life) + messages.encode("p", 1, life, None))
+            sock.sendall(hello(card, 1, life) + wire.encode("p", 1, life, None))
             first.expect("heard", life)
     with call_on(card) as sock:
-        sock.sendall(hello(card, 1, "one") + messages.encode("p", 1, "replayed", None))
+        sock.sendall(hello(card, 1, "one") + wire.encode("p", 1, "replayed", None))
         assert json.loads(until_closed(sock)) == ["no", "that has been said before"]
     with call_on(card) as sock:
-        sock.sendall(hello(card, 1, "three") + messages.encode("p", 1, "after", None))
+        sock.sendall(hello(card, 1, "three") + wire.encode("p", 1, "after", None))
         first.expect("heard", "after")
     assert first.heard("replayed") == []
 
@@ -564,7 +564,7 @@ def test_silent_connections_are_few(talk):
         socks.append(call_on(card))
         if len(socks) > min(2000, soft // 2):
             socks.pop(0).close()
-    assert ranks[0].ask("count")[0] - before <= door.GUESTS + 2
+    assert ranks[0].ask("count")[0] - before <= admission.GUESTS + 2
     ranks[1].tell("do", CUT)
     ranks[1].expect("heard", "up")
     ranks[1].tell("post", "after", None)
@@ -580,7 +580,7 @@ def test_a_guest_has_little_time(talk):
     with call_on(card_of(talk)) as sock:
         start = time.monotonic()
         until_closed(sock)
-        assert time.monotonic() - start < 2 * door.GUEST_SECONDS + 5
+        assert time.monotonic() - start < 2 * admission.GUEST_SECONDS + 5
 
 
 def two_of_three(talk):

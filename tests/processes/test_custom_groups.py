@@ -121,7 +121,7 @@ LIFE = """
     import json, os, signal, sys, threading, time
     import torch, torch.distributed as dist
     import autoteardown
-    from autoteardown.rank import backends, guard
+    from autoteardown.process_groups import operations; from autoteardown.rank import guard
     from custom_group import init_custom_process_group
 
     def in_registry():
@@ -158,7 +158,7 @@ LIFE = """
         say("default")
         third = init_custom_process_group(next(ports), 0, 1, "third")
         dist.all_reduce(torch.ones(1), group=third)
-        print("numbers", json.dumps([sorted(backends.sequence_numbers()), sorted(backends.comparable_numbers())]))
+        print("numbers", json.dumps([sorted(operations.sequence_numbers()), sorted(operations.comparable_numbers())]))
         dist.destroy_process_group(third)
         say("without third")
         dist.destroy_process_group()

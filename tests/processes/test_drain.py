@@ -12,21 +12,21 @@ import pytest
 from harness import NONE, alive, wait_until
 from namespaces import in_pid_namespace
 
-from autoteardown.node import drain, own_entry, procfs, registry
-from autoteardown.node.record import own_name
+from autoteardown.node import drain, procfs, registration, registry
+from autoteardown.node.entry import own_name
 
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away, or mount one")
 
 # A stand-in for a rank: it is in the registry, and takes its signal in the way it is told to.
 RANK = """
     import os, signal, sys
-    from autoteardown.node import own_entry
+    from autoteardown.node import registration
 
     how, number = sys.argv[1:]
     fields = {"rank": int(number), "world_size": 2, "backend": "gloo", "program": "train.py"}
     if how == "other signal":
         fields["signal"] = signal.SIGUSR1
-    entry = own_entry.enter(os.environ["AUTOTEARDOWN_RUNTIME_DIR"], fields, print)
+    entry = registration.enter(os.environ["AUTOTEARDOWN_RUNTIME_DIR"], fields, print)
 
     def leave(signum, frame):
         print("got", signum, flush=True)
@@ -277,7 +277,7 @@ def test_without_pidfds(ranks, runtime, monkeypatch, error):
 
 
 def test_it_does_not_signal_itself(ranks, runtime):
-    own_entry.enter(str(runtime), {"rank": 9})
+    registration.enter(str(runtime), {"rank": 9})
     ranks("clean")
     descriptors = len(os.listdir("/proc/self/fd"))
     told, _ = drain.drain(str(runtime), signal.SIGTERM, 60)

@@ -56,10 +56,10 @@ def test_a_driver_that_hangs(job):
     (rank,) = job.world(
         """
         import time
-        from autoteardown.rank import hands
+        from autoteardown.rank import control
         import torch.distributed as dist
         dist.init_process_group("gloo")
-        hands.RankHands.facts = lambda self, cause: time.sleep(600)
+        control.RankHands.facts = lambda self, cause: time.sleep(600)
         print("ready", flush=True)
         time.sleep(600)
         """,

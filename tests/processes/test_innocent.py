@@ -47,8 +47,8 @@ if when == "noticed":
     for _ in range(1100):  # nobody asks: the agent looks now and then
         optimizer.step()
 elif when != "before":
-    from autoteardown import signals
-    print("mended", signals.tap.prepare().look_again(), flush=True)
+    from autoteardown.signals import interception
+    print("mended", interception.tap.prepare().look_again(), flush=True)
 print("ready", flush=True)
 time.sleep(3600)
 """
@@ -70,7 +70,7 @@ def test_a_handler_in_c(job, when):
 
 DUMPS = """
 import faulthandler, os, signal, threading, time
-from autoteardown.rank import dispositions
+from autoteardown.signals import dispositions
 
 faulthandler.register(signal.SIGUSR1, file=open(os.devnull, "w"))
 saved, ours = dispositions.save(signal.SIGUSR1), dispositions.handler_of(signal.SIGUSR1)

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from autoteardown.stop.council import ABSENT
+from autoteardown.stop.coordinator import ABSENT
 
 BLOCKED = "vanished.py"
 

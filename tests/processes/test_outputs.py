@@ -253,7 +253,7 @@ def test_a_cleaner_of_tmp(job):
         """
         import time
         import torch.distributed as dist
-        import autoteardown.channel.loop as loop
+        import autoteardown.event_loop.loop as loop
         loop.DAY = 0.2
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         print("ready", flush=True)

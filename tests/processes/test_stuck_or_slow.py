@@ -192,9 +192,9 @@ def test_a_registry_whose_disk_hangs(job):
     ranks = job.world(
         """
         import time
-        from autoteardown.node import folder
+        from autoteardown.node import safe_folder
         import torch, torch.distributed as dist
-        folder.replace = lambda *args: time.sleep(600)
+        safe_folder.replace = lambda *args: time.sleep(600)
         dist.init_process_group("gloo")
         weight = torch.nn.Parameter(torch.zeros(1))
         optimizer = torch.optim.SGD([weight], lr=0.1)

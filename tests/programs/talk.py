@@ -12,9 +12,9 @@ import sys
 import threading
 import time
 
-from autoteardown import native
+from autoteardown import native_calls
 from autoteardown.channel import channel as channels
-from autoteardown.channel.loop import Loop
+from autoteardown.event_loop.loop import Loop
 
 
 class Council:
@@ -143,7 +143,7 @@ def main():
             say("done")
         elif what == "end":
             channels.close_all()
-            native.settle(2)
+            native_calls.settle(2)
             return
         elif what == "exit":
             os._exit(0)

@@ -13,7 +13,7 @@ from math import inf
 from typing import TYPE_CHECKING, Any, Callable
 
 from autoteardown.stop.protocol import Stop
-from autoteardown.stop.terms import Facts
+from autoteardown.stop.types import Facts
 
 if TYPE_CHECKING:
     from simulation import World

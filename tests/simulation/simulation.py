@@ -15,9 +15,9 @@ from typing import Any, Callable
 
 from simulated_rank import Member, Rank
 
-from autoteardown.stop.council import Council
-from autoteardown.stop.terms import Limits
-from autoteardown.stop.words import understood
+from autoteardown.stop.coordinator import Council
+from autoteardown.stop.message_types import understood
+from autoteardown.stop.types import Limits
 
 DEFAULT = Limits()
 

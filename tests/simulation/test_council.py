@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from autoteardown.stop.council import ABSENT, Council
-from autoteardown.stop.roll_call import CONFIRM
-from autoteardown.stop.words import understood
+from autoteardown.stop.alignment import CONFIRM
+from autoteardown.stop.coordinator import ABSENT, Council
+from autoteardown.stop.message_types import understood
 
 
 class Group:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autoteardown.stop.protocol import CONNECTING, COURTESY, LOOK, RECONNECTING, SKEW, Stop
-from autoteardown.stop.terms import Facts, Limits
+from autoteardown.stop.types import Facts, Limits
 
 LIMITS = Limits()  # 8 s for the step, 5 drain, 5 destroy, 3 abort, 3 exit: 24 in all
 PEERS = Facts(world=4, channel=True)

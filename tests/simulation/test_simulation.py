@@ -19,7 +19,7 @@ from simulated_rank import BREAKABLE, FATES, ONCE, POSTS, Member
 from simulation import DEFAULT, Schedule, World
 
 from autoteardown.stop.protocol import SKEW
-from autoteardown.stop.terms import Limits
+from autoteardown.stop.types import Limits
 
 FIRST_SEED = int(os.environ.get("AUTOTEARDOWN_SIM_SEED", "0"))
 LETTERS = {

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from autoteardown.rank.clock import Clock
+from autoteardown.training.iterations import Clock
 
 
 def marked(steps: str, forwards: str = "", clock: Clock | None = None) -> tuple[str, int]:

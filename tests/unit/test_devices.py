@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from autoteardown.rank import backends, collectives, devices
+from autoteardown.process_groups import collectives, devices, operations
 
 
 class Group:
@@ -64,19 +64,19 @@ def module(waited, used=True, count=1, **more):
 def test_modules_known_by_name(torch, name):
     waited = []
     setattr(torch, name, module(waited))
-    assert (backends.accelerators(), backends.drain(), backends.unwaitable()) == ([name], None, [])
+    assert (operations.accelerators(), operations.drain(), operations.unwaitable()) == ([name], None, [])
     assert waited == [None]
     setattr(torch, name, module(waited, used=False))
-    assert (backends.accelerators(), backends.drain(), waited) == ([], None, [None])
+    assert (operations.accelerators(), operations.drain(), waited) == ([], None, [None])
 
 
 def test_the_name_that_a_vendor_gave_to_privateuse1(torch):
     waited = []
     torch._C._get_privateuse1_backend_name = lambda: "neuron"
     torch.neuron = module(waited)
-    assert (backends.accelerators(), backends.drain(), waited) == (["neuron"], None, [None])
+    assert (operations.accelerators(), operations.drain(), waited) == (["neuron"], None, [None])
     torch._C._get_privateuse1_backend_name = lambda: "privateuseone"
-    assert backends.accelerators() == []
+    assert operations.accelerators() == []
 
 
 def test_what_only_torch_accelerator_can_wait_for(torch):
@@ -85,34 +85,34 @@ def test_what_only_torch_accelerator_can_wait_for(torch):
         current_accelerator=lambda: SimpleNamespace(type="new"), synchronize=lambda *args: waited.append(args)
     )
     torch.new = SimpleNamespace(is_initialized=lambda: True, device_count=lambda: 1)
-    assert (backends.accelerators(), backends.drain(), waited) == (["new"], None, [()])
-    assert backends.unwaitable() == []
+    assert (operations.accelerators(), operations.drain(), waited) == (["new"], None, [()])
+    assert operations.unwaitable() == []
     torch.accelerator.current_accelerator = lambda: 1 / 0  # 2.6 raises where there is none
-    assert backends.accelerators() == []
+    assert operations.accelerators() == []
 
 
 def test_in_use_and_nothing_to_wait_with(torch):
     """A module without `is_initialized`: what a group has launched on it, or is bound to, tells."""
     torch._C._get_privateuse1_backend_name = lambda: "neuron"
     torch.neuron = SimpleNamespace()
-    assert backends.unwaitable() == []
+    assert operations.unwaitable() == []
     torch.add("0", "cpu:gloo,neuron:nccom", launched={"cpu": 7, "neuron": 0})
-    assert backends.unwaitable() == []  # configured for it as for all that there is
+    assert operations.unwaitable() == []  # configured for it as for all that there is
     torch.add("1", "neuron:nccom", launched={"neuron": 3})
-    assert [text.partition(":")[0] for text in backends.unwaitable()] == ["neuron"]
-    assert backends.drain() is None
+    assert [text.partition(":")[0] for text in operations.unwaitable()] == ["neuron"]
+    assert operations.drain() is None
 
 
 def test_a_group_that_is_bound(torch):
     torch._C._get_privateuse1_backend_name = lambda: "neuron"
     torch.add("0", "neuron:nccom", bound=("neuron", 2))
-    assert backends.accelerators() == ["neuron"]
-    assert len(backends.unwaitable()) == 1
+    assert operations.accelerators() == ["neuron"]
+    assert len(operations.unwaitable()) == 1
 
 
 def test_xla_is_not_supported(torch):
     torch.add("0", "cpu:gloo,xla:xla")
-    assert [text.partition(":")[0] for text in backends.unwaitable()] == ["xla"]
+    assert [text.partition(":")[0] for text in operations.unwaitable()] == ["xla"]
 
 
 def test_a_capture_is_neither_idle_nor_wedged(torch):
@@ -121,15 +121,15 @@ def test_a_capture_is_neither_idle_nor_wedged(torch):
 
     torch.cuda = module([])
     torch.cuda.synchronize = synchronize
-    assert backends.drain() is None
-    assert backends.unwaitable() == ["cuda: a graph is being captured"]
+    assert operations.drain() is None
+    assert operations.unwaitable() == ["cuda: a graph is being captured"]
 
 
 def test_another_error_is_a_problem(torch):
     torch.cuda = module([])
     torch.cuda.synchronize = lambda device: 1 / 0
-    assert "ZeroDivisionError" in backends.drain()
-    assert backends.unwaitable() == []
+    assert "ZeroDivisionError" in operations.drain()
+    assert operations.unwaitable() == []
 
 
 @pytest.mark.parametrize(
@@ -153,18 +153,18 @@ def test_which_of_several_devices(torch, monkeypatch, has, expected):
         torch.add("0", "xpu:xccl", bound=has["bound"])
     if "local_rank" in has:
         monkeypatch.setenv("LOCAL_RANK", has["local_rank"])
-    assert backends.drain() is None
+    assert operations.drain() is None
     assert waited == expected
 
 
 def test_sequence_numbers(torch):
-    assert backends.sequence_numbers() == {}
+    assert operations.sequence_numbers() == {}
     torch.add("0", "cpu:gloo,cuda:nccl", launched={"cpu": 2, "cuda": 40})
     torch.add("1", "cuda:nccl", launched={"cuda": 7})
     torch.add("2", "gloo", launched={"cpu": 5})
     torch.add("3", "neuron:nccom", launched={"neuron": 9}, counts=False)
     torch.add("4", "mpi", counts=False)
-    assert backends.sequence_numbers() == {"0/cpu": 2, "0/cuda": 40, "1": 7, "2": 5, "3": 9}
+    assert operations.sequence_numbers() == {"0/cpu": 2, "0/cuda": 40, "1": 7, "2": 5, "3": 9}
 
 
 ENTRIES = [
@@ -211,13 +211,13 @@ def test_the_flight_recorder(torch, tmp_path, dumps):
     torch.cuda = module([])
     torch.add("0", "cuda:nccl", launched={"cuda": 6})
     torch.add("1", "cuda:nccl", launched={"cuda": 5})
-    first = backends.progress()
-    assert first is not None and hash(first) and first == backends.progress()
+    first = operations.progress()
+    assert first is not None and hash(first) and first == operations.progress()
     torch.add("2", "cuda:nccl", launched={"cuda": 1})
-    assert first != backends.progress()
-    stuck = backends.stuck_collective()
+    assert first != operations.progress()
+    stuck = operations.stuck_collective()
     assert stuck == {"op": None, "seq": 5, "group": "0"}
-    written = backends.evidence(str(tmp_path / "report"), stuck)
+    written = operations.evidence(str(tmp_path / "report"), stuck)
     assert written == [str(tmp_path / "report-nccl.trace")] == [str(path) for path in tmp_path.iterdir()]
     assert stuck["op"] == "_all_gather_base"
 
@@ -232,14 +232,14 @@ def test_a_dump_goes_through_no_link_and_over_no_file(torch, tmp_path):
     planted = [folder / f"report-nccl.trace.{os.getpid()}", folder / ".report-nccl.trace"]
     for path in planted:
         path.symlink_to(precious)
-    (written,) = backends.evidence(str(folder / "report"))
+    (written,) = operations.evidence(str(folder / "report"))
     assert json.loads((folder / "report-nccl.trace").read_bytes())["entries"]
     assert precious.read_text() == "precious"
     assert (folder / "report-nccl.trace").stat().st_mode & 0o133 == 0
     assert {str(path) for path in folder.iterdir()} == {written, *map(str, planted)}
     (folder / "other-nccl.trace").symlink_to(precious)
     with pytest.raises(FileExistsError):
-        backends.evidence(str(folder / "other"))
+        operations.evidence(str(folder / "other"))
     assert precious.read_text() == "precious" and (folder / "other-nccl.trace").is_symlink()
 
 
@@ -253,21 +253,21 @@ def test_entries_are_not_asked_for_while_a_device_may_hang(torch):
 
     torch.recorders._dump_nccl_trace_json = dump
     torch.cuda = module([])
-    backends.progress()
-    backends.stuck_collective()
+    operations.progress()
+    operations.stuck_collective()
     assert asked and not any(asked)
     torch.cuda = module([], used=False)
-    assert backends.stuck_collective() == {"op": "_all_gather_base", "seq": 5, "group": "0"}
+    assert operations.stuck_collective() == {"op": "_all_gather_base", "seq": 5, "group": "0"}
 
 
 def test_a_flight_recorder_that_is_off_or_absent(torch, tmp_path):
-    assert backends.progress() is backends.stuck_collective() is None
-    assert backends.evidence(str(tmp_path / "report")) == []
+    assert operations.progress() is operations.stuck_collective() is None
+    assert operations.evidence(str(tmp_path / "report")) == []
     collectives._found.clear()
     torch.recorders._dump_nccl_trace_json = lambda **_: b'{"version": "2.4"}'
     torch.recorders._dump_fr_trace_json = lambda **_: 1 / 0
-    assert backends.progress() is backends.stuck_collective() is None
-    assert backends.evidence(str(tmp_path / "report")) == []
+    assert operations.progress() is operations.stuck_collective() is None
+    assert operations.evidence(str(tmp_path / "report")) == []
 
 
 @pytest.mark.parametrize("kind", ["cuda", "npu"])
@@ -278,6 +278,6 @@ def test_the_abort_of_a_backend_before_groups_had_one(torch, kind):
     group._get_backend = lambda device: {kind: SimpleNamespace(abort=lambda: aborted.append(device))}[device]
     torch.add("1", "cpu:gloo", launched={"cpu": 1})
     done = threading.Event()
-    assert backends.can_abort()
-    backends.abort(lambda problem: problem or done.set())
+    assert operations.can_abort()
+    operations.abort(lambda problem: problem or done.set())
     assert done.wait(20) and aborted == [kind]

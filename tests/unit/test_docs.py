@@ -56,7 +56,7 @@ def test_the_tests_that_are_named_exist(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_modules_that_are_named_exist(page):
-    """`rank/parking.py` is one of the package's."""
+    """`training/parking.py` is one of the package's."""
     for room, name in re.findall(r"`((?:autoteardown/)?[a-z]+/)?(\w+\.py)`", page.read_text("utf-8")):
         there = [ROOT / room / name, ROOT / "autoteardown" / room / name]
         if room or name not in {"train.py", "serve.py", "sitecustomize.py", "launch.py"}:

@@ -11,8 +11,8 @@ import time
 import pytest
 from harness import wait_until
 
-from autoteardown import boundary
-from autoteardown.channel import loop as loops
+from autoteardown import fail_open
+from autoteardown.event_loop import loop as loops
 
 PATIENCE = 20
 
@@ -117,8 +117,8 @@ def test_watching(loop, heard):
 def test_what_is_called_may_fail(loop, heard, monkeypatch, problem):
     """Said once; a descriptor whose callback fails is watched no more, or the thread would spin."""
     said = []
-    monkeypatch.setattr(boundary, "say", said.append)
-    monkeypatch.setattr(boundary, "_said", set())
+    monkeypatch.setattr(fail_open, "say", said.append)
+    monkeypatch.setattr(fail_open, "_said", set())
 
     def fail(*args):
         raise problem
@@ -139,7 +139,7 @@ def test_what_is_called_may_fail(loop, heard, monkeypatch, problem):
 
 
 def test_a_hearer_that_fails_hears_the_next_signal(monkeypatch):
-    monkeypatch.setattr(boundary, "say", lambda text: None)
+    monkeypatch.setattr(fail_open, "say", lambda text: None)
     heard = queue.SimpleQueue()
 
     def hear(data):

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from autoteardown.rank import gate
 from autoteardown.rank.main_thread import MainThread
+from autoteardown.training import gate
 
 SIGNUM = signal.SIGTERM
 

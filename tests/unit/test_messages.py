@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from autoteardown.channel import addresses, rendezvous
 from autoteardown.channel.addresses import Interface
-from autoteardown.channel.messages import (
+from autoteardown.channel.message_log import MOST, Said
+from autoteardown.channel.wire import (
     KIND,
     LIMIT,
     Lines,
@@ -21,7 +22,6 @@ from autoteardown.channel.messages import (
     proven,
     whole,
 )
-from autoteardown.channel.said import MOST, Said
 
 VALUES = st.recursive(
     st.none()

@@ -14,8 +14,8 @@ import pytest
 from harness import NONE, wait_until
 from namespaces import in_pid_namespace
 
-from autoteardown.node import folder, own_entry, procfs, registry
-from autoteardown.node.record import own_name
+from autoteardown.node import procfs, registration, registry, safe_folder
+from autoteardown.node.entry import own_name
 
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="only root can make files of another user")
 NOBODY = 65534
@@ -30,7 +30,7 @@ def runtime(tmp_path):
 
 def enter(runtime, **fields):
     problems = []
-    entry = own_entry.enter(str(runtime), {"rank": 0, "world_size": 2, **fields}, problems.append)
+    entry = registration.enter(str(runtime), {"rank": 0, "world_size": 2, **fields}, problems.append)
     assert problems == []
     return entry
 
@@ -38,7 +38,7 @@ def enter(runtime, **fields):
 def refused(runtime):
     """The one line that says why the folder is not used."""
     problems = []
-    assert own_entry.enter(str(runtime), {}, problems.append) is None
+    assert registration.enter(str(runtime), {}, problems.append) is None
     (line,) = problems
     assert "\n" not in line
     assert repr(str(runtime)) in line
@@ -247,15 +247,15 @@ def test_readers_never_see_a_part_of_an_entry(runtime):
 @pytest.fixture
 def interrupted_write(monkeypatch):
     """Runs a function in the middle of the next write, as another thread or a signal handler would."""
-    replace = folder.replace
+    replace = safe_folder.replace
 
     def use(act):
         def interrupted(descriptor, name, data):
-            monkeypatch.setattr(folder, "replace", replace)
+            monkeypatch.setattr(safe_folder, "replace", replace)
             act()
             replace(descriptor, name, data)
 
-        monkeypatch.setattr(folder, "replace", interrupted)
+        monkeypatch.setattr(safe_folder, "replace", interrupted)
 
     return use
 
@@ -385,13 +385,13 @@ def test_a_folder_that_cannot_be_written_is_not_used():
 def test_a_full_disk_costs_the_entry_and_nothing_else(runtime):
     code = """
         import resource, signal, sys
-        from autoteardown.node import own_entry, registry
-        entry = own_entry.enter(sys.argv[1], {"rank": 0})
+        from autoteardown.node import registration, registry
+        entry = registration.enter(sys.argv[1], {"rank": 0})
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (20, 20))
         entry.update(program="x" * 900)
         print([record.program for record in registry.read(sys.argv[1])])
-        print(own_entry.enter(sys.argv[1], {"rank": 1}, print))
+        print(registration.enter(sys.argv[1], {"rank": 1}, print))
         entry.leave()
     """
     command = [sys.executable, "-c", textwrap.dedent(code), str(runtime)]
@@ -414,8 +414,8 @@ def test_a_process_that_changed_its_user_is_not_ours(runtime, job):
     """Same folder, same pid, but no longer this user's to signal."""
     program = """
         import os, signal, sys
-        from autoteardown.node import own_entry
-        own_entry.enter(sys.argv[1], {"rank": 0})
+        from autoteardown.node import registration
+        registration.enter(sys.argv[1], {"rank": 0})
         os.setuid(65534)
         print("ready", flush=True)
         signal.pause()
@@ -548,8 +548,8 @@ def test_entries_of_other_containers_are_neither_ours_nor_removed(runtime, part)
 def test_containers_that_share_a_folder_do_not_see_each_other(runtime, job):
     program = """
         import os, sys, signal
-        from autoteardown.node import own_entry, registry
-        own_entry.enter(sys.argv[1], {"rank": int(sys.argv[2])})
+        from autoteardown.node import registration, registry
+        registration.enter(sys.argv[1], {"rank": int(sys.argv[2])})
         print(os.getpid(), [record.rank for record in registry.read(sys.argv[1])], flush=True)
         signal.pause()
     """

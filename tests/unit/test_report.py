@@ -11,7 +11,7 @@ import pytest
 import sample_reports as sample
 from schema import SCHEMA, validate_report
 
-from autoteardown.node import folder
+from autoteardown.node import safe_folder
 from autoteardown.stop import report
 
 EVICTED = {"received_at": "2026-11-24T06:59:00.250000+00:00"}
@@ -74,9 +74,9 @@ def test_a_restarted_pod_keeps_the_report_of_the_one_before(tmp_path):
 def test_a_name_that_is_taken_is_not_a_reason_to_raise(tmp_path):
     descriptor = os.open(tmp_path, os.O_RDONLY)
     try:
-        folder.create(descriptor, "x", b"first")
+        safe_folder.create(descriptor, "x", b"first")
         with pytest.raises(FileExistsError):
-            folder.create(descriptor, "x", b"second")
+            safe_folder.create(descriptor, "x", b"second")
     finally:
         os.close(descriptor)
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("x", b"first")]

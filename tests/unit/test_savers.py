@@ -4,8 +4,8 @@ import threading
 
 import pytest
 
-from autoteardown.rank import gate
-from autoteardown.rank.savers import Saves
+from autoteardown.checkpoints.in_progress import Saves
+from autoteardown.training import gate
 
 # Of Accelerate, safetensors, Transformers, Lightning, DeepSpeed, Megatron-core, Composer; and of programs' own.
 SAVE = [

@@ -2,7 +2,7 @@
 
 from types import SimpleNamespace
 
-from autoteardown.channel import hub, search
+from autoteardown.channel import discovery, hub
 
 
 class Clock:
@@ -34,9 +34,9 @@ def tries(monkeypatch, seconds, waiting=False):
         found.append(clock.now)
         finished(None, 0, [], "refused")
 
-    monkeypatch.setattr(search, "Dial", dial)
+    monkeypatch.setattr(discovery, "Dial", dial)
     seeker = SimpleNamespace(connected=False, waiting=waiting)
-    one = search.Search(clock, SimpleNamespace(look=lambda done: True), seeker, 4096)
+    one = discovery.Search(clock, SimpleNamespace(look=lambda done: True), seeker, 4096)
     one.card = object()
     one.set_out()
     clock.run(seconds)
@@ -73,7 +73,7 @@ def test_after_rank_0_has_left_it_looks_for_another_for_a_minute():
         return True
 
     seeker = SimpleNamespace(connected=False, waiting=False)
-    search.Search(clock, SimpleNamespace(look=look), seeker, 4096).after_the_end()
+    discovery.Search(clock, SimpleNamespace(look=look), seeker, 4096).after_the_end()
     clock.run(86400)
     assert 40 < looks[-1] < 90
     assert len(looks) < 20

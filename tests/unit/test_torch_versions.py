@@ -16,7 +16,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 from harness import wait_until
 
-from autoteardown.rank import backends
+from autoteardown.process_groups import operations
 
 SHAPES = json.loads((Path(__file__).parent / "torch_shapes.json").read_text())
 VERSIONS = sorted(SHAPES, key=lambda version: [int(part) for part in version.split(".")])
@@ -148,11 +148,11 @@ def test_the_shapes_of_the_installed_torch_are_the_recorded_ones():
 @pytest.mark.parametrize("version", VERSIONS)
 def test_the_world(fake, version):
     made = fake(version)
-    assert backends.world() == (1, 4, "nccl", "store", "")
+    assert operations.world() == (1, 4, "nccl", "store", "")
     made.c10d._get_default_store = lambda: 1 / 0
-    assert backends.world().store is None
+    assert operations.world().store is None
     made.destroy_process_group()
-    assert backends.world() is None
+    assert operations.world() is None
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -162,7 +162,7 @@ def test_the_world(fake, version):
 )
 def test_whether_there_is_something_to_abort(fake, version, config, expected):
     fake(version, a=config)
-    assert backends.can_abort() is expected
+    assert operations.can_abort() is expected
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -170,7 +170,7 @@ def test_abort(fake, version):
     """Every group's communicators once, children's too, all at the same time; torch's tables are left alone."""
     made = fake(version, **{"0": "cpu:gloo,cuda:nccl", "1": "nccl", "2": "gloo", "3": "cuda:nccl"})
     done = []
-    backends.abort(done.append)
+    operations.abort(done.append)
     wait_until(lambda: done, "the aborts", 20)
     assert done == [None]
     assert sorted(made.events) == [("aborted", "0"), ("aborted", "1"), ("aborted", "3")]
@@ -180,11 +180,11 @@ def test_abort(fake, version):
 @pytest.mark.parametrize("version", VERSIONS)
 def test_destroy(fake, version):
     made = fake(version, **{"0": "nccl", "1": "nccl"})
-    assert backends.destroy(made.c10d.destroy_process_group) is None
+    assert operations.destroy(made.c10d.destroy_process_group) is None
     assert made.events == [("destroyed", "1"), ("destroyed", "0")]
-    assert backends.destroy(lambda: 1 / 0) is None, "the program was faster"
+    assert operations.destroy(lambda: 1 / 0) is None, "the program was faster"
     made.c10d._world.pg_names["group"] = "0"
-    assert "ZeroDivisionError" in backends.destroy(lambda: 1 / 0)
+    assert "ZeroDivisionError" in operations.destroy(lambda: 1 / 0)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -198,7 +198,7 @@ def test_drain(fake, version, contexts):
     made.torch.xpu = SimpleNamespace(is_initialized=lambda: False, synchronize=lambda device: 1 / 0)
     if contexts is not None:
         made.torch._C._cuda_hasPrimaryContext = contexts.__contains__
-    assert backends.drain() is None
+    assert operations.drain() is None
     assert synchronized == (sorted(contexts) if contexts else [None])
 
 

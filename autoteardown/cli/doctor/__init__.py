@@ -16,7 +16,7 @@ import autoteardown
 from autoteardown import settings
 from autoteardown.cli.doctor import activation, configuration, surroundings, vehicles
 from autoteardown.cli.doctor.finding import NOTE, OK, PROBLEM, WARNING, Finding
-from autoteardown.node.record import printable
+from autoteardown.node.entry import printable
 
 _MARKS = {OK: "ok", NOTE: "note", WARNING: "WARNING", PROBLEM: "PROBLEM"}
 

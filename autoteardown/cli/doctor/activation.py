@@ -28,7 +28,7 @@ print(json.dumps(dict(active=active, started_by=startup and startup.started_by, 
     package=startup and startup.__file__, customize=getattr(customize, "__file__", None))), flush=True)
 if active:
     import signal
-    found = dict(tap=getattr(sys.modules.get("autoteardown.signals"), "tap", None) is not None)
+    found = dict(tap=getattr(sys.modules.get("autoteardown.signals.interception"), "tap", None) is not None)
     try:
         import torch.distributed as distributed
     except ImportError as error:

@@ -11,8 +11,8 @@ from pathlib import Path
 from autoteardown import settings
 from autoteardown.cli.doctor.activation import Process
 from autoteardown.cli.doctor.finding import NOTE, OK, PROBLEM, WARNING, Finding
-from autoteardown.node import folder, registry
-from autoteardown.node.record import printable
+from autoteardown.node import registry, safe_folder
+from autoteardown.node.entry import printable
 
 _OLDEST_WRAPT, _FIRST_WRAPT_TOO_NEW = (1, 14), (3,)
 _OLDEST_TORCH = (2, 4)
@@ -81,7 +81,7 @@ def _settings(environ: Mapping[str, str], found: settings.Settings, refused: lis
 def _folders(found: settings.Settings) -> list[Finding]:
     findings = []
     try:
-        os.close(folder.open_own(folder.absolute(found.runtime_dir)))
+        os.close(safe_folder.open_own(safe_folder.absolute(found.runtime_dir)))
         ranks = registry.read(found.runtime_dir)
         findings.append(
             Finding("registry", OK, f"{found.runtime_dir}, armed ranks on this node: {len(ranks)}")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from autoteardown import settings
 from autoteardown.cli.drill.options import AFTER, GRACE, PLATFORM_GRACE, RANKS, check, wanted
-from autoteardown.cli.drill.options import configure as configure  # for the parser of all commands
+from autoteardown.cli.drill.options import configure as configure
 from autoteardown.drills import display, page, processes, table
 from autoteardown.drills import run as drills
 from autoteardown.drills.command import CommandDrill

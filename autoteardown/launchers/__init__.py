@@ -1,0 +1,1 @@
+"""Processes that start ranks: what they do when the platform evicts them."""

@@ -1,0 +1,209 @@
+"""What the process groups' collectives tell of themselves: how far they are, and which one does not end.
+
+Two sources. The *sequence number* of a group counts what its rank has launched (a plain read: 0.4 us). The *flight
+recorder* of a backend keeps, for each group, the numbers of the last collective that was launched and of the last that
+has ended (15 us; NCCL's watchdog brings them up to date ten times a second), and an entry for each collective.
+
+Its counters are numbers in memory, and safe to read whatever is stuck. Its *entries* are not where a device is in use:
+to read them asks the driver about events, which has been seen to hang (`finishedGPUExecutionInternal` of torch's
+ProcessGroupNCCL says so), and torch asks with the GIL held. So they are read last, when nothing is lost if the process
+gets no further.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import sys
+from collections.abc import Hashable
+from typing import Any, Callable, Optional
+
+from autoteardown.node import safe_folder
+from autoteardown.process_groups import custom_groups, devices
+
+
+def comparable_numbers() -> dict[str, int]:
+    """The sequence numbers of the groups whose names mean the same on every rank of the default group."""
+    return sequence_numbers(comparable=True)
+
+
+def sequence_numbers(comparable: bool = False) -> dict[str, int]:
+    """The number of the last collective that this rank has launched, by the name of its group; safe on any thread.
+
+    A group with several backends has an entry `name/device` for each. What counts: with NCCL every launch of a
+    collective (a barrier, too; a coalesced batch once) and no send or receive; with gloo every operation of either
+    kind. So numbers that differ are a lead, not a proof, where gloo ranks send to single peers. Groups whose backend
+    does not count (MPI, UCC, most others) are left out.
+    """
+    c10d = sys.modules["torch.distributed.distributed_c10d"]
+    found: dict[str, int] = {}
+    for group, name in list(dict(c10d._world.pg_names).items()):
+        if comparable and custom_groups.known(group):
+            continue
+        parts = str(c10d._world.pg_backend_config.get(group, "")).split(",")
+        kinds = {kind: backend for kind, colon, backend in (part.partition(":") for part in parts) if colon}
+        # The group's own method raises for backends that torch does not know, and that is slow.
+        numbers = ((kind, number) for kind in kinds if (number := devices.launches(group, kind)) is not None)
+        if len(set(kinds.values())) > 1:
+            found.update({f"{name}/{kind}": number for kind, number in numbers})
+        elif kinds:
+            for _, number in numbers:
+                found[str(name)] = number
+                break  # one backend, whatever the device
+        else:  # configured by the name of its backend alone
+            try:
+                found[str(name)] = int(group._get_sequence_number_for_group())
+            except Exception:
+                continue
+    return found
+
+
+def progress() -> Optional[Hashable]:
+    """Something that is another value whenever this rank's collectives have got further, on the host or the device.
+
+    Never blocks for long, whatever is stuck; 0.1 ms for seven groups. None: there is no telling (no flight recorder, or
+    one that is off: TORCH_FR_BUFFER_SIZE or TORCH_NCCL_TRACE_BUFFER_SIZE is 0). NCCL's numbers are up to 0.1 s old.
+    """
+    counters = [
+        counted for _, dump in _recorders() for counted in [_call(dump, False)] if _has_status(counted)
+    ]
+    if not counters:
+        return None
+    return (*counters, tuple(sequence_numbers().items()))
+
+
+def stuck_collective() -> Optional[dict[str, Any]]:
+    """The first collective that this rank has launched and that has not ended; safe whatever is stuck.
+
+    Returns:
+        `group` (its name, None if it cannot be told), `seq`, and `op` (None with a device: `evidence` finds it); None
+        if there is no such collective, or no flight recorder.
+    """
+    entries = not devices.accelerators()
+    for _, dump in _recorders():
+        found = _first_entry(_call(dump, True)) if entries else None
+        found = found or _first_by_number(_call(dump, False))
+        if found is not None:
+            return found
+    return None
+
+
+def evidence(path: str, stuck: Optional[dict[str, Any]] = None) -> list[str]:
+    """Write the flight recorders' entries to files, for `torchfrtrace` or a reader; JSON if torch can, else a pickle.
+
+    May hang with the GIL held: call it last of all, with the process's end already sure.
+
+    Args:
+        path: of the files, without "-<backend>" and a suffix.
+        stuck: what `stuck_collective` has found; its `op` is filled in.
+
+    Returns:
+        The paths that were written.
+
+    Raises:
+        OSError: it could not be written. What lies under its name already is left there.
+    """
+    written = []
+    for backend, dump in _recorders():
+        data = _call(dump, True)
+        entries = _parsed(data).get("entries")
+        if data is None or not entries:
+            continue
+        if stuck is not None and stuck["op"] is None:
+            stuck["op"] = _op_of(entries, stuck)
+        target = f"{path}-{backend}.trace"  # no `.json`: that is what reports are called
+        _write(target, data)
+        written.append(target)
+    return written
+
+
+def _write(path: str, data: bytes) -> None:
+    where, name = os.path.split(path)
+    descriptor = safe_folder.open_any(where)
+    try:
+        safe_folder.create(descriptor, name, data, 0o644)
+    finally:
+        os.close(descriptor)
+
+
+Dump = Callable[..., Any]
+_found: dict[str, Dump] = {}
+
+
+def _recorders() -> list[tuple[str, Dump]]:
+    """The flight recorders that torch or a vendor offers, those of devices first; looked for once."""
+    if not _found:
+        module = sys.modules.get("torch._C._distributed_c10d")
+        for name in dir(module):
+            if name.startswith("_dump_") and "_trace" in name:
+                backend, _, kind = name[len("_dump_") :].partition("_trace")
+                # "fr" is the recorder of whoever has none of his own.
+                backend = "gloo" if backend == "fr" else backend
+                if kind == "_json" or (not kind and backend not in _found):
+                    _found[backend] = getattr(module, name)
+    return sorted(_found.items(), key=lambda item: item[0] == "gloo")
+
+
+def _call(dump: Dump, entries: bool) -> Optional[bytes]:
+    for arguments in ({"includeStackTraces": False}, {}):  # JSON has none
+        try:
+            data = dump(includeCollectives=entries, onlyActive=not entries, **arguments)
+            return data if isinstance(data, bytes) else str(data).encode()
+        except Exception:  # this one takes other arguments
+            continue
+    return None
+
+
+def _parsed(data: Optional[bytes]) -> dict[str, Any]:
+    try:
+        if data is None:
+            return {}
+        found = json.loads(data) if data[:1] == b"{" else pickle.loads(data)
+        return found if isinstance(found, dict) else {}
+    except Exception:
+        return {}
+
+
+def _has_status(data: Optional[bytes]) -> bool:
+    return data is not None and b"last_enqueued_collective" in data  # in JSON and in a pickle alike
+
+
+def _first_entry(data: Optional[bytes]) -> Optional[dict[str, Any]]:
+    for entry in _parsed(data).get("entries") or ():
+        if entry.get("state") != "completed" and not entry.get("retired"):
+            return {"op": _op(entry), "seq": entry.get("collective_seq_id"), "group": _group(entry)}
+    return None
+
+
+def _op_of(entries: list[dict[str, Any]], stuck: dict[str, Any]) -> Optional[str]:
+    for entry in entries:
+        same = stuck["group"] in (None, _group(entry))
+        if same and entry.get("collective_seq_id") == stuck["seq"] and not entry.get("is_p2p"):
+            return _op(entry)
+    return None
+
+
+def _op(entry: dict[str, Any]) -> Optional[str]:
+    return str(entry.get("profiling_name", "")).rpartition(":")[2] or None
+
+
+def _group(entry: dict[str, Any]) -> Optional[str]:
+    name = (entry.get("process_group") or [None])[0]
+    return None if name is None else str(name)
+
+
+def _first_by_number(data: Optional[bytes]) -> Optional[dict[str, Any]]:
+    for number, status in (_parsed(data).get("pg_status") or {}).items():
+        completed, launched = (
+            int(status.get(f"last_{what}_collective", -1)) for what in ("completed", "enqueued")
+        )
+        if launched > completed:
+            return {"op": None, "seq": max(completed, 0) + 1, "group": _name_of(int(number), launched)}
+    return None
+
+
+def _name_of(number: int, launched: int) -> Optional[str]:
+    """The recorder numbers groups in the order in which they were made; taken for it only if that is beyond doubt."""
+    matching = [name for name, count in sequence_numbers().items() if count == launched]
+    return matching[0] if len(matching) == 1 else None

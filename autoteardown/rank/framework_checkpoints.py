@@ -1,0 +1,43 @@
+"""`AUTOTEARDOWN_CHECKPOINT=on`: which frameworks are hooked for their own checkpoints, as they are imported."""
+
+from __future__ import annotations
+
+import os
+from types import ModuleType
+from typing import Any
+
+from autoteardown import api, settings
+from autoteardown.fail_open import guarded
+from autoteardown.frameworks import accelerate, lightning, transformers
+
+
+def register() -> None:
+    """Hook them, if the setting says so."""
+    import wrapt
+
+    if not settings.load(os.environ)[0].checkpoint:
+        return
+    for name, patch in (
+        ("transformers.trainer", _patch_transformers),
+        ("lightning.pytorch.loops.training_epoch_loop", lightning.patch),
+        ("pytorch_lightning.loops.training_epoch_loop", lightning.patch),
+        ("lightning.pytorch.trainer.connectors.checkpoint_connector", lightning.patch_resume),
+        ("pytorch_lightning.trainer.connectors.checkpoint_connector", lightning.patch_resume),
+        ("accelerate.accelerator", _patch_accelerate),
+    ):
+        wrapt.register_post_import_hook(guarded(patch), name)
+
+
+def _patch_transformers(module: ModuleType) -> None:
+    transformers.patch(module, api.stop_requested, _exit_code)
+
+
+def _patch_accelerate(module: ModuleType) -> None:
+    accelerate.patch(module, api.on_teardown, lambda: transformers.in_use)
+
+
+def _exit_code() -> int:
+    from autoteardown.rank import guard
+
+    teardown: Any = guard.guard.teardown if guard.guard is not None else None
+    return teardown.exit_code if teardown is not None else 0

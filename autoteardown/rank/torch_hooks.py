@@ -1,0 +1,262 @@
+"""The hooks on torch: wrapped functions that guard a rank, put in place as torch is imported.
+
+The hook on `torch.distributed.distributed_c10d` runs before `torch.distributed` re-exports the names, so every importer
+gets the wrapper. The wrappers are plain closures with `functools.wraps`, not `wrapt.FunctionWrapper`s: those cannot be
+pickled or copied, and Ray and submitit ship code with cloudpickle.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from types import ModuleType
+from typing import Any, Callable
+
+from autoteardown.fail_open import guarded
+from autoteardown.process_groups import after_release, custom_groups
+from autoteardown.switch import say
+from autoteardown.unpatched import get_ident
+
+_MARK = "_autoteardown_wrapped"
+
+
+def register() -> None:
+    """Hook torch: now where its modules are imported already, else as they are imported. Idempotent."""
+    import signal
+
+    import wrapt
+
+    from autoteardown.signals import interception
+
+    guarded(interception.install(signal).prepare)()
+    for name, patch in (
+        ("torch.distributed.distributed_c10d", _patch_c10d),
+        ("torch.serialization", _patch_serialization),
+        ("torch.distributed.checkpoint.state_dict_saver", _patch_checkpoint),
+        ("torch.utils.data._utils.signal_handling", _patch_workers),
+    ):
+        # One that raises would make `import torch` fail.
+        wrapt.register_post_import_hook(guarded(patch), name)
+    if os.environ.get("AUTOTEARDOWN_CHECKPOINT"):
+        from autoteardown.rank import framework_checkpoints
+
+        framework_checkpoints.register()
+
+
+def _patch(module: ModuleType, name: str, wrap: Callable[[Any], Any], *others: str) -> None:
+    """Replace a function, also where it has been re-exported already (late installation)."""
+    real = getattr(module, name, None)
+    if real is None or hasattr(real, _MARK):
+        return
+    wrapper = functools.wraps(real)(wrap(real))
+    setattr(wrapper, _MARK, True)
+    # torch.compile leaves functions of torch.distributed alone, going by their file; ours must ask for that.
+    wrapper._torchdynamo_disable = True  # type: ignore[attr-defined]
+    setattr(module, name, wrapper)
+    for other in others:
+        copy = sys.modules.get(other)
+        if copy is not None and getattr(copy, name, None) is real:
+            setattr(copy, name, wrapper)
+
+
+def _patch_c10d(module: ModuleType) -> None:
+    if not hasattr(module, "init_process_group"):
+        say("this torch has no torch.distributed: off")
+        return
+    _patch(module, "destroy_process_group", _wrap_destroy, "torch.distributed")
+    _patch(module, "init_process_group", _wrap_init, "torch.distributed")
+    _patch(module, "_new_process_group_helper", _wrap_helper)
+    # What an init needs: 8 ms, which are nothing in an import of torch and something in an init.
+    from autoteardown.rank import guard  # noqa: F401
+
+
+def _wrap_init(real: Callable[..., Any]) -> Callable[..., Any]:
+    def init_process_group(*args: Any, **kwargs: Any) -> Any:
+        _joining()
+        ident = get_ident()
+        _in_init.add(ident)
+        try:
+            result = real(*args, **kwargs)
+        except BaseException:
+            _not_joined()
+            raise
+        finally:
+            _in_init.discard(ident)
+        _joined()
+        return result
+
+    return init_process_group
+
+
+def _wrap_helper(real: Callable[..., Any]) -> Callable[..., Any]:
+    def _new_process_group_helper(*args: Any, **kwargs: Any) -> Any:
+        custom = _is_custom(args, kwargs)
+        if custom:
+            _joining(custom=True)
+        try:
+            result = real(*args, **kwargs)
+        except BaseException:
+            if custom:
+                _not_joined()
+            raise
+        if custom:
+            _custom_made(result)
+        return result
+
+    return _new_process_group_helper
+
+
+def _wrap_destroy(real: Callable[..., Any]) -> Callable[..., Any]:
+    def destroy_process_group(*args: Any, **kwargs: Any) -> Any:
+        if after_release.released:
+            return None
+        if not args and kwargs.get("group") is None:
+            _leaves()
+        try:
+            return real(*args, **kwargs)
+        finally:
+            _not_joined()
+
+    return destroy_process_group
+
+
+def _patch_serialization(module: ModuleType) -> None:
+    _patch(module, "save", functools.partial(_wrap_save, False), "torch")
+
+
+def _patch_checkpoint(module: ModuleType) -> None:
+    for name in ("save", "save_state_dict", "async_save"):
+        _patch(module, name, functools.partial(_wrap_save, True), "torch.distributed.checkpoint")
+
+
+def _wrap_save(collective: bool, real: Callable[..., Any]) -> Callable[..., Any]:
+    def save(*args: Any, **kwargs: Any) -> Any:
+        gate = _enter_save(collective)
+        try:
+            result = real(*args, **kwargs)
+            _save_returned(gate, result)
+        finally:
+            _leave_save(gate)
+        return result
+
+    return save
+
+
+@guarded
+def _enter_save(collective: bool) -> Any:
+    from autoteardown.training import gate
+
+    gate.gate.enter_save(collective)
+    return gate.gate
+
+
+@guarded
+def _save_returned(gate: Any, result: Any) -> None:
+    # dcp.async_save: a future, or (2.9 and later, on request) an object with two of them.
+    future = getattr(result, "upload_completion", result)
+    if gate is not None and hasattr(future, "add_done_callback"):
+        gate.saves.in_background(future)
+
+
+@guarded
+def _leave_save(gate: Any) -> None:
+    if gate is not None:
+        gate.leave_save()
+
+
+def _patch_workers(module: ModuleType) -> None:
+    _patch(module, "_set_worker_signal_handlers", _wrap_worker_handlers)
+
+
+def _wrap_worker_handlers(real: Callable[..., Any]) -> Callable[..., Any]:
+    def _set_worker_signal_handlers(*args: Any, **kwargs: Any) -> Any:
+        result = real(*args, **kwargs)
+        _in_worker()
+        return result
+
+    return _set_worker_signal_handlers
+
+
+@guarded
+def _in_worker() -> None:
+    from autoteardown.rank import dataloader_workers
+
+    dataloader_workers.stand_apart()
+
+
+# -- what the wrapped init and destroy do -----------------------------------------------------------------------------
+
+
+_in_init: set[int] = set()  # the threads that are in init_process_group
+
+
+@guarded
+def _joining(custom: bool = False) -> None:
+    from autoteardown.rank import guard
+
+    c10d = sys.modules["torch.distributed.distributed_c10d"]
+    if disarmed or c10d.is_initialized():
+        return
+    rank = guard.of_process(c10d.destroy_process_group.__wrapped__)
+    if not (custom and rank.joined):
+        rank.joining()
+
+
+@guarded
+def _is_custom(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    return get_ident() not in _in_init and custom_groups.is_one(args, kwargs)
+
+
+@guarded
+def _custom_made(result: Any) -> None:
+    custom_groups.note(result)
+    if not sys.modules["torch.distributed.distributed_c10d"].is_initialized():
+        _joined()
+
+
+@guarded
+def adopt() -> None:
+    """Guard a process group that was there before us."""
+    from autoteardown.rank import guard
+
+    c10d = sys.modules["torch.distributed.distributed_c10d"]
+    rank = guard.of_process(c10d.destroy_process_group.__wrapped__)
+    if not rank.joined:
+        rank.joining()
+        rank.join()
+
+
+@guarded
+def _joined() -> None:
+    from autoteardown.rank import guard
+
+    if guard.guard is not None:
+        guard.guard.join()
+        guard.guard.listening.look_again()  # communication libraries set handlers of their own
+
+
+@guarded
+def _leaves() -> None:
+    from autoteardown.rank import guard
+
+    if guard.guard is not None:
+        guard.guard.leaving()
+
+
+@guarded
+def _not_joined() -> None:
+    from autoteardown.rank import guard
+
+    c10d = sys.modules["torch.distributed.distributed_c10d"]
+    rank = guard.guard
+    if rank is None or c10d.is_initialized():
+        return
+    if custom_groups.any_left() and rank.listening.armed:  # what is left was made without an init
+        rank.join()
+    else:
+        rank.leave()
+
+
+disarmed = False
+"""`autoteardown.disarm()` was called: later inits are not guarded either."""

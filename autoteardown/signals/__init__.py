@@ -1,0 +1,1 @@
+"""Signals of an armed process: interception, ownership, dispositions, and waking the main thread."""

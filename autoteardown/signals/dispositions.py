@@ -1,0 +1,128 @@
+"""What the kernel does on a signal, beneath Python: looked at, set from any thread, saved, restored.
+
+`signal` knows only what was set through it, on the main thread alone. Handlers that C code installed (faulthandler,
+MPI, UCX, abseil) are seen here, and kept whole: a disposition is saved as the bytes that `sigaction` wrote, whose
+layout nobody here needs to know. The functions are CPython's own public ones, and the C library's that it uses itself.
+
+Imports ctypes, as `import torch` does; so never at start-up.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Callable, Optional
+
+from autoteardown import unpatched
+from autoteardown.fail_open import failed
+
+DEFAULT, IGNORE = 0, 1  # SIG_DFL and SIG_IGN; else the address of a handler
+_LARGEST = 512  # bytes; struct sigaction has 152 on Linux, and 16 on macOS
+
+# Prototypes of our own: those in `ctypes.pythonapi` are shared with whoever else sets their types.
+_getsig = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_int)(("PyOS_getsig", ctypes.pythonapi))
+_setsig = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)(("PyOS_setsig", ctypes.pythonapi))
+_Pending = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p)
+_add_pending = ctypes.PYFUNCTYPE(ctypes.c_int, _Pending, ctypes.c_void_p)(
+    ("Py_AddPendingCall", ctypes.pythonapi)
+)
+_sigaction = ctypes.CDLL(None, use_errno=True).sigaction
+_sigaction.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p]
+
+_errands: list[Callable[[], object]] = []
+
+
+def handler_of(signum: int) -> int:
+    """The address of the handler in force, `DEFAULT` or `IGNORE`."""
+    return _getsig(signum) or DEFAULT
+
+
+def set_handler(signum: int, handler: int) -> None:
+    """Put a handler in force, as `signal.signal` does underneath."""
+    _setsig(signum, handler)
+
+
+def save(signum: int) -> bytes:
+    """All of a signal's disposition: handler, mask and flags."""
+    disposition = ctypes.create_string_buffer(_LARGEST)
+    if _sigaction(signum, None, disposition):
+        raise OSError(ctypes.get_errno(), "sigaction")
+    return disposition.raw
+
+
+def restore(signum: int, disposition: bytes) -> None:
+    """Put back what `save` has returned."""
+    if _sigaction(signum, disposition, None):
+        raise OSError(ctypes.get_errno(), "sigaction")
+
+
+def call_on_main(errand: Callable[[], object]) -> bool:
+    """Have the main thread call `errand` when it next comes by, without a signal: it is not got out of a sleep.
+
+    Returns:
+        False if too many others wait for it already.
+    """
+    _errands.append(errand)
+    return bool(_add_pending(_run_errands, None) == 0)
+
+
+def forget_errands() -> None:
+    """In a forked child: they were the parent's."""
+    _errands.clear()
+
+
+def _do_errands(_: object) -> int:
+    # On the main thread. One call may do the errands of several, whose own then find nothing.
+    while _errands:
+        errand = _errands.pop(0)
+        try:
+            errand()
+        except Exception as error:
+            failed("errand", error)
+    return 0
+
+
+_run_errands = _Pending(_do_errands)  # kept: C has its address
+
+
+def run_saved(signum: int, disposition: bytes, ours: int) -> None:
+    """Have a saved handler handle a signal, on a thread of its own; then put `ours` back."""
+
+    def run() -> None:
+        restore(signum, disposition)
+        try:
+            # To this thread: it has been handled when the call returns, if it returns. faulthandler reads the frames
+            # of all threads, and crashes if they run on meanwhile; if it cannot write, there is still the fuse.
+            (_raise_with_the_gil if _is_pythons(handler_of(signum)) else _raise)(signum)
+        finally:
+            set_handler(signum, ours)
+
+    unpatched.start_new_thread(run, ())
+
+
+def _is_pythons(handler: int) -> bool:
+    """Whether a handler is part of the interpreter: faulthandler's is."""
+    base = _loaded_at(handler)
+    return base is not None and base == _loaded_at(ctypes.cast(_setsig, ctypes.c_void_p).value)
+
+
+def _loaded_at(address: Optional[int]) -> Optional[int]:
+    """Where the library, or the program, begins in memory that has this address."""
+    found = _Symbol()
+    if _dladdr is None or not _dladdr(ctypes.c_void_p(address), ctypes.byref(found)):
+        return None
+    base: Optional[int] = found.base
+    return base
+
+
+class _Symbol(ctypes.Structure):  # Dl_info
+    _fields_ = [
+        ("file", ctypes.c_char_p),
+        ("base", ctypes.c_void_p),
+        ("name", ctypes.c_char_p),
+        ("address", ctypes.c_void_p),
+    ]
+
+
+_dladdr = getattr(ctypes.CDLL(None), "dladdr", None)
+_raise = ctypes.CDLL(None)["raise"]
+_raise_with_the_gil = ctypes.PyDLL(None)["raise"]

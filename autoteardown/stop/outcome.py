@@ -1,0 +1,74 @@
+"""What a stop came to, as a value: the driver makes it, the last words write it down."""
+
+from __future__ import annotations
+
+import signal
+from typing import Any, NamedTuple, Optional
+
+from autoteardown.node.entry import printable
+
+
+class Story(NamedTuple):
+    """One stop, as far as it has got."""
+
+    identity: dict[str, Any]
+    opening: str  # why it happens, in words
+    cause: str
+    signum: Optional[int]
+    origin: dict[str, Any]
+    received_at: str
+    grace: float
+    phases: list[dict[str, Any]]
+    steps: Optional[dict[str, Optional[int]]]
+    stuck: list[dict[str, Any]]
+    collective: Optional[dict[str, Any]]  # which one did not end
+    outcome: str
+    why: str
+    exit_code: int
+    seconds: float  # since the signal
+
+    def as_dict(self) -> dict[str, Any]:
+        """The JSON report, schema 2."""
+        optional = {"why": self.why or None, "collective": self.collective}
+        return {
+            **self.identity,
+            "cause": self.cause,
+            "signal": signal_name(self.signum) if self.signum else None,
+            "origin": self.origin,
+            "received_at": self.received_at,
+            "grace": self.grace,
+            "phases": self.phases,
+            "steps": self.steps,
+            "stuck": self.stuck,
+            "outcome": self.outcome,
+            **{key: value for key, value in optional.items() if value is not None},
+            "exit_code": self.exit_code,
+        }
+
+    def summary(self) -> str:
+        """The last line: `done: clean, stopped at step 1201, exit 0`."""
+        why = f" ({self.why})" if self.why else ""
+        stopped = self.steps["stopped_at"] if self.steps else None
+        where = f"stopped at step {stopped}, " if stopped else ""
+        return f"done: {self.outcome}{why}, {where}exit {self.exit_code}"
+
+    def text(self) -> str:
+        """The same in lines, for a reader of `kubectl describe pod`."""
+        place = f"rank {self.identity['rank']} of {self.identity['world_size']}"
+        lines = [f"autoteardown: {place}, {self.opening}"]
+        for phase in self.phases:
+            lines.append(
+                f"+{phase['start']:.2f}s {phase['name']}: {phase['outcome']} {phase['detail']}".rstrip()
+            )
+        lines.append(f"+{self.seconds:.2f}s {self.summary()}")
+        for entry in self.stuck[-4:]:
+            lines.append(f"{entry['when']}, thread {entry['thread']}: " + " < ".join(entry["frames"][:6]))
+        return "".join(f"{printable(line)}\n" for line in lines)
+
+
+def signal_name(signum: int) -> str:
+    """SIGTERM for 15; a real-time signal by its distance from the first one, as SIGRTMIN+3."""
+    try:
+        return signal.Signals(signum).name
+    except ValueError:
+        return f"SIGRTMIN+{signum - signal.SIGRTMIN}" if signum > signal.SIGRTMIN else str(signum)

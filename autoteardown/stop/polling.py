@@ -1,0 +1,47 @@
+"""What a stop has to look at again and again, because nothing tells it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from autoteardown import native_calls
+from autoteardown.stop.control import Hands
+
+
+class Lookout:
+    """Of one stop; on the driver's thread.
+
+    Args:
+        hands: the armed rank.
+    """
+
+    def __init__(self, hands: Hands) -> None:
+        self._hands = hands
+        self._shown: dict[str, bool] = {"saving": False, "still": False}
+        self._progress: Any = None
+
+    def begin_again(self) -> None:
+        """The thread was let go, or is to stop: whether it waits is looked at anew."""
+        self._shown["still"] = False
+
+    def look(self, stopping: bool, draining: bool, now: float) -> Iterator[tuple[str, Any]]:
+        """What is new, as events of the protocol.
+
+        Args:
+            stopping: the agent ends this process.
+            draining: the stop waits for devices; their progress counts from here on.
+            now: seconds since the signal.
+        """
+        shown = native_calls.call(lambda: self._hands.look(stopping))
+        if shown.ended:
+            yield "ended", None
+        for what in self._shown:
+            value = getattr(shown, what)
+            if value != self._shown[what]:
+                self._shown[what] = value
+                yield what, value
+        if draining and shown.progress is not None and shown.progress != self._progress:
+            first, self._progress = self._progress is None, shown.progress
+            if not first:
+                yield "progress", now

@@ -1,0 +1,110 @@
+"""What is gathered during a stop for those who will ask what happened."""
+
+from __future__ import annotations
+
+import os
+from datetime import datetime, timezone
+from typing import Any, Optional
+
+from autoteardown.stop import report
+from autoteardown.stop.control import Hands
+from autoteardown.stop.deadline import Deadline
+from autoteardown.stop.outcome import Story, signal_name
+from autoteardown.stop.protocol import Stop
+
+_PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
+
+
+class Account:
+    """Of one stop of one rank.
+
+    Args:
+        hands: the armed rank.
+        cause: `signal`, `peer` or `lost`.
+        signum: the eviction signal, if this rank got one.
+        origin: rank, host and pid of the rank that was signalled first.
+        deadline: of this stop.
+    """
+
+    def __init__(
+        self, hands: Hands, cause: str, signum: Optional[int], origin: dict[str, Any], deadline: Deadline
+    ) -> None:
+        self._hands = hands
+        self.cause = cause
+        self.signum = signum
+        self.origin = origin
+        self._deadline = deadline
+        self._received_at = datetime.now(timezone.utc).isoformat()
+        self._stuck: list[dict[str, Any]] = []
+        self._collective: Optional[dict[str, Any]] = None  # the one that does not end
+
+    @property
+    def exit_code(self) -> int:
+        """The contract's, whichever way the process ends."""
+        return self._hands.settings.exit_code_for(self.signum)
+
+    @property
+    def yields(self) -> float:
+        """Seconds that an application with a handler of its own has."""
+        return self._hands.settings.yield_within(self._deadline.hard)
+
+    @property
+    def _grace(self) -> float:
+        deadline = self._deadline
+        return round(deadline.hard + 1.0, 2) if deadline.shortened else self._hands.settings.grace
+
+    def opening(self, owner: bool) -> str:
+        """Why this is happening, in words; `owner`: the application may end by itself."""
+        settings = self._hands.settings
+        rank = self.origin.get("rank")
+        if self.cause == "peer":
+            return f"a peer is being evicted: rank {rank} on {self.origin.get('host')}"
+        if self.cause == "lost":
+            return f"rank {rank} is lost, and this one has waited {settings.lost:g}s for it"
+        name = signal_name(self.signum) if self.signum else "?"
+        if owner and self.yields:
+            return f"{name}: the application ends by itself, and has {round(self.yields, 1):g}s"
+        return f"{name}: tearing down, hard deadline at {round(self._deadline.hard, 1):g}s"
+
+    def take_stacks(self, when: str) -> None:
+        """Keep what the program's threads are doing."""
+        for entry in report.stacks():
+            if not entry["frames"][-1].startswith(_PACKAGE):
+                self._stuck.append({"when": when, **entry})
+
+    def find_collective(self) -> None:
+        """Keep which collective it is that does not end. May block."""
+        self._collective = self._collective or self._hands.stuck_collective()
+
+    def story(self, stop: Optional[Stop], owner: bool, now: float, final: bool) -> Story:
+        """What it has come to.
+
+        Args:
+            stop: how far it has got; None: it has not begun.
+            owner: see `opening`.
+            now: seconds since the signal.
+            final: the process ends now.
+        """
+        phases = [phase.as_dict() for phase in stop.phases] if stop is not None else []
+        if phases and (phases[-1]["end"] is None or (final and phases[-1]["name"] == "exit")):
+            last = phases[-1]
+            if last["end"] is None:
+                last["outcome"] = "timeout" if stop is not None and stop.forced else "ok"
+            last["end"] = now  # the program's own way out was part of it
+        return Story(
+            identity=self._hands.identity(),
+            opening=self.opening(owner),
+            cause=self.cause,
+            signum=self.signum,
+            origin=self.origin,
+            received_at=self._received_at,
+            grace=self._grace,
+            phases=phases,
+            steps=stop.steps if stop is not None else None,
+            stuck=list(self._stuck),
+            collective=self._collective,
+            outcome=stop.outcome if stop is not None else "forced",
+            why=stop.reason if stop is not None else "it ended before it could begin",
+            exit_code=self.exit_code,
+            seconds=now,
+        )

@@ -1,0 +1,260 @@
+"""Where the program's own threads stop: at the end of an iteration, in our signal handler, or when a save is over.
+
+Where they stop for good, and how they leave from there, is the `parking`.
+
+Everything here runs on threads of the program, on its hot path or at any of its bytecodes. So: no lock that another
+thread may hold while it is frozen, and nothing raised but the SystemExit that ends a parked thread.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Callable, Optional
+
+from autoteardown import thread_stacks
+from autoteardown.checkpoints import in_progress
+from autoteardown.fail_open import guarded
+from autoteardown.training.handler_delivery import Delivery
+from autoteardown.training.iterations import Clock
+from autoteardown.training.parking import Parking, Waits
+from autoteardown.training.step_times import Pace
+from autoteardown.training.thread import TrainingThread
+from autoteardown.unpatched import get_ident, monotonic
+
+
+class Gate:
+    """The training side of one armed process.
+
+    The hold flag and the count make the agreement on an iteration safe without a lock: the hook counts first and looks
+    at the flag afterwards; the guard raises the flag first and reads the count afterwards. An iteration that the guard
+    did not count therefore finds the flag up and waits until it is known which is the last.
+
+    Args:
+        tell: called with an event and its value; must be safe at any bytecode (`SimpleQueue.put` is).
+        numbers: the sequence numbers of the groups' collectives.
+        devices: which device of each kind is the current one of the calling thread.
+    """
+
+    def __init__(
+        self,
+        tell: Callable[[tuple[str, Any]], None],
+        numbers: Callable[[], dict[str, int]] = dict,
+        devices: Callable[[], dict[str, int]] = dict,
+    ) -> None:
+        self.clock = Clock()
+        self.polls = 0  # of `stop_requested()`: the clock of a program that polls
+        self.pace = Pace()
+        self.waits = Waits()
+        self.parking = Parking(self.waits, tell)
+        self.devices: dict[str, int] = {}  # the current ones of the training thread when it stopped
+        self.training = TrainingThread()
+        # Nobody has held, resumed or closed it: all that a poll in a healthy program looks at.
+        self.calm = True
+        self.holding = False
+        self.closed = False
+        self.requested = False  # what `stop_requested()` returns
+        self.held: set[int] = set()  # threads that wait at the end of an iteration
+        self.delivery = Delivery(self.waits.wake)
+        self.saves = in_progress.Saves()
+        self._tell = tell
+        self._numbers, self._devices = numbers, devices
+        self._last: Optional[int] = None
+        self._until: dict[str, int] = {}
+        self._resumed = False
+
+    def begin(self, thread: int) -> None:
+        """A new world: every rank of it counts from nought."""
+        self.training.calls_init(thread)
+        self.saves.does_more()
+        self.clock = Clock()
+        self.polls = 0
+        self.pace = Pace()
+
+    @property
+    def thread(self) -> Optional[int]:
+        """The one that trains."""
+        return self.training.ident
+
+    # -- asked by the guard ---------------------------------------------------------------------------------------
+
+    @property
+    def count(self) -> int:
+        """Iterations that are over."""
+        return self.polls or self.clock.count
+
+    @property
+    def begun(self) -> bool:
+        """Whether this rank has stepped, or polled."""
+        return self.polls > 0 or self.clock.begun
+
+    @property
+    def saving(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self.saves.going_on(self._may_save())
+
+    def _may_save(self) -> set[int]:
+        # A thread that is stopped at the end of an iteration has none in hand.
+        watched = {ident for ident in (self.thread, thread_stacks.main_ident()) if ident is not None}
+        return watched - self.parking.stopped - self.held
+
+    def hold(self) -> None:
+        """From now on, whoever comes to the end of an iteration waits there."""
+        self.clock.frozen = True
+        self.holding, self.calm = True, False
+
+    def let_run_to(self, count: int) -> None:
+        """The last iteration is known: threads that wait go on, up to its end."""
+        self._last = count
+        self.waits.wake()
+
+    def go_on(self, until: dict[str, int]) -> None:
+        """To the end of the next iteration that has joined so many of each group's collectives."""
+        self._until = until
+        self.let_run_to(self.count + 1)
+
+    def resume(self, delivery: Optional[Callable[[], object]], requested: bool) -> None:
+        """The application ends by itself: everybody runs on, after `delivery` has been called on the main thread."""
+        if delivery is not None:
+            self.delivery.put(delivery)
+        self.requested = requested
+        self.calm = self.holding = False
+        self._resumed = True
+        self.waits.wake()
+
+    def close(self) -> None:
+        """Whoever comes to a stopping place from now on is parked there."""
+        self.closed, self.calm = True, False
+        self.waits.wake()
+
+    def to_park(self) -> list[int]:
+        """The threads that train, or may: those that nobody has stopped yet."""
+        self.find_thread()
+        stopped = self.parking.stopped | self.held
+        return [i for i in self.training.candidates() if i not in stopped and not self.shielded(i)]
+
+    def shielded(self, ident: int) -> bool:
+        """Whether that thread writes a checkpoint, of which a file may be only a part."""
+        return ident not in self.parking and self.saves.shields(ident)
+
+    def find_thread(self) -> None:
+        """Look which it is that trains."""
+        self.training.find(self.begun)
+
+    # -- on the program's threads ---------------------------------------------------------------------------------
+
+    def end_of_iteration(self) -> None:
+        """In the hook, after the iteration was counted. A program that polls stops in its polls."""
+        self.pace.ends.append(monotonic())
+        self.training.ident = ident = get_ident()
+        if (self.holding or self.closed) and not self.polls:
+            self._stop_here(ident)
+
+    def before_step(self) -> None:
+        """Before an optimizer's step, once the gate is closed: no step begins after the stop."""
+        if get_ident() not in self.saves.open:
+            self.park()
+
+    def end_of_poll(self) -> None:
+        """In a poll, once the hold flag is up."""
+        self.training.ident = ident = get_ident()
+        self._stop_here(ident)
+
+    def _stop_here(self, ident: int) -> None:
+        if (ident in self.saves.open and not self.closed) or ident in self.held:
+            return
+        if self._until and not self.closed and not _reached(self._numbers(), self._until):
+            return
+        told: Optional[int] = None
+        self.devices = self._devices()
+        self.held.add(ident)
+        while not (self.closed or self._resumed):
+            last, count = self._last, self.count
+            if last is not None and count < last:
+                break
+            if last is not None and told != last:
+                told = last
+                self._tell(("stopped", count))
+            self.waits.wait(ident)
+        if self._resumed and not self.closed:
+            self._wait_for_delivery(ident)
+        self.held.discard(ident)
+        if self.closed:
+            if told is None:
+                self._tell(("stopped", self.count))
+            self.park()
+
+    def _wait_for_delivery(self, ident: int) -> None:
+        if ident == thread_stacks.main_ident():
+            self.held.discard(ident)
+            self.delivery.call()
+            return
+        while self.delivery.awaited and not self.closed:
+            self.waits.wait(ident)
+
+    def park(self) -> None:
+        """Stop this thread until the exit, which it leaves towards with SystemExit."""
+        self.parking.park(lambda ident: ident == self.thread or not self.training.is_known(self.begun))
+
+    def wait_for_plan(self, limit: float, ends: bool = False) -> None:
+        """Wait until it is known whether this thread is to run on, at most `limit` seconds.
+
+        Args:
+            limit: of patience.
+            ends: the program has ended itself here. It runs on for the last iteration, if it is this thread that
+                trains, and no further.
+        """
+        ident, until = get_ident(), monotonic() + limit
+        while not self.closed and monotonic() < until:
+            needed = not ends or (self.count > 0 and ident == self.thread and not self._resumed)
+            if needed and (self._resumed or self._last is not None):
+                break
+            self.waits.wait(ident)
+
+    def enter_save(self, collective: bool = False) -> None:
+        """A save begins on this thread; `collective`: it needs the other ranks."""
+        ident = get_ident()
+        # Once it has left, its group may be gone: a rank that saves alone then overwrites a good checkpoint with its
+        # own part. What a program saves for itself on its way out is left alone.
+        legitimate = self.parking.left(ident) and not collective and self.parking.on_way_out()
+        if self.closed and not legitimate and not self.shielded(ident):
+            self.park()
+        self.saves.enter(ident)
+
+    def leave_save(self) -> None:
+        """A save ends on this thread."""
+        self.saves.leave(get_ident())
+
+
+def _reached(numbers: dict[str, int], until: dict[str, int]) -> bool:
+    return all(numbers.get(group, number) >= number for group, number in until.items())
+
+
+gate = Gate(lambda event: None)
+"""The process's gate; replaced when the process is armed, and in a forked child."""
+
+
+def renew(
+    tell: Callable[[tuple[str, Any]], None] = lambda event: None,
+    numbers: Callable[[], dict[str, int]] = dict,
+    devices: Callable[[], dict[str, int]] = dict,
+) -> Gate:
+    """Start again with a gate that has seen nothing."""
+    global gate
+    gate = Gate(tell, numbers, devices)
+    return gate
+
+
+def poll() -> bool:
+    """What `autoteardown.stop_requested()` does."""
+    g = gate
+    g.polls += 1
+    if g.polls == 1:
+        g.saves.does_more()
+    if g.calm:
+        return False
+    if g.holding or g.closed:
+        g.end_of_poll()
+    return g.requested
+
+
+os.register_at_fork(after_in_child=guarded(renew))

@@ -1,0 +1,139 @@
+"""The hooks on optimizers, which feed the clock: what a step is, and whether a forward pass came before it.
+
+A step inside backward (one optimizer a parameter, `register_post_accumulate_grad_hook`) may run on autograd's own
+thread, in any order, hundreds of times an iteration. All of one backward pass are one step, and it ends where that pass
+returns to the program, on the program's own thread.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import Any, Callable, Optional
+
+from autoteardown.fail_open import failed
+from autoteardown.training import gate
+from autoteardown.unpatched import get_ident
+
+_BACKWARD = "backward"
+_LOOKS = 0x1FF  # so many iterations, and one, between two looks at what seldom changes
+_FIRST = 2  # the count when the clock first knows that an iteration is over
+
+_graph_task: Callable[[], int] = lambda: -1  # noqa: E731  replaced by torch's own, which tells who is in backward
+_sequence: Optional[Callable[[], int]] = None  # counts the autograd nodes that this thread has made
+_before: tuple[int, int] = (0, -1)  # the thread, and what its count was, at the last step
+_passes = 0  # backward passes that are under way
+_stepped_in_one = False
+_now_and_then: Callable[[], object] = lambda: None  # noqa: E731
+
+
+class Hooks:
+    """On every optimizer of the process, of a torch that is imported; taken off again with `remove`.
+
+    Args:
+        now_and_then: called at the end of some iterations.
+    """
+
+    def __init__(self, now_and_then: Callable[[], object]) -> None:
+        global _graph_task, _sequence, _now_and_then
+        _now_and_then = now_and_then
+        core = getattr(sys.modules["torch"], "_C", None)
+        _graph_task = getattr(core, "_current_graph_task_id", _graph_task)
+        _sequence = getattr(getattr(core, "_autograd", None), "_get_sequence_nr", None)
+        optimizer = sys.modules["torch.optim.optimizer"]
+        self._handles = [optimizer.register_optimizer_step_post_hook(_after_step)]
+        before = getattr(optimizer, "register_optimizer_step_pre_hook", None)
+        if before is not None:
+            self._handles.append(before(_before_step))
+
+    def remove(self) -> None:
+        """Off again."""
+        for handle in self._handles:
+            handle.remove()
+
+
+def any_optimizer() -> bool:
+    """Whether this process has made an optimizer: then it is going to step, even if it has not yet."""
+    optimizer = sys.modules.get("torch.optim.optimizer")
+    kinds = [optimizer.Optimizer] if optimizer is not None else []
+    while kinds:
+        kind = kinds.pop()
+        if "step" in vars(kind) and getattr(
+            kind.step, "hooked", False
+        ):  # set by the first instance's __init__
+            return True
+        kinds += kind.__subclasses__()
+    return False
+
+
+def _before_step(optimizer: object, args: object, kwargs: object) -> None:
+    """`torch.optim.optimizer.register_optimizer_step_pre_hook`."""
+    if gate.gate.closed:
+        gate.gate.before_step()
+
+
+def _after_step(optimizer: object, args: object, kwargs: object) -> None:
+    """`torch.optim.optimizer.register_optimizer_step_post_hook`: global, after every optimizer's step."""
+    global _before, _stepped_in_one
+    try:
+        if _graph_task() != -1:
+            if not _stepped_in_one:
+                _stepped_in_one = True
+                _watch_backward()
+            return
+        now = (get_ident(), _sequence() if _sequence is not None else _before[1] + 1)
+        fresh, _before = now != _before, now
+        _step(id(optimizer), fresh)
+    except Exception as error:
+        if error is gate.gate.delivery.raised:
+            raise
+        failed("step hook", error)
+
+
+def _step(who: object, fresh: bool) -> None:
+    g = gate.gate
+    if g.clock.step(who, fresh):
+        g.end_of_iteration()
+        if g.clock.count & _LOOKS == _FIRST:
+            g.saves.does_more()
+            _now_and_then()
+
+
+# As `torch.compiler.disable` would, which would import the compiler: a compiled step calls the hooks, untraced.
+_before_step._torchdynamo_disable = True  # type: ignore[attr-defined]
+_after_step._torchdynamo_disable = True  # type: ignore[attr-defined]
+
+
+def _watch_backward() -> None:
+    """From here on: only where optimizers step inside backward does anybody need to know where it ends."""
+    autograd = sys.modules["torch.autograd"]
+    real = autograd.backward
+    if hasattr(real, "_autoteardown_wrapped"):
+        return
+
+    @functools.wraps(real)
+    def backward(*args: Any, **kwargs: Any) -> Any:
+        global _passes
+        _passes += 1  # activation checkpointing starts passes inside a pass, on whichever thread
+        try:
+            result = real(*args, **kwargs)
+        finally:
+            _passes -= 1
+        if _stepped_in_one and not _passes:
+            _backward_over()
+        return result
+
+    backward._autoteardown_wrapped = True  # type: ignore[attr-defined]
+    backward._torchdynamo_disable = True  # type: ignore[attr-defined]
+    autograd.backward = backward  # type: ignore[attr-defined]
+
+
+def _backward_over() -> None:
+    global _stepped_in_one
+    _stepped_in_one = False
+    try:
+        _step(_BACKWARD, True)
+    except Exception as error:
+        if error is gate.gate.delivery.raised:
+            raise
+        failed("the end of a backward pass", error)
