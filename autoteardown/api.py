@@ -6,7 +6,7 @@ import sys
 from typing import Any, Callable, Optional
 
 from autoteardown import startup
-from autoteardown.fail_open import guarded
+from autoteardown.fail_open import fail_open
 
 
 def status() -> dict[str, Any]:
@@ -20,14 +20,14 @@ def status() -> dict[str, Any]:
     return _status() or {"active": False, "state": "off", "reason": "the agent has failed"}
 
 
-@guarded
+@fail_open
 def _status() -> dict[str, Any]:
     from autoteardown.training import gate
 
     if not startup.active():
         return {"active": False, "state": "off", "reason": startup.why_off or "AUTOTEARDOWN is not set"}
     guard = _guard()
-    if guard is None or not guard.listening.armed:
+    if guard is None or not guard.listener.armed:
         return {"active": True, "state": "idle"}
     stopping = guard.teardown is not None
     return {
@@ -53,7 +53,7 @@ def arm() -> bool:
     return bool(_arm())
 
 
-@guarded
+@fail_open
 def _arm() -> bool:
     if not startup.activate():
         return False
@@ -67,7 +67,7 @@ def _arm() -> bool:
     return True
 
 
-@guarded
+@fail_open
 def disarm() -> None:
     """Take the guard off this process, for good: handlers, threads and registry entry go."""
     if not startup.active():
@@ -77,7 +77,7 @@ def disarm() -> None:
     torch_hooks.disarmed = True
     guard = _guard()
     if guard is not None:
-        guard.leave()
+        guard.after_destroy()
 
 
 class protect:
@@ -89,7 +89,7 @@ class protect:
 
     _gate: Any = None
 
-    @guarded
+    @fail_open
     def __enter__(self) -> None:
         """Begin the block; a thread that should have stopped by now stops here."""
         from autoteardown.training import gate
@@ -97,7 +97,7 @@ class protect:
         gate.gate.enter_save()
         self._gate = gate.gate
 
-    @guarded
+    @fail_open
     def __exit__(self, *exc_info: object) -> None:
         """End it; a thread that should have stopped inside stops here."""
         if self._gate is not None:
@@ -150,7 +150,7 @@ def on_teardown(callback: Callable[[], object]) -> Callable[[], object]:
     return callback
 
 
-@guarded
+@fail_open
 def _register(callback: Callable[[], object]) -> None:
     if startup.active():
         from autoteardown.checkpoints import callbacks

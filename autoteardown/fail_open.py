@@ -15,7 +15,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 _said: set[str] = set()
 
 
-def failed(what: str, error: BaseException) -> None:
+def report_failure(what: str, error: BaseException) -> None:
     """Say it, once for each error: what fails in a step hook fails at each step, and in whoever needs its result."""
     problem = repr(error)
     if problem not in _said:
@@ -23,7 +23,7 @@ def failed(what: str, error: BaseException) -> None:
         say(f"{what} failed, this process may not be guarded: {problem}")
 
 
-def guarded(function: F) -> F:
+def fail_open(function: F) -> F:
     """The function, which returns None instead of raising."""
 
     @functools.wraps(function)
@@ -31,7 +31,7 @@ def guarded(function: F) -> F:
         try:
             return function(*args, **kwargs)
         except Exception as error:
-            failed(function.__name__.strip("_"), error)
+            report_failure(function.__name__.strip("_"), error)
             return None
 
     return safe  # type: ignore[return-value]

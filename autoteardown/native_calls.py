@@ -17,7 +17,7 @@ _inside: set[object] = set()
 _over = False
 
 
-class Over(Exception):
+class InterpreterExiting(Exception):
     """The interpreter is about to end."""
 
 
@@ -31,13 +31,13 @@ def call(function: Callable[[], _Result]) -> _Result:
     _inside.add(mark)  # first this, then the question: see `settle`
     try:
         if _over:
-            raise Over
+            raise InterpreterExiting
         return function()
     finally:
         _inside.discard(mark)
 
 
-def settle(seconds: float) -> None:
+def wait_for_running(seconds: float) -> None:
     """At exit, last of all: begin no such call any more, and wait for those under way, at most so many seconds."""
     global _over
     _over = True

@@ -12,12 +12,11 @@ from types import CodeType, FrameType
 from typing import Any, Optional
 
 from autoteardown import unpatched
-from autoteardown.signals import replacements
 
-PACKAGE = os.path.join(os.path.dirname(os.path.dirname(__file__)), "")
+PACKAGE = os.path.join(os.path.dirname(__file__), "")
 """Where the agent's own code lies."""
 
-_STAND_INS = replacements.put.__code__.co_filename
+_REPLACEMENTS = os.path.join(PACKAGE, "signals", "replacements.py")
 
 
 def main_ident() -> Optional[int]:
@@ -117,11 +116,11 @@ def in_finalizer() -> bool:
     return False
 
 
-def in_stand_in() -> bool:
+def in_signal_replacement() -> bool:
     """In a signal handler of ours: whether it interrupts one of the stand-ins for functions of the `signal` module."""
     frame: Any = sys._getframe()
     while frame is not None and frame.f_code.co_filename.startswith(PACKAGE):
-        if frame.f_code.co_filename == _STAND_INS:
+        if frame.f_code.co_filename == _REPLACEMENTS:
             return True
         frame = frame.f_back
     return False

@@ -109,7 +109,7 @@ ROWS = {
     "plan": "first answer to the plan known to all",
     "hub plan": "  of it processor time of the hub's thread",
 }
-KINDS = {"the agent in every rank": channel_ranks.real, "light ranks": channel_ranks.light}
+KINDS = {"the agent in every rank": channel_ranks.real, "light ranks": channel_ranks.arm}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -128,7 +128,7 @@ def main(argv: list[str] | None = None) -> None:
             simulation.close()
             print(f"\n{world} ranks, {words}")
             for name, text in ROWS.items():
-                if name == "open" and kind is channel_ranks.light:
+                if name == "open" and kind is channel_ranks.arm:
                     continue
                 values = [each[name] for each in rounds]
                 middle, spread = statistics.median(values), f"({min(values):.2f} to {max(values):.2f})"

@@ -16,12 +16,12 @@ import threading
 import time
 from typing import Any
 
-from autoteardown.stop.coordinator import Council
+from autoteardown.stop.coordinator import Coordinator
 
 Pipe = Any
 
 
-class Counting(Council):
+class Counting(Coordinator):
     """The agent's own council, which says in addition when all have come."""
 
     def __init__(self, world: int) -> None:
@@ -133,11 +133,11 @@ def real(pipe: Pipe, port: int, ranks: range, world: int) -> None:
             pipe.send(None)
 
 
-def light(pipe: Pipe, port: int, ranks: range, world: int) -> None:
+def arm(pipe: Pipe, port: int, ranks: range, world: int) -> None:
     """Ranks that each hold a connection, say what they have to, and do no more; one look into the store for all."""
     import torch.distributed as dist
 
-    from autoteardown.channel.rendezvous import KEY, Card
+    from autoteardown.channel.rendezvous import KEY, HubAddress
     from autoteardown.channel.wire import encode, proof
 
     many_files()
@@ -166,7 +166,7 @@ def light(pipe: Pipe, port: int, ranks: range, world: int) -> None:
             return
         if what == "open":
             start = time.perf_counter()
-            card = Card.decode(dist.PrefixStore(f"round{value}", server).get(KEY))
+            card = HubAddress.decode(dist.PrefixStore(f"round{value}", server).get(KEY))
             posted = 0
             for rank in ranks:
                 hello = (rank, world, os.urandom(8).hex(), 1, 0, 0)

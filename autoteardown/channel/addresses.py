@@ -68,11 +68,11 @@ def _wanted(name: str, environ: Mapping[str, str]) -> bool:
     if name in [each.strip() for each in gloo.split(",")]:
         return True
     # NCCL: "eth,ib" names beginnings, "=eth0" whole names, "^docker" what not to take.
-    said = environ.get("NCCL_SOCKET_IFNAME", "").strip()
-    if not said or gloo:
+    log = environ.get("NCCL_SOCKET_IFNAME", "").strip()
+    if not log or gloo:
         return False
-    exclude, exact = said.startswith("^"), said.lstrip("^").startswith("=")
-    names = [each.partition(":")[0] for each in said.lstrip("^=").split(",") if each]
+    exclude, exact = log.startswith("^"), log.lstrip("^").startswith("=")
+    names = [each.partition(":")[0] for each in log.lstrip("^=").split(",") if each]
     matches = name in names if exact else name.startswith(tuple(names))
     return matches != exclude
 

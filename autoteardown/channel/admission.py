@@ -13,10 +13,10 @@ from autoteardown import unpatched
 from autoteardown.channel import fd_limits
 from autoteardown.channel.wire import Lines, Malformed, encode, name_of, proof, proven, whole
 from autoteardown.event_loop import sockets
-from autoteardown.event_loop.sockets import READ, Ended, Stream
+from autoteardown.event_loop.sockets import READ, ConnectionClosed, Stream
 
 if TYPE_CHECKING:
-    from autoteardown.channel.rendezvous import Card
+    from autoteardown.channel.rendezvous import HubAddress
     from autoteardown.event_loop.loop import Loop, Timer
 
 GUESTS = 32
@@ -49,7 +49,7 @@ class Hello(NamedTuple):
     near: int
 
 
-class Door:
+class Admission:
     """See above. Everything happens on the loop thread.
 
     Args:
@@ -66,7 +66,7 @@ class Door:
     def __init__(
         self,
         loop: Loop,
-        card: Card,
+        address: HubAddress,
         listeners: list[Any],
         many: bool,
         here: Callable[[], int],
@@ -74,7 +74,7 @@ class Door:
         hang_up: Callable[[Peer], object],
         note: Callable[[str], object],
     ) -> None:
-        self._loop, self._card, self._many = loop, card, many
+        self._loop, self._address, self._many = loop, address, many
         self._here, self._welcomed, self._hang_up, self._note = here, welcome, hang_up, note
         self._listeners = [(each, sockets.identity(each.fileno())) for each in listeners]
         self._room = 0  # for connections
@@ -85,7 +85,7 @@ class Door:
 
     def open(self) -> None:
         """Let them come."""
-        self._room = fd_limits.afford(self._card.world - 1 + GUESTS)
+        self._room = fd_limits.afford(self._address.world - 1 + GUESTS)
         for listener, _ in self._listeners:
             self._listen(listener)
 
@@ -112,14 +112,14 @@ class Door:
             raise Malformed("no hello")
         rank, world, name = whole(line[1], 1), whole(line[2], 1), name_of(line[3])
         hello = Hello(rank, world, name, whole(line[4], 1), whole(line[5]), whole(line[6], 0, 1))
-        if not proven(line[7], proof(self._card.token, "hello", *hello)):
+        if not proven(line[7], proof(self._address.token, "hello", *hello)):
             self.note_once("the hub has hung up on somebody without this group's token")
-            raise Ended("no token")
+            raise ConnectionClosed("no token")
         return hello
 
     def promise(self, hello: Hello) -> str:
         """What proves to that rank that the hub knows the token, too."""
-        return proof(self._card.token, "welcome", *hello)
+        return proof(self._address.token, "welcome", *hello)
 
     def leave(self, peer: Peer) -> None:
         """That one is no guest any more."""
@@ -173,7 +173,7 @@ class Door:
             self.note_once(_NO_ROOM)
             try:
                 peer.send(encode("no", _NO_ROOM))
-            except Ended:
+            except ConnectionClosed:
                 pass
             peer.close()
             return

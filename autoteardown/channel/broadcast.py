@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Callable
 from autoteardown import unpatched
 from autoteardown.channel import fd_limits
 from autoteardown.channel.wire import encode
-from autoteardown.event_loop.sockets import Ended
+from autoteardown.event_loop.sockets import ConnectionClosed
 
 if TYPE_CHECKING:
     from autoteardown.channel.admission import Peer
-    from autoteardown.channel.message_log import Said
+    from autoteardown.channel.message_log import MessageLog
+    from autoteardown.event_loop.connection_poller import ConnectionPoller
     from autoteardown.event_loop.loop import Loop
 
 _FULL, _UNREAD = 1 << 16, 1 << 20  # bytes that wait: no more messages are added; it is given up
@@ -20,7 +21,7 @@ _GLANCE = 0.005  # seconds until the next look at what the kernel has sent
 _MOMENT = 0.5  # seconds at most until a rank knows that its post has come, while there is much to hear
 
 
-class Telling:
+class Broadcaster:
     """See above. Everything happens on the loop thread.
 
     Args:
@@ -34,12 +35,12 @@ class Telling:
     def __init__(
         self,
         loop: Loop,
-        said: Said,
-        crowd: fd_limits.Crowd,
+        log: MessageLog,
+        poller: ConnectionPoller,
         connected: Callable[[], list[Peer]],
         drop: Callable[[Peer, str], object],
     ) -> None:
-        self._loop, self._said, self._crowd = loop, said, crowd
+        self._loop, self._log, self._poller = loop, log, poller
         self._connected, self._drop = connected, drop
         self._owed: set[Peer] = set()  # who has posts that it does not know to have come
         self._owed_since = 0.0
@@ -59,7 +60,7 @@ class Telling:
         if member is None:
             peer.send(b"")
         else:
-            last = self._said.last
+            last = self._log.last
             if peer.waiting >= _FULL:
                 peer.send(b"")
             if member.seen > member.acknowledged and (acknowledge or peer.told < last):
@@ -68,13 +69,13 @@ class Telling:
             while peer.told < last:
                 if peer.waiting >= _FULL:
                     break  # not all has been added: so something has to wait, or nobody would come back to it
-                data, peer.told = self._said.after(peer.told, member.rank)
+                data, peer.told = self._log.after(peer.told, member.rank)
                 peer.send(data)
             else:
                 peer.send(b"")
         if peer.waiting > _UNREAD:
-            raise Ended("it does not read what it is told")
-        self._crowd.change(peer.fd, peer.events)
+            raise ConnectionClosed("it does not read what it is told")
+        self._poller.change(peer.fd, peer.events)
 
     def owe(self, peer: Peer) -> None:
         """That one is to know that its post has come."""
@@ -87,7 +88,7 @@ class Telling:
 
         Thousands answer a notice at once: the plan, which they wait for, is not to wait for as many packets.
         """
-        if self._owed and (self._crowd.quiet or unpatched.monotonic() > self._owed_since + _MOMENT):
+        if self._owed and (self._poller.quiet or unpatched.monotonic() > self._owed_since + _MOMENT):
             owed, self._owed = self._owed, set()
             self._each(owed)
 
@@ -106,14 +107,14 @@ class Telling:
             if not peer.closed:  # another's end may have been this one's, too
                 try:
                     self.one(peer)
-                except Ended as error:
+                except ConnectionClosed as error:
                     self._drop(peer, str(error))
 
     def _glance(self) -> None:
         if not self._flushes:
             return
         try:
-            last = self._said.last
+            last = self._log.last
             if any(
                 peer.told < last or peer.waiting or fd_limits.unsent(peer.fd) for peer in self._connected()
             ):

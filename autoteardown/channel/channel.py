@@ -11,13 +11,14 @@ import weakref
 from typing import TYPE_CHECKING, Any, Callable, Optional
 
 from autoteardown import unpatched
-from autoteardown.channel import addresses, rendezvous
+from autoteardown.channel import addresses
 from autoteardown.channel.connection import Connection, Deliver
-from autoteardown.channel.coordinator import Council
+from autoteardown.channel.coordinator import Coordinator
 from autoteardown.channel.hub import Hub
+from autoteardown.channel.rendezvous import HubAddress, Rendezvous, no_store
 from autoteardown.channel.wire import encode, kind_of
 from autoteardown.event_loop import sockets
-from autoteardown.fail_open import failed
+from autoteardown.fail_open import report_failure
 
 if TYPE_CHECKING:
     from autoteardown.event_loop.loop import Loop
@@ -35,7 +36,7 @@ class Channel:
         self._loop = loop
         self._deliver = deliver
         self._pid = os.getpid()
-        self._desk: Optional[rendezvous.Desk] = None
+        self._rendezvous: Optional[Rendezvous] = None
         self._end: Connection | Hub | None = None
         self._why = ""
         self._closed = False
@@ -44,7 +45,12 @@ class Channel:
 
     @staticmethod
     def open(
-        store: Any, rank: int, world: int, loop: Loop, deliver: Deliver, council: Callable[[], Council]
+        store: Any,
+        rank: int,
+        world: int,
+        loop: Loop,
+        deliver: Deliver,
+        coordinator: Callable[[], Coordinator],
     ) -> Channel:
         """The channel of the group with this store; never raises, never waits.
 
@@ -62,30 +68,32 @@ class Channel:
         """
         channel = Channel(loop, deliver, rank)
         try:
-            problem = "a world of one rank has no peers" if world < 2 else rendezvous.no_store(store)
+            problem = "a world of one rank has no peers" if world < 2 else no_store(store)
             if problem:
                 channel._why = problem
                 return channel
-            channel._desk = rendezvous.Desk(store, world)
+            channel._rendezvous = Rendezvous(store, world)
             if rank == 0:
-                channel._open_hub(channel._desk, world, council())
+                channel._open_hub(channel._rendezvous, world, coordinator())
             else:
-                channel._end = Connection(loop, channel._desk, rank, world, deliver)
+                channel._end = Connection(loop, channel._rendezvous, rank, world, deliver)
             loop.call(channel._end.start)  # type: ignore[union-attr]
             _open.add(channel)
         except Exception as error:
-            failed("the channel", error)
+            report_failure("the channel", error)
             channel._why = f"{type(error).__name__}: {error}"
             channel.close()
         return channel
 
-    def _open_hub(self, desk: rendezvous.Desk, world: int, council: Council) -> None:
+    def _open_hub(self, rendezvous: Rendezvous, world: int, coordinator: Coordinator) -> None:
         assert self._loop is not None
         listeners, problem = [], "this host has no address"
         one_host = os.environ.get("LOCAL_WORLD_SIZE") == str(world)
         interfaces = addresses.interfaces()
         choice = not one_host and sum(not each.loopback for each in interfaces) > 1
-        proven = addresses.proven(desk.port) if choice else []  # which init waits for, as for all of this
+        proven = (
+            addresses.proven(rendezvous.port) if choice else []
+        )  # which init waits for, as for all of this
         found = addresses.ordered(interfaces, os.environ, proven, one_host)
         for host in found or ["127.0.0.1", "::1"]:
             try:
@@ -95,25 +103,30 @@ class Channel:
         if not listeners:
             raise OSError(problem)
         hosts = tuple(each.getsockname()[:2] for each in listeners)
-        card = rendezvous.Card(os.urandom(8).hex(), os.urandom(16).hex(), world, addresses.here(), hosts)
+        address = HubAddress(os.urandom(8).hex(), os.urandom(16).hex(), world, addresses.here(), hosts)
         self._end = Hub(
-            self._loop, card, listeners, council, self._deliver, lambda text: self._deliver("note", text)
+            self._loop,
+            address,
+            listeners,
+            coordinator,
+            self._deliver,
+            lambda text: self._deliver("note", text),
         )
-        self._publish(desk, card)
+        self._publish(rendezvous, address)
 
-    def _publish(self, desk: rendezvous.Desk, card: rendezvous.Card) -> None:
+    def _publish(self, rendezvous: Rendezvous, address: HubAddress) -> None:
         try:
-            desk.publish(card)
+            rendezvous.publish(address)
             self._why = ""
         except Exception as error:
             self._why = f"the store cannot be written to: {type(error).__name__}"
             assert self._loop is not None
-            self._loop.at(_PUBLISH_AGAIN, lambda: self._publish_again(desk, card))
+            self._loop.at(_PUBLISH_AGAIN, lambda: self._publish_again(rendezvous, address))
 
-    def _publish_again(self, desk: rendezvous.Desk, card: rendezvous.Card) -> None:
+    def _publish_again(self, rendezvous: Rendezvous, address: HubAddress) -> None:
         """On the loop thread, which must not wait for a store."""
         if not self._closed:
-            desk.on_a_thread(lambda: self._publish(desk, card))
+            rendezvous.on_a_thread(lambda: self._publish(rendezvous, address))
 
     # -- for any thread ---------------------------------------------------------------------------------------------
 
@@ -151,7 +164,7 @@ class Channel:
         try:
             copy = json.loads(encode("p", 2**53, kind_of(kind), value))[3]
         except Exception as error:
-            failed("a message", error)
+            report_failure("a message", error)
             return
         loop.call(lambda: end.post(kind, copy))
 
@@ -195,7 +208,7 @@ class Channel:
             try:
                 end.forget()  # under the hands of the loop's thread, which has yet to come to it, or is at it
             except Exception as error:
-                failed("to close the channel", error)
+                report_failure("to close the channel", error)
 
     def forget(self) -> None:
         """In a forked child: let go of what is the parent's."""

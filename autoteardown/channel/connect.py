@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any, Callable, Optional
 
 from autoteardown.channel.wire import FIRST, Lines, Malformed, encode, proof, proven, whole
 from autoteardown.event_loop import sockets
-from autoteardown.event_loop.sockets import Ended, Stream
+from autoteardown.event_loop.sockets import ConnectionClosed, Stream
 from autoteardown.node.entry import printable, text
 
 if TYPE_CHECKING:
-    from autoteardown.channel.rendezvous import Card
+    from autoteardown.channel.rendezvous import HubAddress
     from autoteardown.event_loop.loop import Loop, Timer
 
 _STAGGER = 0.25  # seconds until the next address is tried as well
@@ -30,7 +30,7 @@ class Link(Stream):
         self.lines = Lines()
 
 
-class Dial:
+class Connector:
     """One round of attempts. Everything happens on the loop thread.
 
     Args:
@@ -44,12 +44,12 @@ class Dial:
     def __init__(
         self,
         loop: Loop,
-        card: Card,
+        address: HubAddress,
         hello: Callable[[], tuple[int, int, str, int, int, int]],
         done: Callable[[Optional[Link], int, list[list[Any]], str], object],
     ) -> None:
-        self._loop, self.card, self._hello, self._done = loop, card, hello, done
-        self._route = card.route()
+        self._loop, self.address, self._hello, self._done = loop, address, hello, done
+        self._route = address.route()
         self._tried: dict[int, Link] = {}
         # One of them at a time says hello: the hub takes a second one as the end of the first.
         self._speaking: Optional[Link] = None
@@ -100,7 +100,7 @@ class Dial:
                 self._speak(link)
             else:
                 self._arrivals.append(link)
-        except Ended as error:
+        except ConnectionClosed as error:
             self._drop(link, str(error))
 
     def _speak(self, link: Link) -> None:
@@ -109,8 +109,8 @@ class Dial:
         if self._next is not None:
             self._next.cancel()
         self._next = self._loop.at(_ANSWER, self._try_next)
-        self._promised = proof(self.card.token, "welcome", *hello)
-        link.send(encode("hello", *hello, proof(self.card.token, "hello", *hello)))
+        self._promised = proof(self.address.token, "welcome", *hello)
+        link.send(encode("hello", *hello, proof(self.address.token, "hello", *hello)))
 
     def _hear(self, link: Link, events: int) -> None:
         try:
@@ -119,14 +119,14 @@ class Dial:
                 return
             kind, *rest = lines.pop(0)
             if kind == "no" and len(rest) == 1:
-                raise Ended(printable(text(rest[0])))
+                raise ConnectionClosed(printable(text(rest[0])))
             # A stranger may listen at an address that was the hub's.
             if link is not self._speaking or kind != "welcome" or len(rest) != 2:
                 raise Malformed("not what a hub says")
             if not proven(rest[1], self._promised):
                 raise Malformed("a hub without this group's token")
             self._finish(link, whole(rest[0]), lines, "")
-        except (Ended, Malformed) as error:
+        except (ConnectionClosed, Malformed) as error:
             self._drop(link, str(error))
 
     def _drop(self, link: Link, why: str) -> None:
@@ -142,7 +142,7 @@ class Dial:
                 other = self._arrivals.pop(0)
                 try:
                     self._speak(other)
-                except Ended as error:
+                except ConnectionClosed as error:
                     self._drop(other, str(error))
         self._try_next()
 

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, Callable, Optional
 
 from autoteardown import unpatched
 from autoteardown.channel.connect import Link
-from autoteardown.channel.discovery import Search
+from autoteardown.channel.discovery import Discovery
 from autoteardown.channel.wire import Malformed, encode, kind_of, whole
-from autoteardown.event_loop.sockets import READ, Ended
-from autoteardown.fail_open import failed
+from autoteardown.event_loop.sockets import READ, ConnectionClosed
+from autoteardown.fail_open import report_failure
 
 if TYPE_CHECKING:
-    from autoteardown.channel.rendezvous import Card, Desk
+    from autoteardown.channel.rendezvous import HubAddress, Rendezvous
     from autoteardown.event_loop.loop import Loop, Timer
 
 Deliver = Callable[[str, Any], object]
@@ -39,10 +39,10 @@ class Connection:
         deliver: for what the hub says, and `down`, `up`, `lost`, `back`.
     """
 
-    def __init__(self, loop: Loop, desk: Desk, rank: int, world: int, deliver: Deliver) -> None:
+    def __init__(self, loop: Loop, rendezvous: Rendezvous, rank: int, world: int, deliver: Deliver) -> None:
         self._loop, self._deliver = loop, deliver
         self._rank, self._world, self._member = rank, world, os.urandom(8).hex()
-        self._search = Search(loop, desk, self, world)
+        self._discovery = Discovery(loop, rendezvous, self, world)
         self._session = ""  # whose numbers these are: the name of a hub
         self._heard = 0
         self._posted = 0
@@ -50,7 +50,7 @@ class Connection:
         self._flushes: list[tuple[int, Callable[[], object]]] = []
         self._link: Optional[Link] = None
         self._doubt: Optional[Timer] = None
-        self._mourn: Optional[Timer] = None
+        self._lost_timer: Optional[Timer] = None
         self._attempts = 0
         self._patience = UNHEARD
         self._lost = False
@@ -65,11 +65,11 @@ class Connection:
     @property
     def why(self) -> str:
         """Why it is not connected; empty if it is."""
-        return "" if self.connected else self._search.why
+        return "" if self.connected else self._discovery.why
 
     def start(self) -> None:
         """Set out."""
-        self._search.set_out()
+        self._discovery.set_out()
 
     def post(self, kind: str, value: Any) -> None:
         """Tell the hub."""
@@ -82,7 +82,7 @@ class Connection:
             self._send(self._link, encode("p", *post[:3]))
             self._watch_over()
         else:
-            self._search.hurry()
+            self._discovery.hurry()
 
     def when_heard(self, function: Callable[[], object]) -> None:
         """Call it when the hub has everything posted so far."""
@@ -96,7 +96,7 @@ class Connection:
         if self._link is not None and not self._closed:
             try:
                 self._link.send(encode("bye"))
-            except Ended:
+            except ConnectionClosed:
                 pass
         self._closed = True
         self.forget()
@@ -104,8 +104,8 @@ class Connection:
     def forget(self) -> None:
         """Close what there is, without a word."""
         self._closed = True
-        self._search.close()
-        for timer in (self._doubt, self._mourn):
+        self._discovery.close()
+        for timer in (self._doubt, self._lost_timer):
             if timer is not None:
                 timer.cancel()
         if self._link is not None:
@@ -118,11 +118,11 @@ class Connection:
         """Whether there are posts that no hub has said that it has."""
         return bool(self._unheard)
 
-    def hello(self, card: Card) -> tuple[int, int, str, int, int, int]:
+    def hello(self, address: HubAddress) -> tuple[int, int, str, int, int, int]:
         """What this rank says first to a hub."""
         self._attempts += 1
-        heard = self._heard if card.name == self._session else 0
-        return self._rank, self._world, self._member, self._attempts, heard, int(card.near)
+        heard = self._heard if address.name == self._session else 0
+        return self._rank, self._world, self._member, self._attempts, heard, int(address.near)
 
     def found(self, link: Link, seen: int, lines: list[list[Any]]) -> None:
         """A hub has let us in; it has the posts up to that number."""
@@ -138,18 +138,18 @@ class Connection:
         self._take_lines(link, lines)
 
     def _take(self, link: Link, seen: int) -> None:
-        card = self._search.card
-        assert card is not None
-        if card.name != self._session:
-            self._session, self._heard = card.name, 0
+        address = self._discovery.address
+        assert address is not None
+        if address.name != self._session:
+            self._session, self._heard = address.name, 0
             posts = [(number, *post[1:]) for number, post in enumerate(self._unheard, 1)]
             self._unheard = collections.deque(posts)
             self._flushes = [(len(posts), function) for _, function in self._flushes]
             self._posted = len(posts)
         self._link = link
         self._ended = False
-        if self._mourn is not None:
-            self._mourn.cancel()
+        if self._lost_timer is not None:
+            self._lost_timer.cancel()
         self._acknowledged(seen)
         self._loop.watch(link.fd, READ, self._ready)
         waiting = b"".join(encode("p", *post[:3]) for post in self._unheard)
@@ -167,7 +167,7 @@ class Connection:
             if link.waiting:
                 link.send(b"")
             lines = link.lines.feed(link.receive())
-        except (Ended, Malformed) as error:
+        except (ConnectionClosed, Malformed) as error:
             self._down(f"{link.where}: {error}")
             return
         self._take_lines(link, lines)
@@ -198,7 +198,7 @@ class Connection:
     def _send(self, link: Link, data: bytes) -> None:
         try:
             link.send(data)
-        except Ended as error:
+        except ConnectionClosed as error:
             self._down(f"{link.where}: {error}")
             return
         self._watch_events(link)
@@ -226,7 +226,7 @@ class Connection:
         age = unpatched.monotonic() - self._unheard[0][3]
         if self._link is not None and age >= UNHEARD:
             self._patience *= 2  # a hub that has too much to do is not helped by more connections
-            self._search.set_out()
+            self._discovery.set_out()
         self._watch_over()
 
     def _drop_link(self) -> None:
@@ -237,15 +237,15 @@ class Connection:
 
     def _down(self, why: str) -> None:
         self._drop_link()
-        self._search.why = why
+        self._discovery.why = why
         self._tell("down", why)
         if self._closed:
             return
         if self._ended:
-            self._search.after_the_end()
+            self._discovery.after_the_end()
             return
-        self._mourn = self._loop.at(LOST_AFTER, self._count_lost)
-        self._search.set_out()
+        self._lost_timer = self._loop.at(LOST_AFTER, self._count_lost)
+        self._discovery.set_out()
 
     def _count_lost(self) -> None:
         if not self._closed and not self.connected and not self._ended:
@@ -256,4 +256,4 @@ class Connection:
         try:
             self._deliver(kind, value)
         except Exception as error:
-            failed("to hear a message", error)
+            report_failure("to hear a message", error)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING, Any, Optional, Protocol
 
-from autoteardown.channel.connect import Dial, Link
+from autoteardown.channel.connect import Connector, Link
 
 if TYPE_CHECKING:
-    from autoteardown.channel.rendezvous import Card, Desk
+    from autoteardown.channel.rendezvous import HubAddress, Rendezvous
     from autoteardown.event_loop.loop import Loop, Timer
 
 # Seconds until the next try: the first, the longest, that after some minutes in vain, the longest while posts wait.
@@ -22,7 +22,7 @@ _AFTERWARDS = 7  # where the waits begin then: 2 s, in which the other ranks lea
 _LATE_WAIT = 5.0  # seconds, the longest of those: all ranks look in the store then, which has one thread
 
 
-class Seeker(Protocol):
+class DiscoveryClient(Protocol):
     """For whom a search is made."""
 
     @property
@@ -33,14 +33,14 @@ class Seeker(Protocol):
     def waiting(self) -> bool:
         """Whether there are posts that no hub has said that it has."""
 
-    def hello(self, card: Card) -> tuple[int, int, str, int, int, int]:
+    def hello(self, address: HubAddress) -> tuple[int, int, str, int, int, int]:
         """Rank, world, member, attempt, heard and near (see `Dial`)."""
 
     def found(self, link: Link, seen: int, lines: list[list[Any]]) -> object:
         """This one has let us in (see `Dial`)."""
 
 
-class Search:
+class Discovery:
     """See above. Everything happens on the loop thread.
 
     Args:
@@ -50,12 +50,12 @@ class Search:
         world: how many do.
     """
 
-    def __init__(self, loop: Loop, desk: Desk, seeker: Seeker, world: int) -> None:
-        self.card: Optional[Card] = None
+    def __init__(self, loop: Loop, rendezvous: Rendezvous, client: DiscoveryClient, world: int) -> None:
+        self.address: Optional[HubAddress] = None
         self.why = "rank 0 has not published its hub"  # why nothing was found
-        self._loop, self._desk, self._seeker = loop, desk, seeker
+        self._loop, self._rendezvous, self._client = loop, rendezvous, client
         self._soon = max(_SOON, world * 50e-6)  # a store's server has one thread
-        self._dial: Optional[Dial] = None
+        self._attempt: Optional[Connector] = None
         self._retry: Optional[Timer] = None
         self._tries = 0
         self._ended = False
@@ -63,12 +63,12 @@ class Search:
 
     def set_out(self) -> None:
         """Begin, unless it is under way or not needed."""
-        if self._closed or self._dial is not None or (self._seeker.connected and not self._seeker.waiting):
+        if self._closed or self._attempt is not None or (self._client.connected and not self._client.waiting):
             return
         if self._retry is not None:
             self._retry.cancel()
-        card = self.card
-        if card is None:
+        address = self.address
+        if address is None:
             self._look()
             # The thread that looks may be stuck in the store for long: then no answer comes, and none is needed.
             self._retry = self._loop.at(_STUCK_WAIT, self._again)
@@ -76,20 +76,20 @@ class Search:
         done: list[tuple[Any, ...]] = []
 
         def finished(*result: Any) -> None:
-            if self._dial is None:
+            if self._attempt is None:
                 done.append(result)  # at once, in the constructor
             else:
-                self._dialed(*result)
+                self._attempt_ended(*result)
 
-        dial = Dial(self._loop, card, lambda: self._seeker.hello(card), finished)
+        attempt = Connector(self._loop, address, lambda: self._client.hello(address), finished)
         if done:
-            self._dialed(*done[0])
+            self._attempt_ended(*done[0])
         else:
-            self._dial = dial
+            self._attempt = attempt
 
     def hurry(self) -> None:
         """Something waits for it."""
-        if self._dial is None and self._retry is not None and self._tries > 1:
+        if self._attempt is None and self._retry is not None and self._tries > 1:
             self._tries = 1
             self._again()
 
@@ -97,7 +97,7 @@ class Search:
         """The hub is no more, as its rank has left: look whether there is another, without haste and not for ever."""
         self._ended = True
         self._tries = _AFTERWARDS
-        self.card = None
+        self.address = None
         self._again()
 
     def close(self) -> None:
@@ -105,36 +105,38 @@ class Search:
         self._closed = True
         if self._retry is not None:
             self._retry.cancel()
-        if self._dial is not None:
-            self._dial.cancel()
+        if self._attempt is not None:
+            self._attempt.cancel()
 
     def _look(self) -> None:
         if self._closed:
             return
-        looking = self._desk.look(lambda card, why: self._loop.call(lambda: self._looked(card, why)))
-        if not looking and self.card is None:
+        looking = self._rendezvous.look(
+            lambda address, why: self._loop.call(lambda: self._looked(address, why))
+        )
+        if not looking and self.address is None:
             self.why = "the store does not answer"  # or the program itself waits in it
 
-    def _looked(self, card: Optional[Card], why: str) -> None:
-        if self._closed or self._seeker.connected:
+    def _looked(self, address: Optional[HubAddress], why: str) -> None:
+        if self._closed or self._client.connected:
             return
-        if card is None:
-            if self.card is None:
+        if address is None:
+            if self.address is None:
                 self.why = why
                 self._again()
             return
-        news = card != self.card
-        self.card = card
+        news = address != self.address
+        self.address = address
         if news:
-            if self._dial is not None:
-                self._dial.cancel()
-                self._dial = None
+            if self._attempt is not None:
+                self._attempt.cancel()
+                self._attempt = None
             self._tries = 0
             self.set_out()
 
     def _again(self) -> None:
         """Try again later: soon at first, and soon while posts wait."""
-        waiting = self._seeker.waiting
+        waiting = self._client.waiting
         if self._closed or (self._ended and not waiting and self._tries > _ENOUGH):
             return
         longest = _IDLE_WAIT if self._tries < _MANY_TRIES else _LONG_WAIT
@@ -148,10 +150,10 @@ class Search:
             self._retry.cancel()
         self._retry = self._loop.at(wait, self.set_out)
 
-    def _dialed(self, link: Optional[Link], seen: int, lines: list[list[Any]], why: str) -> None:
-        self._dial = None
+    def _attempt_ended(self, link: Optional[Link], seen: int, lines: list[list[Any]], why: str) -> None:
+        self._attempt = None
         if link is None:
-            if not self._seeker.connected:
+            if not self._client.connected:
                 self.why = f"the hub cannot be reached: {why}"
                 if self._tries >= _SURE:
                     self._look()  # it may be another group's that was here before
@@ -159,4 +161,4 @@ class Search:
             return
         self._ended = False
         self._tries = 0
-        self._seeker.found(link, seen, lines)
+        self._client.found(link, seen, lines)

@@ -11,17 +11,17 @@ import os
 from typing import TYPE_CHECKING, Any, Callable, Optional
 
 from autoteardown.channel import fd_limits
-from autoteardown.channel.admission import Door, Peer
-from autoteardown.channel.broadcast import Telling
-from autoteardown.channel.coordinator import BORN, FAREWELLS, Council
-from autoteardown.channel.sitting import Sitting
+from autoteardown.channel.admission import Admission, Peer
+from autoteardown.channel.broadcast import Broadcaster
+from autoteardown.channel.coordinator import BORN, FAREWELLS, Coordinator, CoordinatorRunner
 from autoteardown.channel.wire import FIRST, Malformed, encode, kind_of, whole
 from autoteardown.event_loop import sockets
-from autoteardown.event_loop.sockets import Ended
-from autoteardown.fail_open import failed
+from autoteardown.event_loop.connection_poller import ConnectionPoller
+from autoteardown.event_loop.sockets import ConnectionClosed
+from autoteardown.fail_open import report_failure
 
 if TYPE_CHECKING:
-    from autoteardown.channel.rendezvous import Card
+    from autoteardown.channel.rendezvous import HubAddress
     from autoteardown.event_loop.loop import Loop, Timer
 
 BACK_WITHIN = 2.0
@@ -47,7 +47,7 @@ class Member:
         self.near = False  # it is on this host
         self.left = False
         self.lost = False
-        self.mourn: Optional[Timer] = None
+        self.lost_timer: Optional[Timer] = None
 
 
 class Hub:
@@ -65,24 +65,24 @@ class Hub:
     def __init__(
         self,
         loop: Loop,
-        card: Card,
+        address: HubAddress,
         listeners: list[Any],
-        council: Council,
+        coordinator: Coordinator,
         deliver: Callable[[str, Any], object],
         note: Callable[[str], object],
     ) -> None:
-        self._loop, self._card = loop, card
+        self._loop, self._address = loop, address
         self._deliver = deliver
-        self._crowd = fd_limits.Crowd(loop, self._heard_them)
-        self._many = card.world > _MANY
+        self._poller = ConnectionPoller(loop, self._heard_them)
+        self._many = address.world > _MANY
         self._here = 0  # members that are connected
-        self._door = Door(
-            loop, card, listeners, self._many, lambda: self._here, self._watch, self._hang_up, note
+        self._admission = Admission(
+            loop, address, listeners, self._many, lambda: self._here, self._watch, self._hang_up, note
         )
-        self._sitting = Sitting(loop, council, self._tell)
-        self._said = self._sitting.said
+        self._coordination = CoordinatorRunner(loop, coordinator, self._tell)
+        self._log = self._coordination.log
         self._members: dict[int, Member] = {}
-        self._telling = Telling(loop, self._said, self._crowd, self._connected, self._drop)
+        self._broadcaster = Broadcaster(loop, self._log, self._poller, self._connected, self._drop)
         self._mine = 0  # index of the last message that rank 0 has heard
         self._told = 0  # index up to which everybody has been told, but for those who are slow
         self._to_tell = False
@@ -91,19 +91,19 @@ class Hub:
     def start(self) -> None:
         """Let them come."""
         if self._many:
-            fd_limits.make_room(self._card.world)
-        self._door.open()
-        self._sitting.happened(0, "joined", None)
+            fd_limits.make_room(self._address.world)
+        self._admission.open()
+        self._coordination.handle(0, "joined", None)
         self._tell()
 
     def post(self, kind: str, value: Any) -> None:
         """What rank 0 has to say."""
-        self._sitting.happened(0, kind, value)
+        self._coordination.handle(0, kind, value)
         self._tell()
 
     def when_heard(self, function: Callable[[], object]) -> None:
         """Call it when the kernel has taken everything for everybody who is connected."""
-        self._telling.when_taken(function)
+        self._broadcaster.when_taken(function)
 
     def close(self) -> None:
         """Say that it is over, and be gone."""
@@ -111,20 +111,20 @@ class Hub:
             for peer in self._connected():
                 try:
                     peer.send(encode("end"))
-                except Ended:
+                except ConnectionClosed:
                     pass
         self.forget()
 
     def forget(self) -> None:
         """Close what there is, without a word."""
         self._closed = True
-        self._sitting.close()
-        self._telling.close()
-        self._door.close()
-        self._crowd.close()
+        self._coordination.close()
+        self._broadcaster.close()
+        self._admission.close()
+        self._poller.close()
         for member in list(self._members.values()):
-            if member.mourn is not None:
-                member.mourn.cancel()
+            if member.lost_timer is not None:
+                member.lost_timer.cancel()
             if member.peer is not None:
                 member.peer.close()
         self._members.clear()
@@ -133,9 +133,9 @@ class Hub:
 
     def _admit(self, peer: Peer, line: list[Any]) -> None:
         """A guest's first line."""
-        hello = self._door.identify(line)
+        hello = self._admission.identify(line)
         rank, name = hello.rank, hello.name
-        if hello.world != self._card.world or rank >= hello.world:
+        if hello.world != self._address.world or rank >= hello.world:
             self._refuse(peer, "that is no rank of this group")
         member = self._members.get(rank)
         if member is not None and member.name != name:
@@ -145,11 +145,11 @@ class Hub:
             # rank that is late to leave the last one finds the next one's.
             if name in member.former:
                 self._refuse(peer, "that has been said before")
-            if member.mourn is not None:
-                member.mourn.cancel()
+            if member.lost_timer is not None:
+                member.lost_timer.cancel()
         elif member is not None and hello.attempt <= member.attempt:
             self._refuse(peer, "that has been said before")
-        self._door.leave(peer)
+        self._admission.leave(peer)
         born = ""
         if member is None or member.name != name:
             member = self._members[rank] = Member(rank, name, member)
@@ -159,20 +159,20 @@ class Hub:
             born = "back"
         if member.peer is not None:
             self._hang_up(member.peer)
-        if member.mourn is not None:
-            member.mourn.cancel()
+        if member.lost_timer is not None:
+            member.lost_timer.cancel()
         member.peer, peer.member = peer, member
         self._here += 1
         member.attempt, member.near = hello.attempt, bool(hello.near)
-        peer.told = min(hello.heard, self._said.last)
+        peer.told = min(hello.heard, self._log.last)
         member.acknowledged = member.seen
-        peer.put(encode("welcome", member.seen, self._door.promise(hello)))
+        peer.put(encode("welcome", member.seen, self._admission.promise(hello)))
         if born:
-            self._sitting.happened(rank, born, None)
+            self._coordination.handle(rank, born, None)
 
     def _refuse(self, peer: Peer, why: str) -> None:
         peer.send(encode("no", why))
-        raise Ended(why)
+        raise ConnectionClosed(why)
 
     def _hear(self, peer: Peer, events: int) -> None:
         if peer.closed:
@@ -186,19 +186,21 @@ class Hub:
                     self._obey(peer, peer.member, line)
                 if peer.closed:
                     return
-            self._telling.one(peer, acknowledge=False)
-        except (Malformed, Ended) as error:
+            self._broadcaster.one(peer, acknowledge=False)
+        except (Malformed, ConnectionClosed) as error:
             if peer.member is not None:
                 self._drop(peer, str(error))
             else:
                 stranger = isinstance(error, Malformed)
-                self._door.turn_away(peer, "somebody who does not speak as a rank does" if stranger else "")
+                self._admission.turn_away(
+                    peer, "somebody who does not speak as a rank does" if stranger else ""
+                )
 
     def _obey(self, peer: Peer, member: Member, line: list[Any]) -> None:
         if line == ["bye"]:
             if not member.left:
                 member.left = True
-                self._sitting.happened(member.rank, "bye", None)
+                self._coordination.handle(member.rank, "bye", None)
             return
         if len(line) != 4 or line[0] != "p":
             raise Malformed("not what a rank says")
@@ -207,21 +209,21 @@ class Hub:
             raise Malformed("not the next post")
         fresh = number > member.seen
         member.seen = max(member.seen, number)
-        self._telling.owe(peer)
+        self._broadcaster.owe(peer)
         if fresh and kind not in BORN:
             member.left = member.left or kind in FAREWELLS
-            self._sitting.happened(member.rank, kind, line[3])
+            self._coordination.handle(member.rank, kind, line[3])
 
     def _heard_them(self) -> None:
         """What had come has been heard."""
         self._tell()
-        self._telling.settle()
+        self._broadcaster.settle()
 
     def _connected(self) -> list[Peer]:
         return [member.peer for member in list(self._members.values()) if member.peer is not None]
 
     def _watch(self, peer: Peer) -> None:
-        self._crowd.watch(peer.fd, peer.events, functools.partial(self._hear, peer))
+        self._poller.watch(peer.fd, peer.events, functools.partial(self._hear, peer))
 
     def _drop(self, peer: Peer, why: str) -> None:
         member: Member = peer.member
@@ -232,27 +234,29 @@ class Hub:
             # nobody knows, and it may not know yet that its line is gone.
             gone = why in _GONE
             wait = BACK_WITHIN if gone else sockets.IDLE + BACK_WITHIN
-            member.mourn = self._loop.at(wait, lambda: self._count_lost(member, gone))
+            member.lost_timer = self._loop.at(wait, lambda: self._count_lost(member, gone))
         elif member.left and not self._closed:
-            self._sitting.happened(member.rank, "closed", None)
+            self._coordination.handle(member.rank, "closed", None)
             self._tell_soon()
 
     def _hang_up(self, peer: Peer) -> None:
         if peer.member is None:
-            self._door.leave(peer)
+            self._admission.leave(peer)
         elif peer.member.peer is peer:
             peer.member.peer = None
             self._here -= 1
-        self._crowd.unwatch(peer.fd)
+        self._poller.unwatch(peer.fd)
         peer.close()
 
     def _count_lost(self, member: Member, gone: bool) -> None:
         if member.peer is None and not member.left:
             dead = gone and (member.near or member.lost)
             if gone and not dead:
-                member.mourn = self._loop.at(DEAD_AFTER - BACK_WITHIN, lambda: self._count_lost(member, gone))
+                member.lost_timer = self._loop.at(
+                    DEAD_AFTER - BACK_WITHIN, lambda: self._count_lost(member, gone)
+                )
             member.lost = True
-            self._sitting.happened(member.rank, "lost", dead)
+            self._coordination.handle(member.rank, "lost", dead)
             self._tell_soon()
 
     # -- what the council says -----------------------------------------------------------------------------------------
@@ -265,16 +269,16 @@ class Hub:
 
     def _tell(self) -> None:
         self._to_tell = False
-        last = self._said.last
+        last = self._log.last
         if self._told == last or self._closed:
             return
         self._told = last
-        self._telling.everybody()
+        self._broadcaster.everybody()
         mine, self._mine = self._mine, last
-        for kind, value in self._said.heard_by(0, mine):
+        for kind, value in self._log.heard_by(0, mine):
             if self._closed:
                 return
             try:
                 self._deliver(kind, value)
             except Exception as error:
-                failed("to hear a message", error)
+                report_failure("to hear a message", error)

@@ -11,7 +11,7 @@ MOST = 1 << 16
 _AT_ONCE = 1 << 17  # bytes
 
 
-class Entry(NamedTuple):
+class LoggedMessage(NamedTuple):
     """One message."""
 
     to: Optional[int]
@@ -20,11 +20,11 @@ class Entry(NamedTuple):
     line: bytes
 
 
-class Said:
+class MessageLog:
     """Messages by index, from 1 on."""
 
     def __init__(self) -> None:
-        self._entries: list[Entry] = []
+        self._entries: list[LoggedMessage] = []
         self._gone = 0  # how many there were before the first that is kept
         self.last = 0
         """The index of the newest message; 0 if there is none."""
@@ -36,7 +36,7 @@ class Said:
         Raises:
             TypeError, ValueError: it cannot be sent.
         """
-        self._entries.append(Entry(to, kind, value, encode("m", self.last + 1, kind, value)))
+        self._entries.append(LoggedMessage(to, kind, value, encode("m", self.last + 1, kind, value)))
         self.last += 1
         self._chunks.clear()
         if len(self._entries) > 2 * MOST:

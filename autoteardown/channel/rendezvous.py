@@ -21,7 +21,7 @@ from autoteardown import native_calls, unpatched
 from autoteardown.channel import addresses
 from autoteardown.channel.wire import Malformed, name_of, whole
 from autoteardown.event_loop import sockets
-from autoteardown.fail_open import failed
+from autoteardown.fail_open import report_failure
 
 KEY = "autoteardown/hub"
 _VERSION = 1
@@ -29,7 +29,7 @@ _LIMIT = 4096
 _STUCK = 1.0  # seconds after which a thread in the store is taken to wait for the program
 
 
-class Card(NamedTuple):
+class HubAddress(NamedTuple):
     """What the key holds."""
 
     name: str  # of this generation of the group: random
@@ -43,7 +43,7 @@ class Card(NamedTuple):
         return json.dumps({"version": _VERSION, **self._asdict()})
 
     @classmethod
-    def decode(cls, data: bytes) -> Card:
+    def decode(cls, data: bytes) -> HubAddress:
         """The card in that text.
 
         Raises:
@@ -84,7 +84,7 @@ class Card(NamedTuple):
         return bool(self.here) and self.here == addresses.here()
 
 
-class NoCard(Exception):
+class NoHubAddress(Exception):
     """Why there is none, in words for a person."""
 
 
@@ -116,15 +116,15 @@ def _start(errand: Callable[[], object]) -> None:
     def run() -> None:
         try:
             native_calls.call(errand)
-        except native_calls.Over:
+        except native_calls.InterpreterExiting:
             pass
         except Exception as error:
-            failed("to use the store", error)
+            report_failure("to use the store", error)
 
     unpatched.start_new_thread(run, ())
 
 
-class Desk:
+class Rendezvous:
     """The key, for one rank.
 
     Args:
@@ -144,7 +144,7 @@ class Desk:
         self._seen = False  # whether a connection with the store's server has been seen
         self._cloning = False
 
-    def publish(self, card: Card) -> None:
+    def publish(self, address: HubAddress) -> None:
         """Write the key, on this thread. One operation.
 
         Raises:
@@ -152,9 +152,9 @@ class Desk:
         """
         store = self._store()
         if store is not None:
-            store.set(KEY, card.encode())
+            store.set(KEY, address.encode())
 
-    def look(self, found: Callable[[Optional[Card], str], object]) -> bool:
+    def look(self, found: Callable[[Optional[HubAddress], str], object]) -> bool:
         """Read the key on a thread of its own; never waits.
 
         Args:
@@ -202,30 +202,30 @@ class Desk:
             raise
         return True
 
-    def _read(self, found: Callable[[Optional[Card], str], object], store: Any) -> None:
-        card, why = None, ""
+    def _read(self, found: Callable[[Optional[HubAddress], str], object], store: Any) -> None:
+        address, why = None, ""
         try:
-            card = self._card(store)
-        except NoCard as error:
+            address = self._address(store)
+        except NoHubAddress as error:
             why = str(error)
         except Malformed as error:
             why = f"what rank 0 has published is {error}"
         except Exception as error:
             why = f"the store cannot be read: {type(error).__name__}"
-        found(card, why)
+        found(address, why)
 
-    def _card(self, store: Any) -> Card:
+    def _address(self, store: Any) -> HubAddress:
         if store is None:
-            raise NoCard("the store is gone")
+            raise NoHubAddress("the store is gone")
         if self.port and self._hung_up(self.port):
-            raise NoCard("the store's server is gone")
+            raise NoHubAddress("the store's server is gone")
         if not store.check([KEY]):
-            raise NoCard("rank 0 has not published its hub")
-        card = Card.decode(bytes(store.get(KEY)))
-        if card.world != self._world:
-            raise NoCard("rank 0 has not published its hub")
+            raise NoHubAddress("rank 0 has not published its hub")
+        address = HubAddress.decode(bytes(store.get(KEY)))
+        if address.world != self._world:
+            raise NoHubAddress("rank 0 has not published its hub")
         self._found = True
-        return card
+        return address
 
     def _hung_up(self, port: int) -> bool:
         # c10d prints a warning with a backtrace when it finds that out by itself, whatever becomes of the exception.

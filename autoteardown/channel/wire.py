@@ -119,9 +119,9 @@ def name_of(value: Json) -> str:
     return value
 
 
-def proof(token: str, *said: str | int) -> str:
+def proof(token: str, *log: str | int) -> str:
     """That whoever says this knows the token, which itself is never sent."""
-    text = "\n".join(map(str, said))
+    text = "\n".join(map(str, log))
     return hmac.digest(token.encode(), text.encode(), "sha256").hex()
 
 

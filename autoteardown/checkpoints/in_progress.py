@@ -21,7 +21,7 @@ from types import CodeType, FrameType
 from typing import Any, Optional
 
 from autoteardown import thread_stacks
-from autoteardown.checkpoints.writer_processes import Writers
+from autoteardown.checkpoints.writer_processes import WriterProcesses
 from autoteardown.unpatched import get_ident, monotonic, sleep
 
 _MOMENT = 0.5  # seconds after a save in which another may follow it, at least
@@ -34,7 +34,7 @@ _SAVER = re.compile(
 _NO_SAVER = re.compile(r"save_for_backward|should|to_save|register|hook")
 
 
-class Saves:
+class SavesInProgress:
     """What the threads of one process are saving."""
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class Saves:
         self._began: dict[int, float] = {}
         self._moment: dict[int, float] = {}  # until when another save may follow
         self._background = 0
-        self._writers = Writers()
+        self._writers = WriterProcesses()
         self._more_than_saves: set[CodeType] = set()
 
     def does_more(self) -> None:

@@ -27,7 +27,7 @@ _IN_MEMORY = ("/dev/", "/proc/", "/memfd:")
 _TO_WRITE = os.O_WRONLY | os.O_RDWR
 
 
-class Writers:
+class WriterProcesses:
     """The children of this process that write."""
 
     def __init__(self) -> None:

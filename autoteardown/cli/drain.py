@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     for line in refused:
         print(f"autoteardown: {line}", file=sys.stderr)
     # No more of its name is kept than `ps` shows.
-    which = drain.Which(None if args.job is None else args.job.strip()[: variables.JOB_LENGTH], args.pid)
+    which = drain.Selection(None if args.job is None else args.job.strip()[: variables.JOB_LENGTH], args.pid)
     if args.dry_run:
         return _dry_run(found, which, args.json)
     timeout = found.grace + drain.MARGIN if args.timeout is None else args.timeout
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     return 0 if clean else 1
 
 
-def _dry_run(found: settings.Settings, which: drain.Which, as_json: bool) -> int:
+def _dry_run(found: settings.Settings, which: drain.Selection, as_json: bool) -> int:
     problems: list[str] = []
     records = drain.would_signal(found.runtime_dir, which, problems.append)
     for problem in problems:
@@ -79,7 +79,7 @@ def _dry_run(found: settings.Settings, which: drain.Which, as_json: bool) -> int
     return 1 if problems else 0
 
 
-def _none(found: settings.Settings, which: drain.Which) -> str:
+def _none(found: settings.Settings, which: drain.Selection) -> str:
     there = len(registry.read(found.runtime_dir))
     if not there or (which.job is None and not which.pids):
         return ps.none_here(found.runtime_dir)

@@ -9,7 +9,7 @@ import sys
 
 from autoteardown import settings
 from autoteardown.node import registry
-from autoteardown.node.entry import Record, printable
+from autoteardown.node.entry import Entry, printable
 
 SUMMARY = "list the armed ranks on this node"
 
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     return 1 if problems else 0
 
 
-def as_dict(record: Record) -> dict[str, object]:
+def as_dict(record: Entry) -> dict[str, object]:
     """What `--json` says of a rank."""
     return {
         "pid": record.pid,
@@ -66,7 +66,7 @@ def none_here(runtime_dir: str) -> str:
     return f"no armed ranks on this node{hint}"
 
 
-def _row(record: Record) -> tuple[str, ...]:
+def _row(record: Entry) -> tuple[str, ...]:
     named = (printable(text) for text in (record.backend, record.program, record.state))
     return (
         str(record.pid),
@@ -78,7 +78,7 @@ def _row(record: Record) -> tuple[str, ...]:
     )
 
 
-def peers(record: Record) -> str:
+def peers(record: Entry) -> str:
     """Whether the other ranks would be told now that this one is evicted."""
     if record.alone is None:
         return "-"

@@ -19,7 +19,7 @@ from autoteardown.drills.job import AFTERMATH
 from autoteardown.drills.outcome import Outcome, RankOutcome
 from autoteardown.drills.scenario import AGENT, Scenario
 from autoteardown.node import registry
-from autoteardown.node.entry import Record
+from autoteardown.node.entry import Entry
 
 TICK = 0.05
 SETTLED = 5.0  # seconds without another rank: the rest of the world is on other nodes
@@ -58,7 +58,7 @@ class CommandDrill:
         self._env = {**os.environ, "AUTOTEARDOWN": "1", **environment.settings(folder, grace)}
         self._settings = settings_of.load(self._env)[0]
         self.evicted_after = 0.0  # seconds from the start to the eviction
-        self._ranks: list[tuple[Record, processes.Process, RankOutcome]] = []
+        self._ranks: list[tuple[Entry, processes.Process, RankOutcome]] = []
 
     def run(self) -> Outcome:
         """Start, evict, watch; what came of it."""
@@ -161,7 +161,7 @@ class CommandDrill:
                 return
             time.sleep(TICK)
 
-    def _ended(self, record: Record, rank: RankOutcome) -> None:
+    def _ended(self, record: Entry, rank: RankOutcome) -> None:
         """Its exit code only its launcher knows; what it has told the registry is next to it."""
         try:
             last = registry.reread(self._settings.runtime_dir, record)

@@ -12,7 +12,7 @@ from autoteardown.drills.display import Display
 from autoteardown.drills.outcome import Outcome, RankOutcome
 from autoteardown.drills.scenario import NONE, Scenario
 from autoteardown.node import procfs
-from autoteardown.node.entry import Record
+from autoteardown.node.entry import Entry
 
 
 class ControlDrill(CommandDrill):
@@ -58,7 +58,7 @@ class ControlDrill(CommandDrill):
                 return f"{len(records)} processes with a RANK in their environment, where {self._wanted} were to be"
             time.sleep(TICK)
 
-    def _ended(self, record: Record, rank: RankOutcome) -> None:
+    def _ended(self, record: Entry, rank: RankOutcome) -> None:
         # Only its launcher knows its exit code, which may be that of a handler of its own.
         self._say(f"+{rank.seconds:.2f} s rank {record.place} is gone")
 
@@ -66,7 +66,7 @@ class ControlDrill(CommandDrill):
         found.ranks = [rank for _, _, rank in self._ranks]
 
 
-def ranks_below() -> list[Record]:
+def ranks_below() -> list[Entry]:
     """The ranks among what this process has started: those with a RANK of their own, and not one of their parent's."""
     given: dict[int, dict[str, str]] = {}
     for pid in processes.descendants():
@@ -82,7 +82,7 @@ def ranks_below() -> list[Record]:
         if not rank.isdecimal() or given.get(_parent(pid), {}).get("RANK") == rank:  # a worker of a rank
             continue
         fields = {name.lower(): int(value) for name, value in variables.items() if value.isdecimal()}
-        found.append(Record("", pid, procfs.start_time(pid) or 0, fields))
+        found.append(Entry("", pid, procfs.start_time(pid) or 0, fields))
     return sorted(found, key=lambda record: record.rank or 0)
 
 

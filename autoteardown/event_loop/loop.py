@@ -17,7 +17,7 @@ from typing import Callable, Optional
 
 from autoteardown import unpatched
 from autoteardown.event_loop import sockets
-from autoteardown.fail_open import failed
+from autoteardown.fail_open import report_failure
 
 DAY = 86400.0
 _UCRED = 12  # struct ucred: pid, uid, gid
@@ -177,7 +177,7 @@ class Loop:
                 try:
                     self._deaf(error)
                 except Exception as problem:
-                    failed("to say that the loop is deaf", problem)
+                    report_failure("to say that the loop is deaf", problem)
         finally:
             _safely(self.forget)
             self._ended.release()
@@ -232,7 +232,7 @@ class Loop:
             self._watched[fd](events)
         except BaseException as error:
             self.unwatch(fd)  # or it would be called again, and for ever
-            failed("a callback of the loop", error)
+            report_failure("a callback of the loop", error)
 
     def _add(self, timer: Timer) -> None:
         heapq.heappush(self._timers, (timer.due, next(self._count), timer))
@@ -246,7 +246,7 @@ def _safely(function: Callback) -> None:
     try:
         function()
     except BaseException as error:
-        failed("a callback of the loop", error)
+        report_failure("a callback of the loop", error)
 
 
 def _is(end: object, identity: tuple[int, int]) -> bool:

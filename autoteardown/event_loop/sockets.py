@@ -119,7 +119,7 @@ def close(sock: Any, known: tuple[int, int]) -> None:
         sock.detach()
 
 
-class Ended(Exception):
+class ConnectionClosed(Exception):
     """A connection is over; says why in a few words."""
 
 
@@ -159,14 +159,14 @@ class Stream:
         """
         problem = self._sock.getsockopt(_socket.SOL_SOCKET, _socket.SO_ERROR)
         if problem:
-            raise Ended(os.strerror(problem).lower())
+            raise ConnectionClosed(os.strerror(problem).lower())
         try:
             # A port that nobody listens on any more may be the one that the kernel has given to this very socket.
             if self._sock.getsockname() == self._sock.getpeername():
-                raise Ended("connection refused")
+                raise ConnectionClosed("connection refused")
             keep(self._sock)  # not before: one that is opened may lose more packets in a row
         except OSError as error:
-            raise Ended(words(error)) from None
+            raise ConnectionClosed(words(error)) from None
 
     def put(self, data: bytes) -> None:
         """Have bytes go out with the next `send`."""
@@ -189,7 +189,7 @@ class Stream:
         except BlockingIOError:
             sent = 0
         except OSError as error:
-            raise Ended(words(error)) from None
+            raise ConnectionClosed(words(error)) from None
         if waiting:
             del waiting[:sent]
         elif sent < len(data):
@@ -206,9 +206,9 @@ class Stream:
         except BlockingIOError:
             return b""
         except OSError as error:
-            raise Ended(words(error)) from None
+            raise ConnectionClosed(words(error)) from None
         if not data:
-            raise Ended("closed by the other end")
+            raise ConnectionClosed("closed by the other end")
         return data
 
     def close(self) -> None:

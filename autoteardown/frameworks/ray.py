@@ -9,13 +9,13 @@ import sys
 import threading
 
 from autoteardown import unpatched
+from autoteardown.thread_stacks import PACKAGE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from typing import Any
 
-_PACKAGE = os.path.join(os.path.dirname(os.path.dirname(__file__)), "")
 _STANDARD_LIBRARY = os.path.join(os.path.dirname(os.__file__), "")
 _METHODS_ARE_CALLED_IN = "/ray/_private/function_manager.py"
 _TRACED_TASKS_ARE_CALLED_IN = "/ray/util/tracing/tracing_helper.py"
@@ -83,7 +83,7 @@ def _is_task(file: str) -> bool:
         return True
     its_own = os.path.join(os.path.dirname(sys.modules["ray"].__file__ or ""), "")
     installed = "-packages" in file  # below the standard library, and none of it
-    return not file.startswith((_PACKAGE, its_own, "<frozen ")) and (
+    return not file.startswith((PACKAGE, its_own, "<frozen ")) and (
         installed or not file.startswith(_STANDARD_LIBRARY)
     )
 

@@ -230,14 +230,14 @@ def _of_this_node() -> Any:
     """
     from autoteardown.node import drain, procfs
 
-    class OfThisNode(drain.Which):
+    class OfThisNode(drain.Selection):
         __slots__ = ()
 
         def matches(self, record: Any) -> bool:
             return super().matches(record) and own in procfs.ancestors(record.pid)
 
     own = os.getpid()
-    return drain.Which() if own == 1 or not procfs.is_ours() else OfThisNode()
+    return drain.Selection() if own == 1 or not procfs.is_ours() else OfThisNode()
 
 
 def _say(text: str) -> None:

@@ -74,7 +74,7 @@ def drain_first(words: Sequence[str]) -> None:
 def _below_raylet() -> Any:
     from autoteardown.node import drain, procfs
 
-    class BelowRaylet(drain.Which):
+    class BelowRaylet(drain.Selection):
         """The ranks that `ray stop` ends: it looks for every raylet of the machine, and for nobody else's processes."""
 
         __slots__ = ()

@@ -14,7 +14,7 @@ import signal
 import time
 
 from autoteardown.node import procfs, registry
-from autoteardown.node.entry import Record, printable
+from autoteardown.node.entry import Entry, printable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Drained:
 
     __slots__ = ("_pidfd", "detail", "exit_code", "outcome", "record", "seconds", "signalled")
 
-    def __init__(self, record: Record) -> None:
+    def __init__(self, record: Entry) -> None:
         """Use `drain`."""
         self.record = record
         self.outcome = "running"
@@ -118,13 +118,13 @@ class Drained:
             self.outcome, self.exit_code = last.outcome or ("ended" if executed else "died"), last.exit_code
 
 
-def named(record: Record) -> str:
+def named(record: Entry) -> str:
     """A rank as the lines of a drain call it."""
     job = f" job={printable(record.job).replace(' ', '?')}" if record.job else ""
     return f"rank={record.place} pid={record.pid}{job} {printable(record.program)}"
 
 
-class Which:
+class Selection:
     """Which of the armed ranks are meant: all but this process, or only those of a job, or only these pids."""
 
     __slots__ = ("job", "pids")
@@ -133,7 +133,7 @@ class Which:
         self.job = job
         self.pids = tuple(pids)
 
-    def matches(self, record: Record) -> bool:
+    def matches(self, record: Entry) -> bool:
         """Whether this rank is one of them."""
         if record.pid == os.getpid() or record.outcome is not None:
             return False
@@ -141,8 +141,8 @@ class Which:
 
 
 def would_signal(
-    runtime_dir: str, which: Which, problem: Callable[[str], object] | None = None
-) -> list[Record]:
+    runtime_dir: str, which: Selection, problem: Callable[[str], object] | None = None
+) -> list[Entry]:
     """Those whom `drain` would signal and wait for, if it were called now; signals nobody."""
     return [record for record in registry.read(runtime_dir, problem) if which.matches(record)]
 
@@ -152,7 +152,7 @@ def drain(
     signum: int,
     timeout: float,
     problem: Callable[[str], object] | None = None,
-    which: Which | None = None,
+    which: Selection | None = None,
     killed_after: bool = False,
 ) -> tuple[list[Drained], bool]:
     """Signal the armed ranks, wait for all; also whether Ctrl-C cut the waiting short.
@@ -166,7 +166,7 @@ def drain(
         killed_after: whether somebody kills who is left then. A rank's own grace period begins with its signal; it is
             told that it has no more than this.
     """
-    which = which or Which()
+    which = which or Selection()
     ranks: dict[str, Drained] = {}
     waiting: list[Drained] = []
     interrupted = False

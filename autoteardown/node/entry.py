@@ -23,7 +23,7 @@ MARKER = "drain-"
 """What the name of a drain's marker begins with; the rest of it is an identity too."""
 
 
-class Record:
+class Entry:
     """An entry as it was read: whatever of it has the right type, for the file may say anything."""
 
     __slots__ = (
@@ -99,14 +99,14 @@ def identity(name: str) -> tuple[int, int] | None:
     return (int(pid), int(started)) if pid and started and digits.isascii() and digits.isdigit() else None
 
 
-def load(descriptor: int, name: str) -> Record | None:
+def load(descriptor: int, name: str) -> Entry | None:
     """The entry of that name in the opened folder; None when it is missing, or not an entry at all."""
     named = identity(name)
     if named is None:
         return None
     try:
         fields = json.loads(safe_folder.read(descriptor, name))
-        return Record(name, *named, fields) if isinstance(fields, dict) else None
+        return Entry(name, *named, fields) if isinstance(fields, dict) else None
     except (OSError, ValueError, OverflowError, RecursionError):
         return None
 

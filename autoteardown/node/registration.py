@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     Soon = Callable[[Callable[[], object]], object]
 
 
-class Entry:
+class Registration:
     """This process's own entry. Any thread may call any method at any time; none raises, none locks."""
 
     __slots__ = ("_fields", "_gone", "_over", "_path", "_pid", "_soon", "name")
@@ -125,7 +125,7 @@ def enter(
     fields: Mapping[str, object],
     problem: Problem | None = None,
     soon: Soon | None = None,
-) -> Entry | None:
+) -> Registration | None:
     """List this process. On any failure: None, and one line to `problem`; never raises.
 
     Args:
@@ -138,7 +138,7 @@ def enter(
     try:
         image = procfs.image(os.getpid())
         fields = {"state": "armed", "armed_at": time.time(), "image": image, **fields}
-        entry = Entry(safe_folder.absolute(runtime_dir), own_name(), fields, soon or _now)
+        entry = Registration(safe_folder.absolute(runtime_dir), own_name(), fields, soon or _now)
     except Exception as error:
         registry.say(problem, _unlisted(runtime_dir, error))
         return None

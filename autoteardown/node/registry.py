@@ -11,7 +11,7 @@ import json
 import os
 
 from autoteardown.node import procfs, safe_folder
-from autoteardown.node.entry import MARKER, Record, identity, load, name_of, own_name, plain
+from autoteardown.node.entry import MARKER, Entry, identity, load, name_of, own_name, plain
 
 TYPE_CHECKING = False  # typing costs an import
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class DrainMarker:
             pass
 
 
-def read(runtime_dir: str, problem: Problem | None = None) -> list[Record]:
+def read(runtime_dir: str, problem: Problem | None = None) -> list[Entry]:
     """The living ranks of this user and pid namespace. What is certainly dead is removed on the way."""
     try:
         descriptor = safe_folder.open_own(safe_folder.absolute(runtime_dir))
@@ -72,7 +72,7 @@ def read(runtime_dir: str, problem: Problem | None = None) -> list[Record]:
     return sorted(ours, key=lambda record: (record.rank is None, record.rank or 0, record.pid))
 
 
-def reread(runtime_dir: str, record: Record) -> Record | None:
+def reread(runtime_dir: str, record: Entry) -> Entry | None:
     """What the entry says now, whether its process lives or not; None when it was removed.
 
     Raises OSError when that cannot be told: the folder is no longer to be trusted, or the file is no entry.
@@ -99,12 +99,12 @@ def elsewhere(runtime_dir: str) -> int:
     )
 
 
-def alive(record: Record) -> bool:
+def alive(record: Entry) -> bool:
     """Whether the very process that wrote the entry runs, as this user, and runs the same program."""
     return procfs.lives(record.pid, record.start_time) and _is_still(record)
 
 
-def _is_still(record: Record) -> bool:
+def _is_still(record: Entry) -> bool:
     """Whether that process is this user's, and has not executed another program since."""
     image = procfs.image(record.pid) if record.image else ""
     return image in ("", record.image) and procfs.belongs_to_us(record.pid)

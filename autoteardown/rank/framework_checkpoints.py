@@ -6,9 +6,11 @@ import os
 from types import ModuleType
 from typing import Any
 
-from autoteardown import api, settings
-from autoteardown.fail_open import guarded
+from autoteardown import settings
+from autoteardown.checkpoints import callbacks
+from autoteardown.fail_open import fail_open
 from autoteardown.frameworks import accelerate, lightning, transformers
+from autoteardown.training import gate
 
 
 def register() -> None:
@@ -25,15 +27,15 @@ def register() -> None:
         ("pytorch_lightning.trainer.connectors.checkpoint_connector", lightning.patch_resume),
         ("accelerate.accelerator", _patch_accelerate),
     ):
-        wrapt.register_post_import_hook(guarded(patch), name)
+        wrapt.register_post_import_hook(fail_open(patch), name)
 
 
 def _patch_transformers(module: ModuleType) -> None:
-    transformers.patch(module, api.stop_requested, _exit_code)
+    transformers.patch(module, gate.poll, _exit_code)
 
 
 def _patch_accelerate(module: ModuleType) -> None:
-    accelerate.patch(module, api.on_teardown, lambda: transformers.in_use)
+    accelerate.patch(module, callbacks.registered.append, lambda: transformers.in_use)
 
 
 def _exit_code() -> int:

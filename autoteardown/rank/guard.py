@@ -13,18 +13,19 @@ from typing import Any, Callable, Optional
 from autoteardown import native_calls
 from autoteardown.channel import channel as channels
 from autoteardown.checkpoints import callbacks
-from autoteardown.fail_open import failed, guarded
+from autoteardown.fail_open import fail_open, report_failure
 from autoteardown.frameworks import ray
 from autoteardown.node.entry import printable, text, whole
 from autoteardown.process_groups import operations
-from autoteardown.rank.control import RankHands
-from autoteardown.rank.lost_peer import Watch
+from autoteardown.rank.control import LocalRankControl
+from autoteardown.rank.eviction_owner import EvictionOwner
+from autoteardown.rank.lost_peer import LostPeerTimer
 from autoteardown.rank.main_thread import MainThread
-from autoteardown.rank.state import Armed
-from autoteardown.stop.coordinator import Council
+from autoteardown.rank.state import RankState
+from autoteardown.stop.coordinator import Coordinator
 from autoteardown.stop.driver import Teardown, end
 from autoteardown.stop.message_types import understood
-from autoteardown.stop.posix_timer import Fuse
+from autoteardown.stop.posix_timer import HardDeadlineTimer
 from autoteardown.training import optimizer_hooks
 from autoteardown.unpatched import allocate_lock, get_ident
 
@@ -33,31 +34,32 @@ _SETTLE = 2.0  # seconds at exit for what our threads do in C++
 _LAST = 3.0  # seconds that the hub stays for the others when its application has ended by itself
 
 
-class Guard(Armed):
+class Guard(RankState):
     """The guard of this process."""
 
     def __init__(self, real_destroy: Callable[[], object]) -> None:
         super().__init__(real_destroy)
-        self.main = MainThread(self)
+        self._owner = EvictionOwner(self)
+        self.main = MainThread(self, self._owner)
         self._begun = allocate_lock()
         self._gone = allocate_lock()  # released when all others have left
         self._gone.acquire()
-        self._watch: Optional[Watch] = None
+        self._watch: Optional[LostPeerTimer] = None
         self._finalized = False
-        self._fuse = Fuse()
+        self._timer = HardDeadlineTimer()
         self._signalled = False
-        self._hooks: Optional[optimizer_hooks.Hooks] = None
+        self._hooks: Optional[optimizer_hooks.OptimizerHooks] = None
 
     # -- the life of a rank -----------------------------------------------------------------------------------------
 
-    def joining(self) -> None:
+    def before_init(self) -> None:
         """Before torch's init: from here on an eviction signal is ours."""
         self.gate.begin(get_ident())
         # Cleaners of /tmp remove what has not been written to for some days (10, systemd-tmpfiles).
-        self.listening.arm(self._on_signal, self.main.on_signal, self.identity.mark)
+        self.listener.arm(self._on_signal, self.main.on_signal, self.identity.mark)
         self._finalize_multiprocessing()
         self.identity.joining()
-        if self.listening.late:
+        if self.listener.main_thread_pending:
             text = "armed off the main thread, which has yet to come by: a signal before that has its default action"
             self.identity.log.line(text, level="debug")
 
@@ -68,9 +70,9 @@ class Guard(Armed):
             from multiprocessing import util
 
             self._finalized = True
-            util.Finalize(None, guarded(at_exit), exitpriority=-(10**6))
+            util.Finalize(None, fail_open(at_exit), exitpriority=-(10**6))
 
-    def join(self) -> None:
+    def after_init(self) -> None:
         """After torch's init, or that of a group without it: the world is known."""
         world = operations.world()
         if world is None:
@@ -78,19 +80,24 @@ class Guard(Armed):
         self.joined, self.unshared = True, world.alone
         self.identity.joined(world)
         if self._hooks is None:
-            self._hooks = optimizer_hooks.Hooks(self.listening.look_again)
+            self._hooks = optimizer_hooks.OptimizerHooks(self.listener.reclaim)
         callbacks.prepare(self.settings.on_teardown, self.identity.log.line)
-        loop = self.listening.loop
+        loop = self.listener.loop
         if self.settings.peers and world.size > 1 and loop is not None and not world.alone:
             self.channel = channels.Channel.open(
-                world.store, world.rank, world.size, loop, guarded(self._hear), lambda: Council(world.size)
+                world.store,
+                world.rank,
+                world.size,
+                loop,
+                fail_open(self._hear),
+                lambda: Coordinator(world.size),
             )
-            self._watch = Watch(loop, self.gate, self.settings.lost, self._lost)
+            self._watch = LostPeerTimer(loop, self.gate, self.settings.lost, self._lost)
         connects = world.size > 1 and self.channel is not None and not self.channel.is_hub
         alone = None if world.size == 1 or connects else self.alone
         self.identity.mark_joined(alone)
 
-    def leaving(self) -> None:
+    def before_destroy(self) -> None:
         """Before torch's destroy: in an eviction the others hear of it before they find a connection of gloo's closed.
 
         A rank without a handler of its own would fail in its next collective, and that would be its exit code.
@@ -98,18 +105,18 @@ class Guard(Armed):
         if self.teardown is not None and not self.teardown.committed:
             self._close_channel()
 
-    def leave(self) -> None:
+    def after_destroy(self) -> None:
         """After torch's destroy: nothing to guard any more, and the application gets its handler back."""
         if self.teardown is not None and self.teardown.committed:
             return
         self._close_channel()
         # In an eviction that it has heard of from a peer, its own signal may be yet to come: not to be killed by then.
         if self.teardown is None:
-            self.listening.disarm()
+            self.listener.disarm()
         if self._hooks is not None:
             self._hooks.remove()
             self._hooks = None
-        self.identity.unlist()
+        self.identity.unregister()
         self.joined = False
 
     def _close_channel(self) -> None:
@@ -144,14 +151,14 @@ class Guard(Armed):
             try:
                 self._begin("peer", None, value)
             except Exception as error:
-                failed("to stop with a peer", error)
+                report_failure("to stop with a peer", error)
                 self.teardown = None
                 self._begun.release()  # its own signal may yet come
         elif self.teardown is not None:
             if kind == "notice":
                 value = _origin(value)
                 self.teardown.begun_by(value)  # the first to be signalled
-            if kind == "gone" and self._gone.locked():
+            if kind == "all_left" and self._gone.locked():
                 self._gone.release()
             if kind in ("up", "down"):
                 kind, value = "down", value if kind == "down" else None
@@ -169,15 +176,15 @@ class Guard(Armed):
             if self.teardown is not None:
                 ray.call_abort_off()
                 self.teardown.also_signalled(signum)
-                return first and self.main.defers(signum)  # a peer's notice was faster
+                return first and self._owner.is_deferred(signum)  # a peer's notice was faster
             if self._begun.acquire(False):
                 # Before anything else: on a starved machine this thread may not get the GIL again for long.
-                self._fuse.light(self.settings.hard, self.settings.exit_code_for(signum))
+                self._timer.arm(self.settings.hard, self.settings.exit_code_for(signum))
                 ray.call_abort_off()
                 self.signum = signum
                 own = {"rank": self.identity.rank, "host": self.identity.host, "pid": os.getpid()}
                 self._begin("signal", signum, own)
-                return self.main.defers(signum)
+                return self._owner.is_deferred(signum)
         except BaseException as error:
             # What is left of the contract: out in time, with the right code.
             try:
@@ -187,12 +194,12 @@ class Guard(Armed):
         return False
 
     def _begin(self, cause: str, signum: Optional[int], origin: dict[str, Any]) -> None:
-        owner = self.main.owner(signum or self.settings.signals[0])
+        owns = self._owner.application_owns(signum or self.settings.signals[0])
         if cause == "peer" and self.settings.handlers == "alone":
-            owner = False
-        hands = RankHands(self, self.main, owner)
+            owns = False
+        control = LocalRankControl(self, self.main, owns)
         self.teardown = Teardown(
-            hands, cause, signum, _origin(origin) if cause == "peer" else origin, self._fuse
+            control, cause, signum, _origin(origin) if cause == "peer" else origin, self._timer
         )
         if self.channel is not None and not self.channel.connected:
             self.events.put(("down", self.channel.why))
@@ -208,9 +215,9 @@ class Guard(Armed):
             self.events.put(("exits", None))
         self._close_channel()  # which may take a while, and a stop may begin meanwhile
         self._leave_to_the_stop()
-        self.identity.unlist()
+        self.identity.unregister()
         channels.close_all()
-        native_calls.settle(_SETTLE)
+        native_calls.wait_for_running(_SETTLE)
 
     def _leave_to_the_stop(self) -> None:
         teardown = self.teardown
@@ -265,4 +272,4 @@ def _after_fork_in_child() -> None:
         parents.channel.forget()
 
 
-os.register_at_fork(after_in_child=guarded(_after_fork_in_child))
+os.register_at_fork(after_in_child=fail_open(_after_fork_in_child))

@@ -8,7 +8,7 @@ import sys
 from typing import Any, Callable, Optional
 
 from autoteardown import unpatched
-from autoteardown.fail_open import guarded
+from autoteardown.fail_open import fail_open
 from autoteardown.node import registration
 from autoteardown.process_groups.operations import World
 from autoteardown.settings import Settings
@@ -28,7 +28,7 @@ class Identity:
         self.world_size: Optional[int] = None
         self.backend: Optional[str] = None
         self.log = Log(settings.log, self.host, settings.job, settings.log_format)
-        self._entry: Optional[registration.Entry] = None
+        self._entry: Optional[registration.Registration] = None
 
     def joining(self) -> None:
         """Before torch's init: what the launcher says."""
@@ -77,7 +77,7 @@ class Identity:
         """Seconds until a drain of this node kills the process; None: none has said so."""
         return self._entry.time_left() if self._entry is not None else None
 
-    def unlist(self, outcome: Optional[str] = None, exit_code: Optional[int] = None) -> None:
+    def unregister(self, outcome: Optional[str] = None, exit_code: Optional[int] = None) -> None:
         """Leave the node's registry."""
         if self._entry is not None:
             self._entry.leave(outcome, exit_code)
@@ -86,7 +86,7 @@ class Identity:
 def _soon(function: Callable[[], object]) -> None:
     """On a thread that ends with it: neither init nor the loop thread, which hears signals, is to wait for a disk."""
     try:
-        unpatched.start_new_thread(guarded(function), ())
+        unpatched.start_new_thread(fail_open(function), ())
     except RuntimeError:  # no thread to be had
         function()
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _LOOK = 0.5  # seconds between two looks
 
 
-class Watch:
+class LostPeerTimer:
     """Looks at a rank that knows of a lost peer, on the loop thread, and costs nothing before.
 
     Args:
@@ -57,7 +57,7 @@ class Watch:
         self._gate.find_thread()
         try:
             progress = native_calls.call(operations.progress)
-        except native_calls.Over:
+        except native_calls.InterpreterExiting:
             return
         seen = (thread_stacks.position(self._gate.thread), progress, self._gate.count)
         # A device that waits for a peer shows in whatever waits for the device, a thread only in a collective.

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Callable, Optional
 
 from autoteardown import thread_stacks
-from autoteardown.rank.state import Armed
+from autoteardown.rank.eviction_owner import EvictionOwner
+from autoteardown.rank.state import RankState
 from autoteardown.unpatched import get_ident
 
 _PLAN_WAIT = 2.0  # seconds that the main thread waits, in the signal handler, to know if it is to run on
@@ -14,43 +15,18 @@ _PLAN_WAIT = 2.0  # seconds that the main thread waits, in the signal handler, t
 class MainThread:
     """Of one armed rank."""
 
-    def __init__(self, armed: Armed) -> None:
-        self._armed = armed
-        self._owner: dict[str, bool] = {}
+    def __init__(self, armed: RankState, owner: EvictionOwner) -> None:
+        self._armed, self._owner = armed, owner
         self._seen = 0  # signals that Python's handler was called for
         self._waits = False
         self.over = False  # it has nothing left to run but our own exit callback
         self.handed = False  # the application's handler has been called for this eviction
 
-    def owner(self, signum: int) -> bool:
-        """Whether the application's own handler does more than to leave.
-
-        Decided once, by whichever thread asks first: the application may restore a handler at any moment.
-        """
-        if "owner" not in self._owner:
-            armed = self._armed
-            owns = armed.settings.yield_seconds > 0 and armed.tap.application_owns(signum)
-            self._owner.setdefault("owner", owns)
-        return self._owner["owner"]
-
-    def defers(self, signum: int) -> bool:
-        """Whether the first signal is not for that handler, which is called at the agreed iteration, on every rank.
-
-        Or has been called there: Lightning's passes the signal on to the ranks that it has launched.
-        """
-        armed = self._armed
-        return (
-            armed.settings.handlers == "together"
-            and armed.joined
-            and armed.channel is not None
-            and self.owner(signum)
-        )
-
     def deliver(self, signum: int) -> None:
         """Call it, as if the signal had come now."""
         if not self.handed:
             self.handed = True
-            self._armed.listening.deliver(signum)
+            self._armed.listener.deliver(signum)
 
     def delivery(self) -> Optional[Callable[[], object]]:
         """What calls it, unless it has been called."""
@@ -65,10 +41,12 @@ class MainThread:
         self._seen += 1
         if self._seen == 1 and handed and armed.signum is not None and self._not_over():
             return True  # the driver was faster than Python's handler: that was for this signal
-        if not (teardown is not None and teardown.committed and self.handed) and self.owner(signum):
-            owns = armed.tap.application_owns(signum)
+        if not (teardown is not None and teardown.committed and self.handed) and self._owner.application_owns(
+            signum
+        ):
+            owns = armed.interceptor.application_owns(signum)
             # Delivered before it came, on a peer's notice; the program may have left the group since.
-            together = self.defers(signum) or handed
+            together = self._owner.is_deferred(signum) or handed
             if together and self._seen == 1 and (owns or not self.handed):
                 if self.handed and teardown is not None:
                     teardown.also_signalled(signum, sure=True)
@@ -113,9 +91,9 @@ class MainThread:
             return
         # The function that it stands for runs no handler in its midst, so its caller need not expect one to raise:
         # uvloop leaves its loop through it. It is asked again, as often as it takes.
-        loop = armed.listening.loop
-        if loop is not None and loop.running and thread_stacks.in_stand_in():
-            loop.call(lambda: armed.listening.on_main(self.stop))
+        loop = armed.listener.loop
+        if loop is not None and loop.running and thread_stacks.in_signal_replacement():
+            loop.call(lambda: armed.listener.run_on_main_thread(self.stop))
             return
         # An exception in an exit callback would be printed, and cut it short. Ours is the last of them, and waits.
         if ident != gate.thread and thread_stacks.in_exit_callback():

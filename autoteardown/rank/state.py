@@ -16,7 +16,7 @@ from autoteardown.stop.driver import Teardown
 from autoteardown.training import gate
 
 
-class Armed:
+class RankState:
     """One process, whose rank may come and go with each init and destroy.
 
     Args:
@@ -29,8 +29,8 @@ class Armed:
         self.identity = Identity(self.settings)
         for problem in problems:
             self.identity.log.line(problem)
-        self.tap = interception.install(signal)
-        self.listening = self.tap.prepare()
+        self.interceptor = interception.install(signal)
+        self.listener = self.interceptor.prepare()
         self.joined = False  # init has returned: there is a process group
         self.unshared = ""  # why its group has no channel, in words
         self.teardown: Optional[Teardown] = None

@@ -13,7 +13,7 @@ import sys
 from types import ModuleType
 from typing import Any, Callable
 
-from autoteardown.fail_open import guarded
+from autoteardown.fail_open import fail_open
 from autoteardown.process_groups import after_release, custom_groups
 from autoteardown.switch import say
 from autoteardown.unpatched import get_ident
@@ -29,7 +29,7 @@ def register() -> None:
 
     from autoteardown.signals import interception
 
-    guarded(interception.install(signal).prepare)()
+    fail_open(interception.install(signal).prepare)()
     for name, patch in (
         ("torch.distributed.distributed_c10d", _patch_c10d),
         ("torch.serialization", _patch_serialization),
@@ -37,7 +37,7 @@ def register() -> None:
         ("torch.utils.data._utils.signal_handling", _patch_workers),
     ):
         # One that raises would make `import torch` fail.
-        wrapt.register_post_import_hook(guarded(patch), name)
+        wrapt.register_post_import_hook(fail_open(patch), name)
     if os.environ.get("AUTOTEARDOWN_CHECKPOINT"):
         from autoteardown.rank import framework_checkpoints
 
@@ -143,7 +143,7 @@ def _wrap_save(collective: bool, real: Callable[..., Any]) -> Callable[..., Any]
     return save
 
 
-@guarded
+@fail_open
 def _enter_save(collective: bool) -> Any:
     from autoteardown.training import gate
 
@@ -151,7 +151,7 @@ def _enter_save(collective: bool) -> Any:
     return gate.gate
 
 
-@guarded
+@fail_open
 def _save_returned(gate: Any, result: Any) -> None:
     # dcp.async_save: a future, or (2.9 and later, on request) an object with two of them.
     future = getattr(result, "upload_completion", result)
@@ -159,7 +159,7 @@ def _save_returned(gate: Any, result: Any) -> None:
         gate.saves.in_background(future)
 
 
-@guarded
+@fail_open
 def _leave_save(gate: Any) -> None:
     if gate is not None:
         gate.leave_save()
@@ -178,7 +178,7 @@ def _wrap_worker_handlers(real: Callable[..., Any]) -> Callable[..., Any]:
     return _set_worker_signal_handlers
 
 
-@guarded
+@fail_open
 def _in_worker() -> None:
     from autoteardown.rank import dataloader_workers
 
@@ -191,7 +191,7 @@ def _in_worker() -> None:
 _in_init: set[int] = set()  # the threads that are in init_process_group
 
 
-@guarded
+@fail_open
 def _joining(custom: bool = False) -> None:
     from autoteardown.rank import guard
 
@@ -200,22 +200,22 @@ def _joining(custom: bool = False) -> None:
         return
     rank = guard.of_process(c10d.destroy_process_group.__wrapped__)
     if not (custom and rank.joined):
-        rank.joining()
+        rank.before_init()
 
 
-@guarded
+@fail_open
 def _is_custom(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return get_ident() not in _in_init and custom_groups.is_one(args, kwargs)
 
 
-@guarded
+@fail_open
 def _custom_made(result: Any) -> None:
     custom_groups.note(result)
     if not sys.modules["torch.distributed.distributed_c10d"].is_initialized():
         _joined()
 
 
-@guarded
+@fail_open
 def adopt() -> None:
     """Guard a process group that was there before us."""
     from autoteardown.rank import guard
@@ -223,28 +223,28 @@ def adopt() -> None:
     c10d = sys.modules["torch.distributed.distributed_c10d"]
     rank = guard.of_process(c10d.destroy_process_group.__wrapped__)
     if not rank.joined:
-        rank.joining()
-        rank.join()
+        rank.before_init()
+        rank.after_init()
 
 
-@guarded
+@fail_open
 def _joined() -> None:
     from autoteardown.rank import guard
 
     if guard.guard is not None:
-        guard.guard.join()
-        guard.guard.listening.look_again()  # communication libraries set handlers of their own
+        guard.guard.after_init()
+        guard.guard.listener.reclaim()  # communication libraries set handlers of their own
 
 
-@guarded
+@fail_open
 def _leaves() -> None:
     from autoteardown.rank import guard
 
     if guard.guard is not None:
-        guard.guard.leaving()
+        guard.guard.before_destroy()
 
 
-@guarded
+@fail_open
 def _not_joined() -> None:
     from autoteardown.rank import guard
 
@@ -252,10 +252,10 @@ def _not_joined() -> None:
     rank = guard.guard
     if rank is None or c10d.is_initialized():
         return
-    if custom_groups.any_left() and rank.listening.armed:  # what is left was made without an init
-        rank.join()
+    if custom_groups.any_left() and rank.listener.armed:  # what is left was made without an init
+        rank.after_init()
     else:
-        rank.leave()
+        rank.after_destroy()
 
 
 disarmed = False

@@ -13,7 +13,7 @@ import ctypes
 from typing import Callable, Optional
 
 from autoteardown import unpatched
-from autoteardown.fail_open import failed
+from autoteardown.fail_open import report_failure
 
 DEFAULT, IGNORE = 0, 1  # SIG_DFL and SIG_IGN; else the address of a handler
 _LARGEST = 512  # bytes; struct sigaction has 152 on Linux, and 16 on macOS
@@ -77,7 +77,7 @@ def _do_errands(_: object) -> int:
         try:
             errand()
         except Exception as error:
-            failed("errand", error)
+            report_failure("errand", error)
     return 0
 
 

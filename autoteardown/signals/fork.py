@@ -7,10 +7,10 @@ import signal
 from typing import Any, Callable
 
 from autoteardown import unpatched
-from autoteardown.fail_open import guarded
+from autoteardown.fail_open import fail_open
 
 
-class Forks:
+class ForkHooks:
     """Of one process.
 
     Args:
@@ -28,7 +28,7 @@ class Forks:
         self._signals, self._armed = signals, armed
         self._masks: dict[int, set[Any]] = {}
         os.register_at_fork(
-            before=guarded(self._mask), after_in_parent=self._unmask, after_in_child=guarded(in_child)
+            before=fail_open(self._mask), after_in_parent=self._unmask, after_in_child=fail_open(in_child)
         )
         os.register_at_fork(after_in_child=self._unmask)  # whatever comes of the other
 

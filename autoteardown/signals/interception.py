@@ -30,35 +30,33 @@ if TYPE_CHECKING:
     from typing import Any, Callable
 
     Handler = Any
-    Listening = (
-        Any  # rank.listening.Listening: what an armed process has is no business of those that are not
-    )
+    Listener = Any  # rank.listening.Listening: what an armed process has is no business of those that are not
 
 # Handlers that do nothing but raise SystemExit: there is no work of the application's to wait for.
 # Ray's, in workers (`Worker.main_loop`) and drivers (`ray.init`); in a driver, abseil's in C beneath it belongs to it.
 _EXIT_ONLY = frozenset({("ray._private.worker", "sigterm_handler")})
 _MISSING = object()
 
-tap: "Tap | None" = None
+interceptor: "SignalInterceptor | None" = None
 """The process's tap, once `install` has run."""
 
 
-def install(module: "ModuleType") -> "Tap":
+def install(module: "ModuleType") -> "SignalInterceptor":
     """Put the stand-ins into the `signal` module, for the signals of `AUTOTEARDOWN_SIGNALS`. Idempotent."""
-    global tap
-    if tap is None:
+    global interceptor
+    if interceptor is None:
         signals: tuple[int, ...] = (module.SIGTERM,)
         if os.environ.get("AUTOTEARDOWN_SIGNALS"):  # else not worth the import
             from autoteardown import settings
 
             signals = settings.load(os.environ)[0].signals
-        found = Tap(module, signals)
+        found = SignalInterceptor(module, signals)
         replacements.put(found, module)
-        tap = found  # not without its stand-ins: the trampoline would be seen
-    return tap
+        interceptor = found  # not without its stand-ins: the trampoline would be seen
+    return interceptor
 
 
-class Tap:
+class SignalInterceptor:
     """The state behind the stand-ins; one for each process."""
 
     def __init__(self, module: "ModuleType", signals: "tuple[int, ...]") -> None:
@@ -76,13 +74,13 @@ class Tap:
         self._trampoline = self._on_main_thread  # one object, to be compared by identity
         self.warn = True
         """The application's `warn_on_full_buffer`."""
-        self.failed = _failed
-        self._listening: Listening | None = None  # as long as torch is not imported
+        self.report_failure = _failed
+        self._listener: Listener | None = None  # as long as torch is not imported
 
     @property
     def armed(self) -> bool:
         """Whether a thread listens in this process."""
-        return self._listening is not None and self._listening.armed
+        return self._listener is not None and self._listener.armed
 
     # -- behind the stand-ins -----------------------------------------------------------------------------------------
 
@@ -95,20 +93,20 @@ class Tap:
         handler = self._getsignal(signalnum)
         if handler is self._trampoline:
             return self._handlers.get(int(signalnum), self._default)
-        listening = self._listening
-        return self._default if listening and listening.slots.doorbell.is_handler(handler) else handler
+        listener = self._listener
+        return self._default if listener and listener.ownership.interrupt.is_handler(handler) else handler
 
     def set_handler(self, signalnum: "Any", handler: "Handler") -> "Handler":
         """What `signal.signal` does; raises what it raises."""
-        if self._listening is None and signalnum in self.signals and _is_exit_only(handler):
+        if self._listener is None and signalnum in self.signals and _is_exit_only(handler):
             # Ray's worker: from here on its main thread is in C++, where it runs handlers but no bytecode. An async
             # actor imports torch on another thread, and what only the main thread can do would never be done (F3).
             self._prepare_early()
-        if self._listening is None or not isinstance(signalnum, int) or handler is self._trampoline:
+        if self._listener is None or not isinstance(signalnum, int) or handler is self._trampoline:
             return self._signal(signalnum, handler)
-        slots = self._listening.slots
-        if signalnum and signalnum == slots.doorbell.number:
-            return slots.doorbell.set_handler(handler)
+        ownership = self._listener.ownership
+        if signalnum and signalnum == ownership.interrupt.number:
+            return ownership.interrupt.set_handler(handler)
         if signalnum not in self.signals:
             return self._signal(signalnum, handler)
         signum, old = int(signalnum), self.handler_of(signalnum)
@@ -126,10 +124,10 @@ class Tap:
                 del self._handlers[signum]
             raise
         try:
-            slots.replaced(signum)
+            ownership.replaced(signum)
             if not hears:
                 self._handlers.pop(signum, None)
-                slots.prepare_one(signum)
+                ownership.prepare_one(signum)
         except Exception as error:  # the application's handler is set: that is what it asked for
             _failed("signal.signal", error)
         return old
@@ -137,13 +135,13 @@ class Tap:
     def wakeup_fd_set(self, old: int, new: int, warn: bool) -> int:
         """The real `set_wakeup_fd` has checked and done it; returns what it would have returned without us."""
         self.warn = warn
-        listening = self._listening
-        loop = listening.loop if listening is not None else None
-        if listening is None or loop is None:
+        listener = self._listener
+        loop = listener.loop if listener is not None else None
+        if listener is None or loop is None:
             return old
         # A signal that comes before the slot is ours again reaches us through the trampoline, on this very thread.
         self.originals[2](loop.fd, warn_on_full_buffer=False)
-        old, listening.slots.app_fd = listening.slots.app_fd, int(new)
+        old, listener.ownership.app_fd = listener.ownership.app_fd, int(new)
         return old
 
     def application_owns(self, signum: int) -> bool:
@@ -156,14 +154,14 @@ class Tap:
         return callable(handler) and handler is not self._module.default_int_handler
 
     def _has_c_handler(self, signum: int) -> bool:
-        return self._listening is not None and self._listening.slots.has_c_handler(signum)
+        return self._listener is not None and self._listener.ownership.has_c_handler(signum)
 
     # -- a signal ----------------------------------------------------------------------------------------------------
 
     def _on_main_thread(self, signum: int, frame: "FrameType | None") -> object:
         """The trampoline: Python's handler for every eviction signal."""
         try:
-            if self._listening is not None and self._listening.heard_by_python(signum):
+            if self._listener is not None and self._listener.on_python_handler(signum):
                 return None
         except Exception as error:
             _failed("signal handler", error)
@@ -181,21 +179,23 @@ class Tap:
 
     # -- before it is armed ------------------------------------------------------------------------------------------
 
-    def prepare(self) -> "Listening":
+    def prepare(self) -> "Listener":
         """As torch is imported: what only the main thread can do for a rank, in case init is called on another.
 
         Returns:
             What arms this process.
         """
-        listening = self._listening
-        if listening is None:
-            from autoteardown.signals.listener import Listening
-            from autoteardown.signals.ownership import Slots
+        listener = self._listener
+        if listener is None:
+            from autoteardown.signals.listener import Listener
+            from autoteardown.signals.ownership import SignalOwnership
 
-            slots = Slots(self._module, self.signals, self._handlers, self._trampoline, self.originals)
-            listening = self._listening = Listening(self, slots)
-        listening.slots.prepare()
-        return listening
+            ownership = SignalOwnership(
+                self._module, self.signals, self._handlers, self._trampoline, self.originals
+            )
+            listener = self._listener = Listener(self, ownership)
+        listener.ownership.prepare()
+        return listener
 
     def _prepare_early(self) -> None:
         try:
@@ -210,6 +210,6 @@ def _is_exit_only(handler: "Any") -> bool:
 
 
 def _failed(what: str, error: BaseException) -> None:
-    from autoteardown.fail_open import failed
+    from autoteardown.fail_open import report_failure
 
-    failed(what, error)
+    report_failure(what, error)

@@ -7,22 +7,34 @@ from __future__ import annotations
 
 import _thread
 import sys
-from typing import TYPE_CHECKING, Any, Callable, Optional
+from typing import Any, Callable, Optional, Protocol
 
 from autoteardown.event_loop.loop import Loop
-from autoteardown.fail_open import failed, guarded
+from autoteardown.fail_open import fail_open, report_failure
 from autoteardown.signals import replacements
-from autoteardown.signals.fork import Forks
-from autoteardown.signals.ownership import Slots
-
-if TYPE_CHECKING:
-    from autoteardown.signals.interception import Tap
+from autoteardown.signals.fork import ForkHooks
+from autoteardown.signals.ownership import SignalOwnership
 
 OWN = 0x80
 """Marks a byte of the trampoline's; signal numbers end at 64."""
 
 
-class Listening:
+class ApplicationSignals(Protocol):
+    """What the application has set through the `signal` module; `interception.SignalInterceptor` keeps it."""
+
+    signals: frozenset[int]
+    """The signals that mean eviction."""
+    warn: bool
+    """The application's `warn_on_full_buffer`."""
+
+    def handler_of(self, signalnum: Any) -> Any:
+        """The application's handler."""
+
+    def application_owns(self, signum: int) -> bool:
+        """Whether that handler does more than exit."""
+
+
+class Listener:
     """Of one process; it comes and goes with each `arm` and `disarm`.
 
     Args:
@@ -30,11 +42,11 @@ class Listening:
         slots: what it takes when it is armed.
     """
 
-    def __init__(self, tap: Tap, slots: Slots) -> None:
-        self._tap = tap
-        self.slots = slots
+    def __init__(self, application: ApplicationSignals, ownership: SignalOwnership) -> None:
+        self._application = application
+        self.ownership = ownership
         self._loop: Optional[Loop] = None
-        self._forks: Optional[Forks] = None
+        self._forks: Optional[ForkHooks] = None
         self._on_signal: Callable[[int], object] = lambda signum: None
         self.on_main_thread: Callable[[int], bool] = lambda signum: False
         """What the trampoline asks: see `arm`."""
@@ -54,16 +66,16 @@ class Listening:
         return self.loop is not None
 
     @property
-    def late(self) -> bool:
+    def main_thread_pending(self) -> bool:
         """Whether the main thread has yet to come by for what only it can do: a signal may find the default action."""
-        return not self.slots.ready
+        return not self.ownership.ready
 
     # -- arming ------------------------------------------------------------------------------------------------------
 
     def arm(
         self,
         on_signal: Callable[[int], object],
-        on_main: Callable[[int], bool],
+        run_on_main_thread: Callable[[int], bool],
         on_quiet: Callable[[], object],
     ) -> None:
         """Listen from now on. May be called on any thread.
@@ -77,69 +89,69 @@ class Listening:
         Raises:
             OSError, RuntimeError: no socket pair or no thread to be had; nothing has been changed then.
         """
-        self._on_signal, self.on_main_thread = on_signal, on_main
+        self._on_signal, self.on_main_thread = on_signal, run_on_main_thread
         if self.armed:
-            self.look_again()
+            self.reclaim()
             return
 
         def quiet() -> None:
-            self.look_again()
+            self.reclaim()
             on_quiet()
 
         if self._forks is None:
-            self._forks = Forks(self._tap.signals, lambda: self.armed, self._after_fork_in_child)
-        self._loop = loop = Loop(self._hear, self._deaf, guarded(quiet))
-        self.slots.take(loop)
+            self._forks = ForkHooks(self._application.signals, lambda: self.armed, self._after_fork_in_child)
+        self._loop = loop = Loop(self._hear, self._deaf, fail_open(quiet))
+        self.ownership.take(loop)
         self._guard_interrupt_main(True)
 
-    def look_again(self) -> list[int]:
+    def reclaim(self) -> list[int]:
         """Any thread, a few system calls: take back what C code has taken from an armed process.
 
         Returns:
             The signals that it would not have heard.
         """
-        return self.slots.look_again() if self.armed else []
+        return self.ownership.reclaim() if self.armed else []
 
     def disarm(self) -> None:
         """Give handlers and wake-up fd back and end the thread. May be called on any thread."""
         if self.armed:
             self._loop = None
             self._guard_interrupt_main(False)
-            self.slots.give_back(self._tap.warn)
+            self.ownership.give_back(self._application.warn)
 
     def _after_fork_in_child(self) -> None:
         """Children are not ranks: the child gets back what it would have had without us (F10)."""
         loop, self._loop = self._loop, None
-        self.slots.forget()
+        self.ownership.forget()
         if loop is not None:
             self._guard_interrupt_main(False)
             loop.forget()
-            self.slots.give_back(self._tap.warn)
+            self.ownership.give_back(self._application.warn)
 
     def _guard_interrupt_main(self, armed: bool) -> None:
         real = getattr(_thread.interrupt_main, "_original", _thread.interrupt_main)
-        _thread.interrupt_main = replacements.interrupt_main(self._tap, real) if armed else real
+        _thread.interrupt_main = replacements.interrupt_main(self._application, real) if armed else real
 
     # -- a signal ----------------------------------------------------------------------------------------------------
 
     def _hear(self, data: bytes) -> None:
         """On the loop thread."""
-        tap, slots = self._tap, self.slots
-        signums = bytes(byte for byte in data if not byte & OWN and byte != slots.doorbell.number)
+        application, ownership = self._application, self.ownership
+        signums = bytes(byte for byte in data if not byte & OWN and byte != ownership.interrupt.number)
         deferred = set()
-        for signum in {byte & ~OWN for byte in data} & tap.signals if self.armed else ():
+        for signum in {byte & ~OWN for byte in data} & application.signals if self.armed else ():
             if self._on_signal(signum):
                 deferred.add(signum)
-            elif tap.application_owns(signum):
-                slots.chain(signum)
-        slots.forward(bytes(signum for signum in signums if signum not in deferred), tap.warn)
+            elif application.application_owns(signum):
+                ownership.chain(signum)
+        ownership.forward(bytes(signum for signum in signums if signum not in deferred), application.warn)
 
     def _deaf(self, error: Exception) -> None:
         """On the loop thread: it must not keep what event loops wait for."""
-        failed("listener", error)
+        report_failure("listener", error)
         self.disarm()
 
-    def heard_by_python(self, signum: int) -> bool:
+    def on_python_handler(self, signum: int) -> bool:
         """In the trampoline: whether the agent deals with the signal.
 
         An event loop may have had the wake-up fd when the signal came: the loop thread hears of it, by a byte that is
@@ -153,23 +165,23 @@ class Listening:
 
     def deliver(self, signum: int) -> None:
         """On the main thread: have the application handle the signal as if it had come now."""
-        tap, slots = self._tap, self.slots
-        forwarded = slots.forward(bytes([signum]), tap.warn)
-        slots.chain(signum)
-        handler = tap.handler_of(signum)
+        application, ownership = self._application, self.ownership
+        forwarded = ownership.forward(bytes([signum]), application.warn)
+        ownership.chain(signum)
+        handler = application.handler_of(signum)
         # To uvloop it would be a second signal: it may be reading its wake-up fd just now, beneath this frame.
         if callable(handler) and not (forwarded and _is_uvloops(handler)):
             handler(signum, sys._getframe(1))
 
-    def on_main(self, errand: Callable[[], object]) -> bool:
+    def run_on_main_thread(self, errand: Callable[[], object]) -> bool:
         """In a teardown: have the main thread call `errand` soon, out of a sleep or a lock if need be.
 
         Returns:
             False if it cannot be asked (see `Doorbell.ask`).
         """
-        if not self.slots.doorbell.ask(errand):
+        if not self.ownership.interrupt.run_on_main_thread(errand):
             return False
-        self.slots.wake_loop()
+        self.ownership.wake_loop()
         return True
 
 

@@ -12,11 +12,11 @@ from types import FrameType, ModuleType
 from typing import Any, Callable
 
 from autoteardown import unpatched
-from autoteardown.fail_open import failed
+from autoteardown.fail_open import report_failure
 from autoteardown.signals import dispositions
 
 
-class Doorbell:
+class MainThreadInterrupt:
     """Takes a signal of `module`, which is `signal`, that is not among those `taken`; with the functions given."""
 
     def __init__(
@@ -37,7 +37,7 @@ class Doorbell:
         self._connected = False
         self._errands: list[Callable[[], object]] = []
 
-    def hang(self) -> None:
+    def reserve(self) -> None:
         """On the main thread: take a signal that has no handler, without the kernel knowing."""
         while self._candidates and not self.number:
             signum = self._candidates.pop(0)
@@ -69,11 +69,11 @@ class Doorbell:
         old = self._signal(self.number, self._handler if default else handler)
         if not default:
             self.number = 0
-            self.hang()
+            self.reserve()
         self._connect()
         return self._default if self.is_handler(old) else old
 
-    def ask(self, errand: Callable[[], object]) -> bool:
+    def run_on_main_thread(self, errand: Callable[[], object]) -> bool:
         """Have the main thread call `errand` soon: at its next bytecode, or out of a sleep or a lock.
 
         Returns:
@@ -95,4 +95,4 @@ class Doorbell:
             try:
                 errand()
             except Exception as error:  # not the SystemExit with which the main thread leaves
-                failed("errand", error)
+                report_failure("errand", error)

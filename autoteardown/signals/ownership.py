@@ -18,12 +18,12 @@ from typing import Any, Callable
 from autoteardown import unpatched
 from autoteardown.event_loop.loop import Loop
 from autoteardown.signals import dispositions, unraisable
-from autoteardown.signals.main_thread_interrupt import Doorbell
+from autoteardown.signals.main_thread_interrupt import MainThreadInterrupt
 
 Handler = Any
 
 
-class Slots:
+class SignalOwnership:
     """Of one process.
 
     Args:
@@ -48,7 +48,7 @@ class Slots:
         self._trampoline = trampoline
         self._signal, self._getsignal, self._set_wakeup_fd = functions
         self._default, self._ignore = module.SIG_DFL, module.SIG_IGN
-        self.doorbell = Doorbell(module, signals, self._signal, self._getsignal)
+        self.interrupt = MainThreadInterrupt(module, signals, self._signal, self._getsignal)
         self._python = 0  # the address of the interpreter's own handler
         self._before: dict[int, bytes] = {}  # dispositions as they were when the process was armed
         self._in_c: dict[int, bytes] = {}  # those with a handler that is not Python's
@@ -66,8 +66,8 @@ class Slots:
         if not unpatched.on_main_thread():
             dispositions.call_on_main(self.prepare)
         elif not self.ready:
-            self.doorbell.hang()
-            self._python = self.doorbell.python
+            self.interrupt.reserve()
+            self._python = self.interrupt.python
             for signum in self._signals:
                 self.prepare_one(signum)
             self.ready = bool(self._python)
@@ -95,7 +95,7 @@ class Slots:
         self._listener = listener
         if self.ready:
             self._take_kernel()
-            self.doorbell.connect(True)
+            self.interrupt.connect(True)
         if unpatched.on_main_thread():
             self._take_on_main()
         else:
@@ -131,9 +131,9 @@ class Slots:
         for signum in self._signals:  # what was set behind the stand-ins' back
             self.prepare_one(signum)
         self._take_kernel()
-        self.doorbell.connect(True)
+        self.interrupt.connect(True)
 
-    def look_again(self) -> list[int]:
+    def reclaim(self) -> list[int]:
         """Any thread: take back what C code has taken since; return the signals that were affected."""
         if self._listener is None or not self._listener.here:
             return []
@@ -196,7 +196,7 @@ class Slots:
         listener, self._listener = self._listener, None
         if listener is None:
             return
-        self.doorbell.connect(False)
+        self.interrupt.connect(False)
         for signum in self._signals:
             # SIG_IGN is the application's, and so is a handler that another thread cannot set.
             if self._getsignal(signum) is self._trampoline:
@@ -208,7 +208,7 @@ class Slots:
         self._in_c.clear()
         self._before.clear()
 
-        def on_main() -> None:
+        def run_on_main_thread() -> None:
             if self._listener is not None:
                 self._take_on_main()  # armed again meanwhile
             else:
@@ -221,11 +221,11 @@ class Slots:
                 listener.close()  # not before: its fd was where signals are written
 
         if unpatched.on_main_thread():
-            on_main()
+            run_on_main_thread()
         else:
-            dispositions.call_on_main(on_main)
+            dispositions.call_on_main(run_on_main_thread)
 
     def forget(self) -> None:
         """In a forked child."""
         dispositions.forget_errands()
-        self.doorbell.forget()
+        self.interrupt.forget()

@@ -12,7 +12,7 @@ TYPE_CHECKING = False  # imported by every process that imports `signal`: see si
 if TYPE_CHECKING:
     from typing import Any, Callable
 
-    Tap = Any  # signals.Tap, which imports this
+    SignalInterceptor = Any  # signals.Tap, which imports this
 
 
 class Builtin:
@@ -56,37 +56,37 @@ class Builtin:
         return self.__reduce__()
 
 
-def put(tap: "Tap", module: "Any") -> None:
+def put(interceptor: "SignalInterceptor", module: "Any") -> None:
     """Replace the functions in the `signal` module."""
-    real_signal, real_getsignal, real_set_wakeup_fd = tap.originals
+    real_signal, real_getsignal, real_set_wakeup_fd = interceptor.originals
 
     @functools.wraps(real_signal)
     def signal(signalnum: "Any", handler: "Any") -> "Any":
         try:
-            return tap.set_handler(signalnum, handler)
+            return interceptor.set_handler(signalnum, handler)
         except Exception as error:
             problem = error
         # If it was not us, the original raises it again: as itself, and without a traceback of ours.
-        old = tap.seen(signalnum, real_signal(signalnum, handler))
-        tap.failed("signal.signal", problem)
+        old = interceptor.seen(signalnum, real_signal(signalnum, handler))
+        interceptor.report_failure("signal.signal", problem)
         return old
 
     @functools.wraps(real_getsignal)
     def getsignal(signalnum: "Any") -> "Any":
         try:
-            return tap.handler_of(signalnum)
+            return interceptor.handler_of(signalnum)
         except Exception as error:
             problem = error
-        handler = tap.seen(signalnum, real_getsignal(signalnum))
-        tap.failed("signal.getsignal", problem)
+        handler = interceptor.seen(signalnum, real_getsignal(signalnum))
+        interceptor.report_failure("signal.getsignal", problem)
         return handler
 
     def set_wakeup_fd(*args: "Any", **kwargs: "Any") -> int:
         old: int = real_set_wakeup_fd(*args, **kwargs)
         try:
-            old = tap.wakeup_fd_set(old, args[0], bool(kwargs.get("warn_on_full_buffer", True)))
+            old = interceptor.wakeup_fd_set(old, args[0], bool(kwargs.get("warn_on_full_buffer", True)))
         except Exception as error:
-            tap.failed("signal.set_wakeup_fd", error)
+            interceptor.report_failure("signal.set_wakeup_fd", error)
         return old
 
     for function, real in ((signal, real_signal), (getsignal, real_getsignal)):
@@ -106,12 +106,16 @@ def _like(real: "Any", function: "Callable[..., object]") -> "Any":
     return functools.wraps(real)(function)  # gevent's
 
 
-def interrupt_main(tap: "Tap", real: "Any") -> "Any":
+def interrupt_main(interceptor: "SignalInterceptor", real: "Any") -> "Any":
     """For `_thread.interrupt_main` while a rank is armed, when an eviction signal's real handler is not the default."""
 
     def interrupt_main(*args: "Any", **kwargs: "Any") -> object:
         signum = args[0] if args else kwargs.get("signum")
-        if isinstance(signum, int) and signum in tap.signals and not callable(tap.handler_of(signum)):
+        if (
+            isinstance(signum, int)
+            and signum in interceptor.signals
+            and not callable(interceptor.handler_of(signum))
+        ):
             return None  # documented: nothing happens
         return real(*args, **kwargs)
 

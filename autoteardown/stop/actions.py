@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Callable, Optional
 
-from autoteardown.stop.control import Hands
-from autoteardown.stop.record import Account
+from autoteardown.stop.control import RankControl
+from autoteardown.stop.record import StopRecord
 from autoteardown.stop.types import Action
 from autoteardown.unpatched import start_new_thread
 
 
-class Orders:
+class ActionRunner:
     """For one stop.
 
     Args:
@@ -19,55 +19,55 @@ class Orders:
         say: called with a line for the log.
     """
 
-    def __init__(self, hands: Hands, account: Account, say: Callable[[str], None]) -> None:
-        self._hands, self._account, self._say = hands, account, say
+    def __init__(self, control: RankControl, record: StopRecord, say: Callable[[str], None]) -> None:
+        self._control, self._record, self._say = control, record, say
 
     def carry_out(self, action: Action) -> None:
         """Start it; what comes of it arrives as an event. An action without a method is a word to the other ranks."""
-        do, value, hands = action.do, action.value, self._hands
+        do, value, control = action.do, action.value, self._control
         special = getattr(self, "_do_" + do, None)
         if special is not None:
             special(value)
         elif do in ("park", "deliver"):
-            getattr(hands, do)()
-        elif do in ("stop_at", "go_on"):
-            getattr(hands, do)(value)
+            getattr(control, do)()
+        elif do in ("stop_at", "advance"):
+            getattr(control, do)(value)
         else:
-            hands.post(do, value)
+            control.post(do, value)
 
     def _do_tell(self, left: float) -> None:
-        self._hands.post("tell", {**self._account.origin, "left": left})
+        self._control.post("tell", {**self._record.origin, "left": left})
 
     def _do_hold(self, _: Any) -> None:
-        self._hands.hold()  # first the flag, then the count: see Gate
-        self._hands.events.put(("steps", self._hands.steps()))
+        self._control.hold()  # first the flag, then the count: see Gate
+        self._control.events.put(("steps", self._control.steps()))
 
     def _do_drain(self, _: Any) -> None:
-        self._hands.mark(state="parked")
+        self._control.mark(state="parked")
         self.start("drained", self._drain)
 
     def _drain(self) -> Any:
-        problem = self._hands.drain()
+        problem = self._control.drain()
         # Asked again: some turn out to be when they are waited for.
-        unwaitable = self._hands.unwaitable()
+        unwaitable = self._control.unwaitable()
         if unwaitable:
-            self._hands.events.put(("unwaitable", unwaitable))
-            self._hands.events.put(("fault", f"nobody can wait for this device: {unwaitable}"))
+            self._control.events.put(("unwaitable", unwaitable))
+            self._control.events.put(("fault", f"nobody can wait for this device: {unwaitable}"))
         return problem
 
     def _do_callbacks(self, budget: float) -> None:
-        self.start("called", lambda: self._hands.call_back(self._say))
+        self.start("called", lambda: self._control.run_callbacks(self._say))
 
     def _do_destroy(self, _: Any) -> None:
-        self.start("destroyed", self._hands.destroy)
+        self.start("destroyed", self._control.destroy)
 
     def _do_abort(self, _: Any) -> None:
-        self._hands.abort(lambda problem: self._hands.events.put(("aborted", problem)))
+        self._control.abort(lambda problem: self._control.events.put(("aborted", problem)))
 
     def _do_stacks(self, phase: str) -> None:
-        self.start(None, lambda: self._account.take_stacks(f"{phase} timed out"))
+        self.start(None, lambda: self._record.take_stacks(f"{phase} timed out"))
         if phase in ("step", "park", "drain"):
-            self.start(None, self._account.find_collective)
+            self.start(None, self._record.find_collective)
 
     def start(self, event: Optional[str], function: Callable[[], Any]) -> None:
         """Run something that may never return, and put what it returns, or its error, among the events."""
@@ -78,6 +78,6 @@ class Orders:
             except BaseException as error:
                 problem = f"{type(error).__name__}: {error}"
             if event is not None:
-                self._hands.events.put((event, problem))
+                self._control.events.put((event, problem))
 
         start_new_thread(run, ())

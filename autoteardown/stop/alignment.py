@@ -16,7 +16,7 @@ CONFIRM = 0.5  # seconds for a rank to say that it does not wait any more, when 
 ROUNDS = 2  # how often ranks that arrived go on for one iteration more
 
 
-class RollCall:
+class AlignmentCheck:
     """Of one group, once it is known who steps.
 
     Args:
@@ -30,7 +30,7 @@ class RollCall:
         self._stepped = stepped
         self._settled = 0.0  # when it was last said that a rank waits, or does not, or has arrived
         self._at: set[int] = set()
-        self._still: set[int] = set()
+        self._stalled: set[int] = set()
         self._numbers: dict[int, dict[str, int]] = {}
         self._round: dict[int, int] = {}  # what was said in an earlier one does not count any more
         self._rounds = 0
@@ -41,15 +41,15 @@ class RollCall:
         """That rank is at the agreed iteration of that round."""
         if number == self._round.get(rank, 0):
             self._settled = now
-            self._still.discard(rank)
+            self._stalled.discard(rank)
             self._at.add(rank)
             self._numbers[rank] = _whole_numbers(numbers)
 
-    def still(self, rank: int, waits: bool, number: int, numbers: Any, now: float) -> None:
+    def stalled(self, rank: int, waits: bool, number: int, numbers: Any, now: float) -> None:
         """That rank waits without progress, or does not any more."""
         if number == self._round.get(rank, 0):
             self._settled = now
-            (self._still.add if waits else self._still.discard)(rank)
+            (self._stalled.add if waits else self._stalled.discard)(rank)
             self._numbers[rank] = _whole_numbers(numbers)
 
     def ready(self, rank: int, number: int) -> None:
@@ -70,14 +70,14 @@ class RollCall:
             nothing left to check.
         """
         # Counts first, sets only where those suffice: thousands of ranks say as many thousand words.
-        if not self._next and len(self._at) + len(self._still) + len(gone) < len(self.steppers):
+        if not self._next and len(self._at) + len(self._stalled) + len(gone) < len(self.steppers):
             return []
         steppers = self.steppers - gone
         if self._next:
             return self._release(steppers)
-        if not steppers or not steppers <= self._at | self._still:
+        if not steppers or not steppers <= self._at | self._stalled:
             return []
-        waiting = (self._still - self._at) & steppers
+        waiting = (self._stalled - self._at) & steppers
         # Who has an optimizer, and has not stepped although the others went on for its sake, does not step at all.
         idle = {rank for rank in waiting if not self._stepped(rank) and rank in self._round}
         if idle and steppers - idle and steppers - idle <= self._at:
@@ -85,13 +85,13 @@ class RollCall:
             steppers, waiting = steppers - idle, waiting - idle
         behind = steppers - waiting if waiting else self._behind(steppers)
         if not behind and not waiting:
-            return [(None, "even", None)]
+            return [(None, "aligned", None)]
         if waiting and now < self._settled + CONFIRM:
             # It may have what it waited for from the one that has just arrived.
             self.wake = self._settled + CONFIRM
             return []
         if not behind:
-            return [(None, "halt", "no rank makes progress")] if all_present(self._still) else []
+            return [(None, "halt", "no rank makes progress")] if all_present(self._stalled) else []
         if self._rounds == ROUNDS:
             return [(None, "halt", "ranks wait for one another")]
         return self._another_round(steppers, waiting, behind)
@@ -105,9 +105,9 @@ class RollCall:
         until = self._most(steppers)
         self._next = {rank: {"round": self._rounds, "until": until} for rank in sorted(behind)}
         self._at -= behind
-        self._still -= waiting
+        self._stalled -= waiting
         prepare: list[Verdict] = [
-            (rank, "more", {"round": self._rounds, "until": {}}) for rank in sorted(waiting)
+            (rank, "advance", {"round": self._rounds, "until": {}}) for rank in sorted(waiting)
         ]
         return prepare + self._release(steppers)
 
@@ -115,7 +115,7 @@ class RollCall:
         if self._preparing & steppers:
             return []
         released, self._next = self._next, {}
-        return [(rank, "more", more) for rank, more in released.items()]
+        return [(rank, "advance", more) for rank, more in released.items()]
 
     def _most(self, steppers: set[int]) -> dict[str, int]:
         most: dict[str, int] = {}

@@ -7,7 +7,7 @@ from typing import Callable
 from autoteardown.unpatched import allocate_lock, start_new_thread
 
 
-def aside(function: Callable[[], object], seconds: float) -> None:
+def run_bounded(function: Callable[[], object], seconds: float) -> None:
     """Call it on a thread of its own, and wait until it is over or so many seconds have passed.
 
     Raises:

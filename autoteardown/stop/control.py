@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 Problem = Optional[str]
 
 
-class Look(NamedTuple):
+class Snapshot(NamedTuple):
     """What a rank shows that sends no event."""
 
     saving: bool  # a checkpoint is being written
-    still: bool  # its training thread waits without a sign of life
+    stalled: bool  # its training thread waits without a sign of life
     ended: bool  # and that thread is no more
     progress: Any  # of its device: differs when it has advanced; None: nobody can tell
 
 
-class Hands(Protocol):
+class RankControl(Protocol):
     """Methods named like the protocol's actions carry them out. None raises, and none waits but those that say so."""
 
     settings: Settings
@@ -43,7 +43,7 @@ class Hands(Protocol):
     def identity(self) -> dict[str, Any]:
         """The first fields of the report."""
 
-    def look(self, stopping: bool) -> Look:
+    def snapshot(self, stopping: bool) -> Snapshot:
         """What it shows now."""
 
     def mark(self, **fields: Any) -> None:
@@ -55,7 +55,7 @@ class Hands(Protocol):
     def time_left(self) -> Optional[float]:
         """Seconds until whoever drains this node kills the process; None: nobody has said so. Reads a file or two."""
 
-    def unlist(self, outcome: str, exit_code: int) -> None:
+    def unregister(self, outcome: str, exit_code: int) -> None:
         """Leave the node's registry."""
 
     def post(self, kind: str, value: Any) -> None:
@@ -73,7 +73,7 @@ class Hands(Protocol):
     def stop_at(self, count: int) -> None:
         """Let the training thread run to the end of that iteration."""
 
-    def go_on(self, until: dict[str, int]) -> None:
+    def advance(self, until: dict[str, int]) -> None:
         """Let it run to the end of its next one."""
 
     def deliver(self) -> None:
@@ -85,7 +85,7 @@ class Hands(Protocol):
     def drain(self) -> Problem:
         """Wait for the devices. May never return."""
 
-    def call_back(self, say: Callable[[str], None]) -> Problem:
+    def run_callbacks(self, say: Callable[[str], None]) -> Problem:
         """Call what `on_teardown` was given. May never return."""
 
     def destroy(self) -> Problem:
@@ -94,17 +94,20 @@ class Hands(Protocol):
     def abort(self, done: Callable[[Problem], object]) -> None:
         """Abort them; `done` is called when that is over, which it may never be."""
 
+    def hold_off_watchdog(self) -> None:
+        """From now on `abort()` on another thread does not end the process: the exit code stays the stop's."""
+
     def stuck_collective(self) -> Optional[dict[str, Any]]:
         """Which collective does not end: `group`, `seq`, `op`; None if there is none, or nobody can tell."""
 
     def evidence(self, path: str, collective: Optional[dict[str, Any]]) -> list[str]:
         """Write what the communicators recorded, for a post-mortem, to files that begin so. May never return."""
 
-    def is_stuck_outside(self) -> bool:
+    def exit_is_blocked_by_framework(self) -> bool:
         """Whether a SystemExit would not end the process, because a framework waits for something that runs."""
 
     def leave(self, exit_code: int) -> None:
         """Have the program's threads leave with SystemExit."""
 
-    def ring(self) -> None:
+    def interrupt_main_thread(self) -> None:
         """Have the main thread look whether it is to stop, or should have left by now."""

@@ -22,14 +22,14 @@ from __future__ import annotations
 from math import inf
 from typing import Any, Optional
 
-from autoteardown.stop.alignment import RollCall, whole
+from autoteardown.stop.alignment import AlignmentCheck, whole
 
 Told = list[tuple[Optional[int], str, Any]]
 
 ABSENT = 10.0  # seconds after the first rank by which every one that can connect has done so
 
 
-class Council:
+class Coordinator:
     """Of a group with so many ranks; `hub` is the rank in whose process it is."""
 
     def __init__(self, world: int, hub: int = 0) -> None:
@@ -41,10 +41,10 @@ class Council:
         self._left: set[int] = set()
         self._joined: set[int] = set()  # who has ever been there
         self._since = inf  # when the first of them came
-        self._said: dict[str, Any] = {}  # to all
+        self._announced: dict[str, Any] = {}  # to all
         self._answers: dict[int, tuple[Optional[int], bool, bool]] = {}
         self._owners: set[int] = set()  # who ends by itself, as far as it had answered when the plan was made
-        self._roll = RollCall(set(), lambda rank: bool(self._answers[rank][0]))
+        self._alignment = AlignmentCheck(set(), lambda rank: bool(self._answers[rank][0]))
         self._saving: set[int] = set()
         self._arrived: set[int] = set()
         self._over: set[int] = set()
@@ -55,7 +55,7 @@ class Council:
     @property
     def wake(self) -> float:
         """See `channel.council.Council`."""
-        return self._roll.wake
+        return self._alignment.wake
 
     def on(self, rank: int, kind: str, value: Any = None, now: float = 0.0) -> Told:
         """Take in what a rank has said, or its connection; return who is to be told what. `None`: everybody.
@@ -63,7 +63,7 @@ class Council:
         What does not make sense is not heard: whoever has the group's token could say anything.
         """
         self._out, self._now = [], now
-        hear = getattr(self, "_hear_" + kind, None)
+        hear = getattr(self, "_on_" + kind, None)
         if hear is not None and 0 <= rank < self.world:
             try:
                 hear(rank, value)
@@ -74,87 +74,87 @@ class Council:
 
     # -- what is heard ------------------------------------------------------------------------------------------
 
-    def _hear_lost(self, rank: int, dead: Any) -> None:
+    def _on_lost(self, rank: int, dead: Any) -> None:
         if rank not in self._left and rank not in self.lost:
             self.lost.add(rank)
             self._out.append((None, "lost", rank))
         if dead:
             self._dead.add(rank)
 
-    def _hear_bye(self, rank: int, _: Any) -> None:
-        self._hear_left(rank, None)  # its process group is gone, or its process is at its end
+    def _on_bye(self, rank: int, _: Any) -> None:
+        self._on_left(rank, None)  # its process group is gone, or its process is at its end
         self._dead.add(rank)
 
-    def _hear_closed(self, rank: int, _: Any) -> None:
+    def _on_closed(self, rank: int, _: Any) -> None:
         self._dead.add(rank)
 
-    def _hear_joined(self, rank: int, _: Any) -> None:
+    def _on_joined(self, rank: int, _: Any) -> None:
         # For the first time, or in its next life: an elastic framework has made the group whole again.
         self._joined.add(rank)
         self._since = min(self._since, self._now)
         self._left.discard(rank)
-        self._hear_back(rank, None)
+        self._on_back(rank, None)
 
-    def _hear_back(self, rank: int, _: Any) -> None:
+    def _on_back(self, rank: int, _: Any) -> None:
         if rank in self.lost:
             self.lost.discard(rank)
             self._out.append((None, "back", rank))
         self._dead.discard(rank)
 
-    def _hear_tick(self, rank: int, _: Any) -> None:
-        self._roll.wake = inf
+    def _on_tick(self, rank: int, _: Any) -> None:
+        self._alignment.wake = inf
 
-    def _hear_tell(self, rank: int, notice: Any) -> None:
-        if "notice" not in self._said and self._now >= self._since + ABSENT:
+    def _on_tell(self, rank: int, notice: Any) -> None:
+        if "notice" not in self._announced and self._now >= self._since + ABSENT:
             # Dead since before it came, behind a firewall, or without an agent: it cannot answer. Only now: it may be
             # alive, and its peers are not to be torn down because of it.
             self.lost |= set(range(self.world)) - self._joined
-        self._tell("notice", notice if isinstance(notice, dict) else {})
+        self._announce("notice", notice if isinstance(notice, dict) else {})
 
-    def _hear_answer(self, rank: int, value: Any) -> None:
+    def _on_answer(self, rank: int, value: Any) -> None:
         completed, cannot, owner = value
         if completed is not None:
             completed = whole(completed)
         self._answers.setdefault(rank, (completed, bool(cannot), bool(owner)))
 
-    def _hear_plan_now(self, rank: int, _: Any) -> None:
+    def _on_plan_now(self, rank: int, _: Any) -> None:
         self._plan(None, "not every rank has answered")
 
-    def _hear_at(self, rank: int, value: Any) -> None:
+    def _on_at(self, rank: int, value: Any) -> None:
         _, number, numbers = value
-        self._roll.at(rank, number, numbers, self._now)
+        self._alignment.at(rank, number, numbers, self._now)
 
-    def _hear_still(self, rank: int, value: Any) -> None:
+    def _on_stalled(self, rank: int, value: Any) -> None:
         waits, number, numbers = value
-        self._roll.still(rank, bool(waits), number, numbers, self._now)
+        self._alignment.stalled(rank, bool(waits), number, numbers, self._now)
 
-    def _hear_ready(self, rank: int, number: Any) -> None:
-        self._roll.ready(rank, number)
+    def _on_ready(self, rank: int, number: Any) -> None:
+        self._alignment.ready(rank, number)
 
-    def _hear_saving(self, rank: int, value: Any) -> None:
+    def _on_saving(self, rank: int, value: Any) -> None:
         before = bool(self._saving)
         (self._saving.add if value else self._saving.discard)(rank)
         if before != bool(self._saving):
             self._out.append((None, "busy", bool(value)))
 
-    def _hear_arrived(self, rank: int, _: Any) -> None:
+    def _on_arrived(self, rank: int, _: Any) -> None:
         self._arrived.add(rank)
 
-    def _hear_halt(self, rank: int, _: Any) -> None:
+    def _on_halt(self, rank: int, _: Any) -> None:
         self._halt("a rank cannot get to the agreed iteration")
 
-    def _hear_over(self, rank: int, _: Any) -> None:
+    def _on_yield_expired(self, rank: int, _: Any) -> None:
         self._over.add(rank)
 
-    def _hear_wedged(self, rank: int, _: Any) -> None:
+    def _on_wedged(self, rank: int, _: Any) -> None:
         self._wedged.add(rank)
 
-    def _hear_quiet(self, rank: int, clean: Any) -> None:
+    def _on_quiet(self, rank: int, clean: Any) -> None:
         self._quiet.setdefault(rank, bool(clean))
 
-    def _hear_left(self, rank: int, _: Any) -> None:
-        if not self._left and "notice" in self._said:
-            self._tell("departed", rank)
+    def _on_left(self, rank: int, _: Any) -> None:
+        if not self._left and "notice" in self._announced:
+            self._announce("departed", rank)
         self._left.add(rank)
 
     # -- what is decided ----------------------------------------------------------------------------------------
@@ -163,55 +163,60 @@ class Council:
     def _present(self) -> set[int]:
         return set(range(self.world)) - self._left - self.lost
 
-    def _tell(self, kind: str, value: Any = None) -> None:
+    def _announce(self, kind: str, value: Any = None) -> None:
         """Everybody, and once."""
-        if kind not in self._said:
-            self._said[kind] = value
+        if kind not in self._announced:
+            self._announced[kind] = value
             self._out.append((None, kind, value))
 
     def _plan(self, stop: Optional[int], why: str = "") -> None:
-        if "plan" not in self._said:
+        if "plan" not in self._announced:
             self._owners = {rank for rank, (_, _, owner) in self._answers.items() if owner}
-            self._roll.steppers = {rank for rank, (steps, _, _) in self._answers.items() if steps is not None}
-            self._tell("plan", {"stop": stop, "owned": bool(self._owners), "why": why})
+            self._alignment.steppers = {
+                rank for rank, (steps, _, _) in self._answers.items() if steps is not None
+            }
+            self._announce("plan", {"stop": stop, "owned": bool(self._owners), "why": why})
 
     def _halt(self, why: str) -> None:
         self._plan(None, why)
-        self._tell("halt", why)
+        self._announce("halt", why)
 
     def _decide(self) -> None:
-        if "notice" not in self._said:
+        if "notice" not in self._announced:
             return
         # Counts first, sets only where those suffice: thousands of ranks say as many thousand words.
         gone = len(self._left) + len(self.lost)
-        if "plan" not in self._said and len(self._answers) + gone >= self.world:
+        if "plan" not in self._announced and len(self._answers) + gone >= self.world:
             self._agree()
-        if self._said.get("plan", {}).get("stop") is not None and not self._said.keys() & {"even", "halt"}:
+        if self._announced.get("plan", {}).get("stop") is not None and not self._announced.keys() & {
+            "aligned",
+            "halt",
+        }:
             self._check()
-        if len(self._arrived) + gone >= len(self._roll.steppers) < self.world and self._arrived:
+        if len(self._arrived) + gone >= len(self._alignment.steppers) < self.world and self._arrived:
             self._halt_helpers()
         if self._owners and not self._owners - self._left - self.lost - self._over:
-            self._tell("rest")
+            self._announce("owners_done")
         if self._wedged and len(self._wedged) + len(self._quiet) + gone >= self.world:
             self._abort()
         if self._quiet and len(self._quiet) + len(self._dead) >= self.world:
             self._all_quiet()
         if self._left and gone >= self.world - 1 and self._present <= {self.hub}:
-            self._tell("gone")
+            self._announce("all_left")
 
     def _halt_helpers(self) -> None:
-        if self._roll.steppers - self._left - self.lost <= self._arrived:
-            self._tell("halt", "")  # ranks that never step need not wait any longer
+        if self._alignment.steppers - self._left - self.lost <= self._arrived:
+            self._announce("halt", "")  # ranks that never step need not wait any longer
 
     def _abort(self) -> None:
         if self._present <= self._wedged | self._quiet.keys():
-            self._tell("abort")
+            self._announce("abort")
 
     def _all_quiet(self) -> None:
         # A device whose rank is only out of reach may still touch this one's memory: that takes the floor (F9).
-        if "quiet" not in self._said and set(range(self.world)) - self._dead <= self._quiet.keys():
+        if "quiet" not in self._announced and set(range(self.world)) - self._dead <= self._quiet.keys():
             self._plan(None)  # for ranks that hear us late, and wait for what nobody decided
-            self._tell("quiet", all(self._quiet.values()) and not self.lost)
+            self._announce("quiet", all(self._quiet.values()) and not self.lost)
 
     def _agree(self) -> None:
         if not self._present <= self._answers.keys():
@@ -231,10 +236,10 @@ class Council:
 
     def _check(self) -> None:
         gone = self._left | self.lost
-        for rank, kind, value in self._roll.check(gone, lambda ranks: self._present <= ranks, self._now):
+        for rank, kind, value in self._alignment.check(gone, lambda ranks: self._present <= ranks, self._now):
             if kind == "halt":
                 self._halt(value)
-            elif kind == "even":
-                self._tell("even")
+            elif kind == "aligned":
+                self._announce("aligned")
             else:
                 self._out.append((rank, kind, value))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Callable, Optional
 
-from autoteardown.stop.bounded import aside
-from autoteardown.stop.posix_timer import Fuse
+from autoteardown.stop.bounded import run_bounded
+from autoteardown.stop.posix_timer import HardDeadlineTimer
 from autoteardown.unpatched import monotonic, sleep
 
 _BEFORE = 0.1  # seconds before the deadline when a thread of ours ends the process; the fuse comes after it
@@ -24,20 +24,20 @@ class Deadline:
         fuse: of this process; may burn already.
     """
 
-    def __init__(self, hard: float, fuse: Fuse) -> None:
+    def __init__(self, hard: float, timer: HardDeadlineTimer) -> None:
         self.hard = hard
         self.shortened = False  # by a drain of the node
         self._started = monotonic()
-        self._fuse = fuse
+        self._timer = timer
 
     @property
     def now(self) -> float:
         """Seconds since the signal."""
         return monotonic() - self._started
 
-    def light(self, code: int, at: Optional[float] = None) -> None:
+    def arm(self, code: int, at: Optional[float] = None) -> None:
         """Have the fuse end the process with that exit code at the deadline, or `at` so many seconds, if less."""
-        self._fuse.light((self.hard if at is None else min(at, self.hard)) - _FUSE - self.now, code)
+        self._timer.arm((self.hard if at is None else min(at, self.hard)) - _FUSE - self.now, code)
 
     def wait(self) -> None:
         """Until shortly before it."""
@@ -52,9 +52,9 @@ class Deadline:
             code: the exit code.
         """
         found: list[Optional[float]] = []
-        aside(lambda: found.append(time_left()), _READING)
+        run_bounded(lambda: found.append(time_left()), _READING)
         left = found[0] if found else None
         if left is not None and self.now + left - _FREE < self.hard:
             self.hard = max(_LEAST, self.now + left - _FREE)
             self.shortened = True
-            self.light(code)
+            self.arm(code)

@@ -14,16 +14,15 @@ import os
 from typing import Any, Callable, NoReturn, Optional
 
 from autoteardown import exit_callbacks, native_calls
-from autoteardown.fail_open import guarded
-from autoteardown.process_groups import watchdog_abort
+from autoteardown.fail_open import fail_open
 from autoteardown.stop import final_report, gc_pause, protocol, types
-from autoteardown.stop.actions import Orders
-from autoteardown.stop.control import Hands
+from autoteardown.stop.actions import ActionRunner
+from autoteardown.stop.control import RankControl
 from autoteardown.stop.deadline import Deadline
-from autoteardown.stop.outcome import Story
-from autoteardown.stop.polling import Lookout
-from autoteardown.stop.posix_timer import Fuse
-from autoteardown.stop.record import Account
+from autoteardown.stop.outcome import Outcome
+from autoteardown.stop.polling import Poller
+from autoteardown.stop.posix_timer import HardDeadlineTimer
+from autoteardown.stop.record import StopRecord
 from autoteardown.unpatched import allocate_lock, sleep, start_new_thread
 
 _POLL = 0.02  # seconds between looks at what sends no event
@@ -47,31 +46,36 @@ class Teardown:
     """
 
     def __init__(
-        self, hands: Hands, cause: str, signum: Optional[int], origin: dict[str, Any], fuse: Fuse
+        self,
+        control: RankControl,
+        cause: str,
+        signum: Optional[int],
+        origin: dict[str, Any],
+        timer: HardDeadlineTimer,
     ) -> None:
-        self.hands = hands
-        self._deadline = Deadline(hands.settings.hard, fuse)
-        self._account = Account(hands, cause, signum, _without_time(origin), self._deadline)
-        self._orders = Orders(hands, self._account, self.say)
+        self.control = control
+        self._deadline = Deadline(control.settings.hard, timer)
+        self._record = StopRecord(control, cause, signum, _without_time(origin), self._deadline)
+        self._actions = ActionRunner(control, self._record, self.say)
         self.committed = False  # from here on the agent ends the process
         self.leaving = False  # the program is asked to leave with SystemExit
         self.stop: Optional[protocol.Stop] = None
         self._notice = origin
-        self._owner = False
+        self._application_owns = False
         self._finishing = allocate_lock()
-        self._lookout = Lookout(hands)
+        self._poller = Poller(control)
         self._told = 0
         self._left_at = 0.0
 
     def begun_by(self, origin: dict[str, Any]) -> None:
         """Who was signalled first."""
-        self._account.origin = _without_time(origin)
+        self._record.origin = _without_time(origin)
 
     # -- the two threads ------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
         """Start the threads; on a thread that has nothing else to do, as it is the fallback."""
-        self._deadline.light(self.exit_code)
+        self._deadline.arm(self.exit_code)
         try:
             start_new_thread(self._at_deadline, ())
             start_new_thread(self._drive, ())
@@ -90,21 +94,21 @@ class Teardown:
     def _drive(self) -> None:
         try:
             self._shorten()
-            facts = native_calls.call(lambda: self.hands.facts(self._account.cause))
-            self._owner = facts.owner
+            facts = native_calls.call(lambda: self.control.facts(self._record.cause))
+            self._application_owns = facts.application_owns
             stop = self.stop = protocol.Stop(self._limits(), facts)
             self._open()
-            if self._account.cause == "peer":
+            if self._record.cause == "peer":
                 self._take(stop, "notice", self._notice)
             self._take(stop, "begin", None)
             while stop.state != "done":
                 self._look(stop)
                 try:
-                    event, value = self.hands.events.get(True, max(0.0, min(_POLL, stop.wake - self.now)))
+                    event, value = self.control.events.get(True, max(0.0, min(_POLL, stop.wake - self.now)))
                 except _queue.Empty:
                     event, value = "tick", None
                 self._take(stop, event, value)
-        except native_calls.Over:  # the application has ended by itself
+        except native_calls.InterpreterExiting:  # the application has ended by itself
             sleep(_FOR_EVER)
         except BaseException as error:  # ours: it may cost the teardown, not the exit code
             problem = f"internal error: {type(error).__name__}: {error}"
@@ -115,8 +119,8 @@ class Teardown:
             self._finish()
 
     def _shorten(self) -> None:
-        if self._account.signum is not None:
-            self._deadline.shorten(self.hands.time_left, self.exit_code)
+        if self._record.signum is not None:
+            self._deadline.shorten(self.control.time_left, self.exit_code)
 
     @property
     def now(self) -> float:
@@ -130,8 +134,8 @@ class Teardown:
                 self._leave(action.value)
             elif action.do != "die":  # the driver ends with it, and the process with the driver
                 if action.do in ("park", "deliver"):
-                    self._lookout.begin_again()
-                self._orders.carry_out(action)
+                    self._poller.reset()
+                self._actions.carry_out(action)
         self._commit(stop)
         for phase in stop.phases[self._told :]:
             if phase.end is None:
@@ -143,15 +147,17 @@ class Teardown:
 
     def _look(self, stop: protocol.Stop) -> None:
         """Notice what sends no event."""
-        for event, value in self._lookout.look(self.committed, stop.state == "drain", self.now):
-            if event == "ended" and (event in stop.heard or (self._owner and not self.committed)):
+        for event, value in self._poller.changes(self.committed, stop.state == "drain", self.now):
+            if event == "ended" and (
+                event in stop.received or (self._application_owns and not self.committed)
+            ):
                 continue
             if event == "saving" and not value and stop.state == "park":
-                self.hands.park()  # who was left alone for its sake
+                self.control.park()  # who was left alone for its sake
             self._take(stop, event, value)
         if self.leaving and self.now > self._left_at + _SWALLOWS:
             self._left_at = self.now
-            self.hands.ring()
+            self.control.interrupt_main_thread()
 
     def _commit(self, stop: protocol.Stop) -> None:
         committed = stop.state not in ("new", "yield")
@@ -161,20 +167,20 @@ class Teardown:
         if committed:
             # The process is sure to end (the fuse burns), and with our exit code, not with that of a communicator's
             # watchdog. An application that ends by itself may have an abort of its own.
-            if not self._owner:
-                watchdog_abort.hold_off()
+            if not self._application_owns:
+                self.control.hold_off_watchdog()
             # A collection would run finalizers of the program on our threads, and those take locks.
             gc_pause.pause()
-            self.hands.mark(state="stopping")
+            self.control.mark(state="stopping")
         else:
             gc_pause.resume()
-            self.hands.mark(state="yielding")
+            self.control.mark(state="yielding")
 
     def _limits(self) -> types.Limits:
-        s = self.hands.settings
+        s = self.control.settings
         return types.Limits(
             hard=self._deadline.hard - _LAST_WORDS - 0.1,
-            yield_=self._account.yields,
+            yield_=self._record.yields,
             step=s.step_timeout,
             drain=s.drain_timeout,
             destroy=s.destroy_timeout,
@@ -183,31 +189,31 @@ class Teardown:
         )
 
     def _open(self) -> None:
-        self.hands.log.first(self._account.opening(self._owner), self.now)
-        self._orders.start(None, lambda: self._account.take_stacks("at the signal"))
-        if self.hands.alone:
-            self.say(f"peers are not told: {self.hands.alone}")
+        self.control.log.first(self._record.opening(self._application_owns), self.now)
+        self._actions.start(None, lambda: self._record.take_stacks("at the signal"))
+        if self.control.alone:
+            self.say(f"peers are not told: {self.control.alone}")
 
     # -- the end --------------------------------------------------------------------------------------------------
 
     def _leave(self, soft: bool) -> None:
-        self.hands.flush(_FLUSH)
+        self.control.flush(_FLUSH)
         if not soft:
             return
         # From here on the program's own code decides how the process ends: it may call os._exit, or free what cannot
         # be freed. So the report is written before, and the fuse made shorter.
-        final_report.write(self.story(), self.hands, _LAST_WORDS, final=False)
-        latest = self.now + self.hands.settings.exit_timeout + _LONG_LAST_WORDS + _LAST_WORDS
-        self._deadline.light(self.exit_code, latest)
-        if self.hands.is_stuck_outside():
+        final_report.write(self.outcome(), self.control, _LAST_WORDS, final=False)
+        latest = self.now + self.control.settings.exit_timeout + _LONG_LAST_WORDS + _LAST_WORDS
+        self._deadline.arm(self.exit_code, latest)
+        if self.control.exit_is_blocked_by_framework():
             self._finish()
         self.leaving, self._left_at = True, self.now
-        self.hands.leave(self.exit_code)
+        self.control.leave(self.exit_code)
 
     @property
     def exit_code(self) -> int:
         """The contract's, whichever way the process ends."""
-        return self._account.exit_code
+        return self._record.exit_code
 
     def also_signalled(self, signum: int, sure: bool = False) -> None:
         """A peer's notice was faster than this rank's own signal: it still is a rank that got the signal.
@@ -218,10 +224,10 @@ class Teardown:
         stop = self.stop
         if stop is not None and not sure and any(phase.name == "yield" for phase in stop.phases):
             return  # the application may have sent it to itself, as uvicorn does when it has shut down
-        if self._account.signum is None and (stop is None or "departed" not in stop.heard):
-            self._account.signum = signum
-            self._deadline.light(self.exit_code)
-            self._orders.start(None, self._shorten)
+        if self._record.signum is None and (stop is None or "departed" not in stop.received):
+            self._record.signum = signum
+            self._deadline.arm(self.exit_code)
+            self._actions.start(None, self._shorten)
 
     def ended(self) -> None:
         """On the main thread, last of all atexit callbacks, when the program is over."""
@@ -236,26 +242,26 @@ class Teardown:
             if patience is None:
                 left = self._deadline.hard - _LAST_WORDS - self.now
                 patience = max(_LAST_WORDS, min(_LONG_LAST_WORDS, left))
-            story = self.story(final=True)
-            final_report.write(story, self.hands, patience, final=True)
+            outcome = self.outcome(final=True)
+            final_report.write(outcome, self.control, patience, final=True)
             if (
                 self.stop is not None
                 and self.stop.wedged
                 and self.now < self._deadline.hard - _LONG_LAST_WORDS
             ):
-                final_report.write_evidence(story, self.hands, _LAST_WORDS)
-            self.say(story.summary(), event="done", outcome=story.outcome)
+                final_report.write_evidence(outcome, self.control, _LAST_WORDS)
+            self.say(outcome.summary(), event="done", outcome=outcome.outcome)
         finally:
             end(lambda: self.exit_code)
 
-    def story(self, final: bool = False) -> Story:
+    def outcome(self, final: bool = False) -> Outcome:
         """What this stop has come to."""
-        return self._account.story(self.stop, self._owner, self.now, final)
+        return self._record.outcome(self.stop, self._application_owns, self.now, final)
 
-    @guarded
+    @fail_open
     def say(self, text: str, event: str = "message", outcome: Optional[str] = None) -> None:
         """One line on stderr."""
-        self.hands.log.line(text, self.now, event=event, outcome=outcome)
+        self.control.log.line(text, self.now, event=event, outcome=outcome)
 
 
 def _without_time(origin: dict[str, Any]) -> dict[str, Any]:

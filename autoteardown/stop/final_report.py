@@ -6,12 +6,12 @@ import os
 import sys
 
 from autoteardown.stop import report
-from autoteardown.stop.bounded import aside
-from autoteardown.stop.control import Hands
-from autoteardown.stop.outcome import Story
+from autoteardown.stop.bounded import run_bounded
+from autoteardown.stop.control import RankControl
+from autoteardown.stop.outcome import Outcome
 
 
-def write(story: Story, hands: Hands, seconds: float, final: bool) -> None:
+def write(outcome: Outcome, control: RankControl, seconds: float, final: bool) -> None:
     """Leave everything behind that outlives the process, or what can be left in so many seconds.
 
     Args:
@@ -26,53 +26,56 @@ def write(story: Story, hands: Hands, seconds: float, final: bool) -> None:
 
     def run() -> None:
         try:
-            _write(story, hands, final)
+            _write(outcome, control, final)
             for stream in (sys.stdout, sys.stderr) if final else ():
                 if stream is not None:
                     stream.flush()
         except BaseException as error:
-            hands.log.line(f"last words failed: {type(error).__name__}: {error}", story.seconds)
+            control.log.line(f"last words failed: {type(error).__name__}: {error}", outcome.seconds)
 
-    aside(run, seconds)
+    run_bounded(run, seconds)
 
 
-def write_evidence(story: Story, hands: Hands, seconds: float) -> None:
+def write_evidence(outcome: Outcome, control: RankControl, seconds: float) -> None:
     """Last of all: what the communicators have recorded, next to the report.
 
     torch reads it with the GIL held, and asks a driver that may be stuck: nothing may depend on its end.
     """
-    folder = hands.settings.report_dir
+    folder = control.settings.report_dir
     if not folder:
         return
 
     def run() -> None:
         try:
-            path = os.path.join(folder, report.taken(folder, _name(story), story.as_dict()))
-            if hands.evidence(path.rpartition(".json")[0], story.collective) and story.collective is not None:
-                _write_report(story, hands)  # which operation it was is known by now
+            path = os.path.join(folder, report.taken(folder, _name(outcome), outcome.as_dict()))
+            if (
+                control.evidence(path.rpartition(".json")[0], outcome.collective)
+                and outcome.collective is not None
+            ):
+                _write_report(outcome, control)  # which operation it was is known by now
         except BaseException as error:
-            hands.log.line(f"no evidence: {type(error).__name__}: {error}", story.seconds)
+            control.log.line(f"no evidence: {type(error).__name__}: {error}", outcome.seconds)
 
-    aside(run, seconds)
-
-
-def _name(story: Story) -> str:
-    return f"{story.identity['host']}-{story.identity['pid']}.json".replace("/", "_")
+    run_bounded(run, seconds)
 
 
-def _write_report(story: Story, hands: Hands) -> None:
-    folder = hands.settings.report_dir
-    problem = report.write_report(folder, _name(story), story.as_dict()) if folder else None
+def _name(outcome: Outcome) -> str:
+    return f"{outcome.identity['host']}-{outcome.identity['pid']}.json".replace("/", "_")
+
+
+def _write_report(outcome: Outcome, control: RankControl) -> None:
+    folder = control.settings.report_dir
+    problem = report.write_report(folder, _name(outcome), outcome.as_dict()) if folder else None
     if problem:
-        hands.log.line(problem, story.seconds)
+        control.log.line(problem, outcome.seconds)
 
 
-def _write(story: Story, hands: Hands, final: bool) -> None:
-    settings = hands.settings
+def _write(outcome: Outcome, control: RankControl, final: bool) -> None:
+    settings = control.settings
     if final:
-        hands.unlist(story.outcome, story.exit_code)
+        control.unregister(outcome.outcome, outcome.exit_code)
     else:
-        hands.mark(state="leaving", outcome=story.outcome, exit_code=story.exit_code)
-    _write_report(story, hands)
+        control.mark(state="leaving", outcome=outcome.outcome, exit_code=outcome.exit_code)
+    _write_report(outcome, control)
     if settings.termination_log:
-        report.write_termination_log(settings.termination_log, story.text())
+        report.write_termination_log(settings.termination_log, outcome.text())

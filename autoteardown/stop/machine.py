@@ -10,8 +10,8 @@ from typing import Any, Optional
 
 from autoteardown.stop.types import Action, Facts, Limits, Phase
 
-_FROM_THE_COUNCIL = ("notice", "plan", "even", "halt", "quiet", "gone")
-_LATEST = ("saving", "busy", "still", "progress", "stopped", "down")  # of these, what was heard last counts
+_FROM_THE_COUNCIL = ("notice", "plan", "aligned", "halt", "quiet", "all_left")
+_LATEST = ("saving", "busy", "stalled", "progress", "stopped", "down")  # of these, what was heard last counts
 
 
 class Machine:
@@ -22,7 +22,7 @@ class Machine:
         self.facts = facts
         self.state = "new"
         self.phases: list[Phase] = []
-        self.heard: dict[str, Any] = {}
+        self.received: dict[str, Any] = {}
         self.wedged = False  # something does not end: to be aborted, or dropped with the process
         self.blocked = False  # the training thread cannot be asked to leave
         self.forced = False
@@ -59,11 +59,11 @@ class Machine:
     @property
     def steps(self) -> Optional[dict[str, Optional[int]]]:
         """As it is in the report; None if this rank does not step."""
-        completed = self.heard.get("steps", (None, False))[0]
+        completed = self.received.get("steps", (None, False))[0]
         if completed is None:
             return None
-        agreed = self.heard.get("plan", {}).get("stop")
-        return {"at_signal": completed, "agreed": agreed, "stopped_at": self.heard.get("stopped")}
+        agreed = self.received.get("plan", {}).get("stop")
+        return {"at_signal": completed, "agreed": agreed, "stopped_at": self.received.get("stopped")}
 
     # -- the machine ------------------------------------------------------------------------------------------
 
@@ -72,41 +72,41 @@ class Machine:
         self._out = []
         if event == "tick":
             self._clock = now
-        elif event == "more":
-            self._go_on(value)
+        elif event == "advance":
+            self._advance(value)
         elif event == "fault":
             self._fault(value)
         else:
             if not value and (event == "busy" or (event == "saving" and self.state == "park")):
                 self._settled = max(self._settled, now)  # the thread has its time to park again
-            if event == "halt" and event not in self.heard:
+            if event == "halt" and event not in self.received:
                 self._settled = min(self._settled, now)
             if event == "down":
                 self._down_at = min(self._down_at, now) if value else inf
             if event in _LATEST:
-                self.heard[event] = value
-            self.heard.setdefault(event, value)
+                self.received[event] = value
+            self.received.setdefault(event, value)
         if now >= self.limits.hard and self.state != "done":
             self._force(now)
         while self.state != "done" and getattr(self, "_in_" + self.state)(now):
             pass
         return self._out
 
-    def _go_on(self, more: dict[str, Any]) -> None:
+    def _advance(self, more: dict[str, Any]) -> None:
         raise NotImplementedError
 
-    def _do(self, do: str, value: Any = None) -> None:
+    def _emit(self, do: str, value: Any = None) -> None:
         self._out.append(Action(do, value))
 
-    def _do_once(self, do: str, value: Any = None) -> None:
+    def _emit_once(self, do: str, value: Any = None) -> None:
         if do not in self._once:
             self._once.add(do)
-            self._do(do, value)
+            self._emit(do, value)
 
-    def _say(self, do: str, value: Any = None) -> None:
+    def _post(self, do: str, value: Any = None) -> None:
         """To the council, if it can be reached."""
         if self.facts.channel:
-            self._do_once(do, value)
+            self._emit_once(do, value)
 
     def _fault(self, why: str) -> None:
         self.why = self.why or why
@@ -114,19 +114,19 @@ class Machine:
     @property
     def _group(self) -> bool:
         """Peers exist and can be heard."""
-        return self.facts.channel and not self.heard.get("down")
+        return self.facts.channel and not self.received.get("down")
 
     @property
-    def _told(self) -> bool:
+    def _group_informed(self) -> bool:
         """The group knows of the stop. In one that is a few seconds old this rank may still be connecting."""
-        return "tell" not in self._once or any(event in self.heard for event in _FROM_THE_COUNCIL)
+        return "tell" not in self._once or any(event in self.received for event in _FROM_THE_COUNCIL)
 
     @property
-    def _due(self) -> bool:
+    def _timed_out(self) -> bool:
         return self._clock >= self._deadline
 
     @property
-    def _soft(self) -> bool:
+    def _can_exit_normally(self) -> bool:
         """The program can be asked to leave by itself."""
         return not (self.wedged or self.blocked)
 
@@ -149,7 +149,7 @@ class Machine:
         phase = self.phases[-1]
         phase.end, phase.outcome, phase.detail = now, outcome, detail
         if outcome == "timeout":
-            self._do("stacks", phase.name)
+            self._emit("stacks", phase.name)
 
     def _skip(self, name: str, now: float, why: str) -> None:
         self.phases.append(Phase(name, now))
@@ -160,4 +160,4 @@ class Machine:
         if self.phases and self.phases[-1].end is None:
             self._end("timeout", now, "hard deadline")
         self.state = "done"
-        self._do("die")
+        self._emit("die")

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Optional
 from autoteardown.node.entry import printable
 
 
-class Story(NamedTuple):
+class Outcome(NamedTuple):
     """One stop, as far as it has got."""
 
     identity: dict[str, Any]

@@ -6,26 +6,26 @@ from collections.abc import Iterator
 from typing import Any
 
 from autoteardown import native_calls
-from autoteardown.stop.control import Hands
+from autoteardown.stop.control import RankControl
 
 
-class Lookout:
+class Poller:
     """Of one stop; on the driver's thread.
 
     Args:
         hands: the armed rank.
     """
 
-    def __init__(self, hands: Hands) -> None:
-        self._hands = hands
-        self._shown: dict[str, bool] = {"saving": False, "still": False}
+    def __init__(self, control: RankControl) -> None:
+        self._control = control
+        self._shown: dict[str, bool] = {"saving": False, "stalled": False}
         self._progress: Any = None
 
-    def begin_again(self) -> None:
+    def reset(self) -> None:
         """The thread was let go, or is to stop: whether it waits is looked at anew."""
-        self._shown["still"] = False
+        self._shown["stalled"] = False
 
-    def look(self, stopping: bool, draining: bool, now: float) -> Iterator[tuple[str, Any]]:
+    def changes(self, stopping: bool, draining: bool, now: float) -> Iterator[tuple[str, Any]]:
         """What is new, as events of the protocol.
 
         Args:
@@ -33,7 +33,7 @@ class Lookout:
             draining: the stop waits for devices; their progress counts from here on.
             now: seconds since the signal.
         """
-        shown = native_calls.call(lambda: self._hands.look(stopping))
+        shown = native_calls.call(lambda: self._control.snapshot(stopping))
         if shown.ended:
             yield "ended", None
         for what in self._shown:

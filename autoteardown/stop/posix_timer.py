@@ -44,13 +44,13 @@ def _load() -> Optional[Any]:
 _libc = _load()
 
 
-class Fuse:
+class HardDeadlineTimer:
     """Ends the process when it has burnt down. Does nothing where there are no such timers (macOS)."""
 
     def __init__(self) -> None:
         self._timer: Optional[ctypes.c_void_p] = None
 
-    def light(self, seconds: float, code: int) -> None:
+    def arm(self, seconds: float, code: int) -> None:
         """End the process with `code` in so many seconds; replaces what was lit before. Never raises."""
         try:
             if _libc is None:

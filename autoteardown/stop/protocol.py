@@ -1,7 +1,7 @@
 """The stop of one rank as a pure state machine: events and a clock in, actions out.
 
 No I/O, no threads, no torch, no clock of its own: `driver.py` does what the actions say and reports what came of it,
-`council.py` is what the ranks decide together, and `tests/simulation` runs thousands of these machines against one
+`coordinator.py` is what the ranks decide together, and `tests/simulation` runs thousands of these machines against one
 another.
 
 The machine is level-triggered. An event only adds to what has been *heard*; then the machine moves as far as
@@ -45,25 +45,25 @@ class Stop(Machine):
     `tick`, when `wake` has come and no event is waiting.
     """
 
-    def _go_on(self, more: dict[str, Any]) -> None:
+    def _advance(self, more: dict[str, Any]) -> None:
         """This rank waits for others, or they for it: one iteration more brings them together."""
-        if self.state == "step" and "plan" in self.heard and more["round"] > self._round:
+        if self.state == "step" and "plan" in self.received and more["round"] > self._round:
             self._round = more["round"]
-            self.heard.pop("stopped", None)
-            self.heard.pop("still", None)
+            self.received.pop("stopped", None)
+            self.received.pop("stalled", None)
             self._once.discard("at")
-            self._latest["still"] = False
-            self._do("go_on", more["until"])
-            self._do("ready", self._round)
+            self._latest["stalled"] = False
+            self._emit("advance", more["until"])
+            self._emit("ready", self._round)
 
     # -- states: each returns True when it has handed over to another --------------------------------------------
 
     def _in_new(self, now: float) -> bool:
-        if "begin" not in self.heard:
+        if "begin" not in self.received:
             return False
         if self.facts.unwaitable:
             self._fault(f"nobody can wait for this device: {self.facts.unwaitable}")
-        if self.facts.owner and self.facts.cause != "lost" and self.limits.yield_ > now:
+        if self.facts.application_owns and self.facts.cause != "lost" and self.limits.yield_ > now:
             if not self.facts.together and self.facts.cause == "signal":
                 return self._enter("yield", now, self.limits.yield_ - now)
             if self.facts.together and not (self.facts.joined and self.facts.channel):
@@ -74,14 +74,14 @@ class Stop(Machine):
         if not self.facts.joined:
             # In rendezvous, or in a half-built world: nothing to drain, nobody to tell, a moment to park.
             self._settled = now
-            self._do("park")
+            self._emit("park")
             return self._enter("park", now, 0.0)
         # The time that its own yield has taken, or that of the rank which tells, is not there any more.
         left = self.limits.hard - now
-        if "notice" in self.heard:
-            left = min(left, self.heard["notice"].get("left", left))
+        if "notice" in self.received:
+            left = min(left, self.received["notice"].get("left", left))
         elif self.facts.cause == "signal":
-            self._say("tell", left)
+            self._post("tell", left)
         limits = self.limits = self.limits.within(left)
         self._set_floor(now)
         if self.facts.world > 1 and not self.facts.channel:
@@ -94,7 +94,7 @@ class Stop(Machine):
             self.phases.append(Phase("step", now))
             return self._step_over("skipped", now, "the group has not waited for this rank")
         self._held = True
-        self._do("hold")
+        self._emit("hold")
         return self._enter("step", now, limits.step)
 
     def _set_floor(self, now: float) -> None:
@@ -102,127 +102,133 @@ class Stop(Machine):
         self.floor = min(now + limits.step + limits.drain + limits.abort + SKEW, self._exit_by)
 
     def _in_step(self, now: float) -> bool:
-        if "steps" not in self.heard:
-            return self._step_over("error", now, "no answer") if self._due else False
-        completed, cannot = self.heard["steps"]
+        if "steps" not in self.received:
+            return self._step_over("error", now, "no answer") if self._timed_out else False
+        completed, cannot = self.received["steps"]
         cannot = cannot or not self.facts.step
-        self._say("answer", (completed, cannot, self.facts.owner and self.facts.together))
+        self._post("answer", (completed, cannot, self.facts.application_owns and self.facts.together))
         if not self.facts.channel:
             stop = None if cannot or completed is None else max(completed + 1, 2)
-            self.heard.setdefault("plan", {"stop": stop, "owned": self.facts.owner, "why": ""})
-        if "saving" in self.heard:
-            self._say_latest("saving", bool(self.heard["saving"]))
-        if self.heard.get("saving") or self.heard.get("busy"):
+            self.received.setdefault("plan", {"stop": stop, "owned": self.facts.application_owns, "why": ""})
+        if "saving" in self.received:
+            self._post_latest("saving", bool(self.received["saving"]))
+        if self.received.get("saving") or self.received.get("busy"):
             # A checkpoint counts more than the time for a step.
             self._until(max(self._deadline, self._save_until() - 2 * self._look))
-        if "stopped" in self.heard:
-            self._say("at", (self.heard["stopped"], self._round))
-            if "even" in self.heard or not self._group:
-                return self._step_over("ok", now, f"stopped after iteration {self.heard['stopped']}")
-        if "ended" in self.heard:
+        if "stopped" in self.received:
+            self._post("at", (self.received["stopped"], self._round))
+            if "aligned" in self.received or not self._group:
+                return self._step_over("ok", now, f"stopped after iteration {self.received['stopped']}")
+        if "ended" in self.received:
             if completed is None:
                 return self._step_over("skipped", now, "the thread that called init has ended")
-            self._say("halt")
+            self._post("halt")
             return self._step_over("error", now, "the training thread has ended")
-        if "halt" in self.heard:
-            return self._step_over("skipped", now, self.heard["halt"] or "the group does not wait for a step")
-        if "plan" in self.heard:
+        if "halt" in self.received:
+            return self._step_over(
+                "skipped", now, self.received["halt"] or "the group does not wait for a step"
+            )
+        if "plan" in self.received:
             return self._follow_plan(completed, now)
         if self._clock >= self._down_at + RECONNECTING:
-            return self._step_over("error", now, f"the group cannot be reached: {self.heard['down']}")
+            return self._step_over("error", now, f"the group cannot be reached: {self.received['down']}")
         # A peer's answer is missing: it is dead or frozen. Half the time is left for a plan without it.
-        if self._told:
+        if self._group_informed:
             self._agree_by = min(self._agree_by, (now + self._deadline) / 2)
         if self._clock >= self._agree_by:
-            self._say("plan_now")
+            self._post("plan_now")
         waits = self._agree_by if self._clock < self._agree_by else inf
         self.wake = min(self._deadline, waits, self._down_at + RECONNECTING)
-        return self._step_over("timeout", now, "no agreement") if self._due else False
+        return self._step_over("timeout", now, "no agreement") if self._timed_out else False
 
     def _follow_plan(self, completed: Optional[int], now: float) -> bool:
-        plan = self.heard["plan"]
+        plan = self.received["plan"]
         if plan["stop"] is None:
             return self._step_over("skipped", now, plan["why"] or "no iteration to wait for")
         self.wake = self._deadline
         # Also for a rank that has not stepped yet: it may be about to, and others need it to get there.
-        self._do_once("stop_at", plan["stop"])
-        if "stopped" not in self.heard:
-            self._say_latest("still", bool(self.heard.get("still")), self._round)
+        self._emit_once("stop_at", plan["stop"])
+        if "stopped" not in self.received:
+            self._post_latest("stalled", bool(self.received.get("stalled")), self._round)
         # One that never steps may still be needed by those that do: it goes on until they are there (`halt`).
-        if not self._due:
+        if not self._timed_out:
             return False
-        self._say("halt")
+        self._post("halt")
         what = f"iteration {plan['stop']} not reached"
-        return self._step_over("timeout", now, "no word from the others" if "stopped" in self.heard else what)
+        return self._step_over(
+            "timeout", now, "no word from the others" if "stopped" in self.received else what
+        )
 
-    def _say_latest(self, what: str, value: bool, *more: Any) -> None:
+    def _post_latest(self, what: str, value: bool, *more: Any) -> None:
         """Say it anew whenever it has changed."""
         if value != self._latest.get(what, False):
             self._latest[what] = value
             if self.facts.channel:
-                self._do(what, (value, *more) if more else value)
+                self._emit(what, (value, *more) if more else value)
 
     def _step_over(self, outcome: str, now: float, detail: str) -> bool:
         # Peers have until the end of this phase, or `halt`, to get to the agreed iteration: a device that waits until
         # then for their part of a collective is not stuck.
-        expects = outcome == "ok" and self._group and self.facts.world > 1 and "even" not in self.heard
+        expects = outcome == "ok" and self._group and self.facts.world > 1 and "aligned" not in self.received
         self._settled = self._deadline if expects else now
         self._end(outcome, now, detail)
         if outcome != "ok" and self.steps is not None and not self.facts.step:
             self._fault("AUTOTEARDOWN_STOP_AT is now")
         elif (outcome != "ok" and self.steps is not None) or outcome in ("timeout", "error"):
             self._fault(detail)
-        self.heard.pop("still", None)  # a thread that waits for its peers may still be one that can park
-        owned = self.facts.owner or self.heard.get("plan", {}).get("owned")
+        self.received.pop("stalled", None)  # a thread that waits for its peers may still be one that can park
+        owned = self.facts.application_owns or self.received.get("plan", {}).get("owned")
         if owned and self.facts.together and self.facts.cause != "lost":
             return self._enter_yield(now)
-        self._do("park")
+        self._emit("park")
         return self._enter("park", now, 0.0)
 
     def _enter_yield(self, now: float) -> bool:
         """The application ends by itself, on this rank or on another: everybody runs on until it has."""
-        if self.limits.yield_ <= now or "rest" in self.heard:
-            self._do("park")
+        if self.limits.yield_ <= now or "owners_done" in self.received:
+            self._emit("park")
             return self._enter("park", now, 0.0)
-        self.heard.pop("stopped", None)  # it runs on from there
-        self._do("deliver")
+        self.received.pop("stopped", None)  # it runs on from there
+        self._emit("deliver")
         return self._enter("yield", now, self.limits.yield_ - now)
 
     def _in_yield(self, now: float) -> bool:
         delivered = self.facts.together or self._held
-        if not delivered and "notice" in self.heard and "answer" not in self._once:
+        if not delivered and "notice" in self.received and "answer" not in self._once:
             # If its own time is about to end they were signalled together, and stop together.
             if self._deadline - now <= min(SKEW, self.limits.yield_ / 2):
                 self._end("ok", now, "the group stops")
                 return self._enter_step(now)
             # The application has its time; the group need not wait for it.
-            self._say("answer", (None, False, False))
-        if "released" in self.heard:
+            self._post("answer", (None, False, False))
+        if "released" in self.received:
             self._end("ok", now, "the application has put its handler away")
-        elif delivered and "rest" in self.heard and "leaves" not in self.heard:
+        elif delivered and "owners_done" in self.received and "leaves" not in self.received:
             self._end("ok", now, "those that end by themselves have left")
-        elif delivered and not self.facts.owner and self._clock >= self._down_at + RECONNECTING:
+        elif delivered and not self.facts.application_owns and self._clock >= self._down_at + RECONNECTING:
             self._end("ok", now, "the hub has left, and nobody says who else has")
-        elif "exits" in self.heard:
+        elif "exits" in self.received:
             # With its own exit code; it stays a moment for the others if it is the hub.
             self.wake = self.limits.hard
             return False
-        elif self._due:
+        elif self._timed_out:
             self._end("timeout", now, "the application's handler did not end the process")
         else:
             self.wake = (
-                self._deadline if self.facts.owner else min(self._deadline, self._down_at + RECONNECTING)
+                self._deadline
+                if self.facts.application_owns
+                else min(self._deadline, self._down_at + RECONNECTING)
             )
             return False
         if not delivered:
             return self._enter_step(now)
         if self.facts.iterates or self.facts.world > 1:
             self._fault(self.phases[-1].detail)
-        self._say("over")
+        self._post("yield_expired")
         self.limits = self.limits.within(self.limits.hard - now)
         self._set_floor(now)
         self._settled = now
-        self._do("park")
+        self._emit("park")
         return self._enter("park", now, 0.0)
 
     @property
@@ -236,21 +242,21 @@ class Stop(Machine):
     def _drain_until(self, kept: float) -> None:
         """Parking and draining have one budget."""
         budget = self.limits.drain if self.facts.joined else min(self.limits.drain, COURTESY / 2)
-        saving = self.state == "park" and self.heard.get("saving")
+        saving = self.state == "park" and self.received.get("saving")
         latest = self._save_until()
         self._until((latest if saving else min(latest, self._settled + budget)) - kept)
 
     def _in_park(self, now: float) -> bool:
         look = self._look
         self._drain_until(look)
-        saving = self.heard.get("saving")
-        if not saving and not self.heard.keys().isdisjoint(("parked", "stopped", "ended")):
+        saving = self.received.get("saving")
+        if not saving and not self.received.keys().isdisjoint(("parked", "stopped", "ended")):
             self._end("ok", now)
             if not self.facts.joined:
                 return self._enter_exit(now)
-            self._do("drain")
+            self._emit("drain")
             return self._enter("drain", now, 0.0)
-        if not (self._due or (self.heard.get("still") and not saving and now >= self._settled)):
+        if not (self._timed_out or (self.received.get("stalled") and not saving and now >= self._settled)):
             return False
         self.blocked = True
         if not self.facts.joined:
@@ -263,22 +269,22 @@ class Stop(Machine):
         if not self.facts.accelerator:
             return self._enter_wedged(now)
         # Blocked is not busy: to abort an idle rank frees what a peer's kernel may still poll (ai2cm/ace#1438).
-        self._do("drain")
+        self._emit("drain")
         return self._enter("drain", now, look)
 
     def _in_drain(self, now: float) -> bool:
         if not self.blocked:
             self._drain_until(0.0)
-        if "progress" in self.heard:  # time without progress counts, not time
+        if "progress" in self.received:  # time without progress counts, not time
             self._until(
-                min(max(self._deadline, self.heard["progress"] + self.limits.drain), self._save_until())
+                min(max(self._deadline, self.received["progress"] + self.limits.drain), self._save_until())
             )
-        if "drained" not in self.heard:
-            if not self._due:
+        if "drained" not in self.received:
+            if not self._timed_out:
                 return False
             self._end("timeout", now, "the device is busy with work that does not end")
             return self._enter_wedged(now)
-        problem = self.heard["drained"]
+        problem = self.received["drained"]
         self._end("error" if problem else "ok", now, problem or "")
         if problem:
             return self._enter_wedged(now)
@@ -286,26 +292,26 @@ class Stop(Machine):
             self.wedged = True
             self._skip("abort", now, "the device is idle: left to the exit")
             return self._abort_over(now, stopped=True)
-        if "stopped" in self.heard and self.steps is not None and "halt" not in self.heard:
+        if "stopped" in self.received and self.steps is not None and "halt" not in self.received:
             # Not before: ranks that never step may have to launch their part of what this device was waiting for.
-            self._say("arrived")
+            self._post("arrived")
         budget = max(0.0, self._save_until() - now)
         if self.facts.callbacks:
-            self._say_latest("saving", True)
-        self._do("callbacks", budget)
+            self._post_latest("saving", True)
+        self._emit("callbacks", budget)
         self.phases.append(Phase("quiet", now))
         return self._enter("callbacks", now, budget, phase=False)
 
     def _in_callbacks(self, now: float) -> bool:
-        if "called" not in self.heard and not self._due:
-            if self.heard.get("saving"):  # in the background: it may need the others
-                self._say_latest("saving", True)
+        if "called" not in self.received and not self._timed_out:
+            if self.received.get("saving"):  # in the background: it may need the others
+                self._post_latest("saving", True)
             return False
-        problem = self.heard.get("called", "an on_teardown callback did not return in time")
+        problem = self.received.get("called", "an on_teardown callback did not return in time")
         if problem:
             self._fault(problem)
-        self._say_latest("saving", False)
-        self._say("quiet", True)
+        self._post_latest("saving", False)
+        self._post("quiet", True)
         self._settled = max(self._settled, now)
         return self._enter("quiet", now, 0.0, phase=False)
 
@@ -315,19 +321,19 @@ class Stop(Machine):
             # Nobody to wait for, or (gloo) nobody who minds: its destroy is not collective.
             self._end("skipped", now, "no peers" if self.facts.world == 1 else "peers are not asked")
             return self._release(now, everyone=True)
-        if "quiet" in self.heard and not (self.facts.unwaitable or "unwaitable" in self.heard):
-            clean = bool(self.heard["quiet"])
+        if "quiet" in self.received and not (self.facts.unwaitable or "unwaitable" in self.received):
+            clean = bool(self.received["quiet"])
             self._end("ok", now, "" if clean else "a peer was wedged or lost")
             if not clean:
                 self._fault("a peer was wedged or lost")
             return self._release(now, everyone=clean)
-        if self.heard.get("busy"):  # peers that save on their way: they may need this one
+        if self.received.get("busy"):  # peers that save on their way: they may need this one
             self._settled = max(self._settled, now)
             self._until(self._save_until())
         else:
             courtesy = max(self.phases[-1].start, self._settled) + (SKEW if self._group else COURTESY)
             self._until(self.floor if self.facts.accelerator else min(self.floor, courtesy))
-        if not self._due and (self._group or self.facts.accelerator):
+        if not self._timed_out and (self._group or self.facts.accelerator):
             return False
         why = "not every rank has said that it is quiet"
         self._end("timeout" if self._group else "skipped", now, why)
@@ -338,7 +344,7 @@ class Stop(Machine):
         if self.wedged:  # aborted already
             return self._enter_exit(now)
         if everyone:
-            self._do("destroy")
+            self._emit("destroy")
             return self._enter("destroy", now, min(self.limits.destroy, self._exit_by - now))
         # Destroy would wait for peers that may never come, and an abort frees buffers which their kernels may
         # still poll (ai2cm/ace#1438): the exit releases it.
@@ -346,12 +352,12 @@ class Stop(Machine):
         return self._enter_exit(now)
 
     def _in_destroy(self, now: float) -> bool:
-        if "destroyed" in self.heard:
-            problem = self.heard["destroyed"]
+        if "destroyed" in self.received:
+            problem = self.received["destroyed"]
             self._end("error" if problem else "ok", now, problem or "")
             if problem:
                 self._fault(problem)
-        elif self._due:
+        elif self._timed_out:
             self._end("timeout", now, "destroy_process_group does not return")
             self._fault("destroy_process_group does not return")
             self.wedged = True
@@ -364,81 +370,83 @@ class Stop(Machine):
     def _enter_wedged(self, now: float) -> bool:
         self.wedged = True
         self._fault(self.phases[-1].detail)
-        if "halt" not in self.heard:
-            self._say("halt")
+        if "halt" not in self.received:
+            self._post("halt")
         if not self.facts.can_abort:
             self._skip("abort", now, "this backend has no abort: the exit closes its connections")
             return self._abort_over(now, stopped=not self.facts.accelerator)
-        self._say("wedged")
+        self._post("wedged")
         self.phases.append(Phase("abort", now))
         wait = min(SKEW, self._exit_by - self.limits.abort - now) if self._group else 0.0
         return self._enter("wedged", now, wait, phase=False)
 
     def _in_wedged(self, now: float) -> bool:
-        if "drained" in self.heard and not self.heard["drained"]:
+        if "drained" in self.received and not self.received["drained"]:
             # What it was waiting for has come after all: it is not to be aborted any more (F9).
             self._end("skipped", now, "the device became idle")
             return self._abort_over(now, stopped=True)
-        if "abort" not in self.heard and self._group and not self._due:
+        if "abort" not in self.received and self._group and not self._timed_out:
             return False
-        self._do("abort")
+        self._emit("abort")
         return self._enter("abort", now, self.limits.abort, phase=False)
 
     def _in_abort(self, now: float) -> bool:
-        if "aborted" in self.heard:
-            problem = self.heard["aborted"]
+        if "aborted" in self.received:
+            problem = self.received["aborted"]
             self._end("error" if problem else "ok", now, problem or "")
             return self._abort_over(now, stopped=not problem)
-        if not self._due:
+        if not self._timed_out:
             return False
         self._end("timeout", now, "the abort does not return")
         return self._abort_over(now, stopped=False)
 
     def _abort_over(self, now: float, stopped: bool) -> bool:
         if stopped:
-            self._say("quiet", False)
+            self._post("quiet", False)
         # Without an accelerator there is no memory that a peer's kernel could touch: the exit frees the peers.
         return self._enter("quiet", now, 0.0) if self.facts.accelerator else self._enter_exit(now)
 
     # -- the way out ----------------------------------------------------------------------------------------------
 
     def _enter_exit(self, now: float) -> bool:
-        self._say("left")
+        self._post("left")
         left = self._exit_by - now
-        if not self._told:
+        if not self._group_informed:
             return self._enter("exit", now, left)
-        wait = self.limits.destroy if "quiet" in self.heard else max(COURTESY, CONNECTING - now)
+        wait = self.limits.destroy if "quiet" in self.received else max(COURTESY, CONNECTING - now)
         return self._enter("exit", now, min(wait, left))
 
     def _in_exit(self, now: float) -> bool:
         # Peers that lose the hub go alone: its host leaves last. And nobody leaves who was not heard yet.
-        waits = self._group and ("gone" not in self.heard if self.facts.hub else not self._told)
-        if self.heard.get("saving"):
+        waits = self._group and (
+            "all_left" not in self.received if self.facts.hub else not self._group_informed
+        )
+        if self.received.get("saving"):
             waits = True
             self._until(self._exit_by)
         if self.blocked and not self.facts.accelerator and self.facts.joined:
             # gloo releases it when the peer that it waits for is gone; then it can leave as a program does.
-            if "parked" in self.heard:
+            if "parked" in self.received:
                 self.blocked = self.wedged = False
             elif self._clock < self.phases[-1].start + COURTESY:
                 self._until(min(self.phases[-1].start + COURTESY, self._exit_by))
                 waits = True
-        if waits and not self._due:
+        if waits and not self._timed_out:
             return False
         self._end("ok", now)
-        self._do("leave", self._soft)
+        self._emit("leave", self._can_exit_normally)
         return self._enter("leaving", now, self.limits.exit, phase=False)
 
     def _in_leaving(self, now: float) -> bool:
-        if "swallowed" in self.heard:
+        if "swallowed" in self.received:
             self._fault("the program has caught the exit, and was stopped again")
-        elif self._soft:
-            if self.heard.get("saving"):
+        elif self._can_exit_normally:
+            if self.received.get("saving"):
                 # Lightning saves on any exception, the one that it leaves with included.
                 self._until(now + self.limits.exit)
-            if not self._due:
+            if not self._timed_out:
                 return False
             self._end("timeout", now, "the program's own exit takes too long")
         self.state = "done"
-        self._do("die")
+        self._emit("die")
         return True

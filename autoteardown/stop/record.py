@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from datetime import datetime, timezone
 from typing import Any, Optional
 
 from autoteardown.stop import report
-from autoteardown.stop.control import Hands
+from autoteardown.stop.control import RankControl
 from autoteardown.stop.deadline import Deadline
-from autoteardown.stop.outcome import Story, signal_name
+from autoteardown.stop.outcome import Outcome, signal_name
 from autoteardown.stop.protocol import Stop
+from autoteardown.thread_stacks import PACKAGE
 
-_PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
 
-
-class Account:
+class StopRecord:
     """Of one stop of one rank.
 
     Args:
@@ -27,9 +25,14 @@ class Account:
     """
 
     def __init__(
-        self, hands: Hands, cause: str, signum: Optional[int], origin: dict[str, Any], deadline: Deadline
+        self,
+        control: RankControl,
+        cause: str,
+        signum: Optional[int],
+        origin: dict[str, Any],
+        deadline: Deadline,
     ) -> None:
-        self._hands = hands
+        self._control = control
         self.cause = cause
         self.signum = signum
         self.origin = origin
@@ -41,47 +44,47 @@ class Account:
     @property
     def exit_code(self) -> int:
         """The contract's, whichever way the process ends."""
-        return self._hands.settings.exit_code_for(self.signum)
+        return self._control.settings.exit_code_for(self.signum)
 
     @property
     def yields(self) -> float:
         """Seconds that an application with a handler of its own has."""
-        return self._hands.settings.yield_within(self._deadline.hard)
+        return self._control.settings.yield_within(self._deadline.hard)
 
     @property
     def _grace(self) -> float:
         deadline = self._deadline
-        return round(deadline.hard + 1.0, 2) if deadline.shortened else self._hands.settings.grace
+        return round(deadline.hard + 1.0, 2) if deadline.shortened else self._control.settings.grace
 
-    def opening(self, owner: bool) -> str:
-        """Why this is happening, in words; `owner`: the application may end by itself."""
-        settings = self._hands.settings
+    def opening(self, application_owns: bool) -> str:
+        """Why this is happening, in words; `application_owns`: the application may end by itself."""
+        settings = self._control.settings
         rank = self.origin.get("rank")
         if self.cause == "peer":
             return f"a peer is being evicted: rank {rank} on {self.origin.get('host')}"
         if self.cause == "lost":
             return f"rank {rank} is lost, and this one has waited {settings.lost:g}s for it"
         name = signal_name(self.signum) if self.signum else "?"
-        if owner and self.yields:
+        if application_owns and self.yields:
             return f"{name}: the application ends by itself, and has {round(self.yields, 1):g}s"
         return f"{name}: tearing down, hard deadline at {round(self._deadline.hard, 1):g}s"
 
     def take_stacks(self, when: str) -> None:
         """Keep what the program's threads are doing."""
         for entry in report.stacks():
-            if not entry["frames"][-1].startswith(_PACKAGE):
+            if not entry["frames"][-1].startswith(PACKAGE):
                 self._stuck.append({"when": when, **entry})
 
     def find_collective(self) -> None:
         """Keep which collective it is that does not end. May block."""
-        self._collective = self._collective or self._hands.stuck_collective()
+        self._collective = self._collective or self._control.stuck_collective()
 
-    def story(self, stop: Optional[Stop], owner: bool, now: float, final: bool) -> Story:
+    def outcome(self, stop: Optional[Stop], application_owns: bool, now: float, final: bool) -> Outcome:
         """What it has come to.
 
         Args:
             stop: how far it has got; None: it has not begun.
-            owner: see `opening`.
+            application_owns: see `opening`.
             now: seconds since the signal.
             final: the process ends now.
         """
@@ -91,9 +94,9 @@ class Account:
             if last["end"] is None:
                 last["outcome"] = "timeout" if stop is not None and stop.forced else "ok"
             last["end"] = now  # the program's own way out was part of it
-        return Story(
-            identity=self._hands.identity(),
-            opening=self.opening(owner),
+        return Outcome(
+            identity=self._control.identity(),
+            opening=self.opening(application_owns),
             cause=self.cause,
             signum=self.signum,
             origin=self.origin,

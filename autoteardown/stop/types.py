@@ -34,7 +34,7 @@ class Facts(NamedTuple):
     can_abort: bool = False  # its communicators can be aborted
     hub: bool = False  # its peers speak to one another through this process
     step: bool = True  # AUTOTEARDOWN_STOP_AT is `step`
-    owner: bool = (
+    application_owns: bool = (
         False  # the application ends by itself: it has a handler of its own, or polls `stop_requested()`
     )
     together: bool = True  # AUTOTEARDOWN_HANDLERS is `together`

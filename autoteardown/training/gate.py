@@ -13,11 +13,11 @@ from typing import Any, Callable, Optional
 
 from autoteardown import thread_stacks
 from autoteardown.checkpoints import in_progress
-from autoteardown.fail_open import guarded
-from autoteardown.training.handler_delivery import Delivery
-from autoteardown.training.iterations import Clock
-from autoteardown.training.parking import Parking, Waits
-from autoteardown.training.step_times import Pace
+from autoteardown.fail_open import fail_open
+from autoteardown.training.handler_delivery import HandlerDelivery
+from autoteardown.training.iterations import IterationCounter
+from autoteardown.training.parking import Parking, ThreadWaits
+from autoteardown.training.step_times import StepTimes
 from autoteardown.training.thread import TrainingThread
 from autoteardown.unpatched import get_ident, monotonic
 
@@ -41,10 +41,10 @@ class Gate:
         numbers: Callable[[], dict[str, int]] = dict,
         devices: Callable[[], dict[str, int]] = dict,
     ) -> None:
-        self.clock = Clock()
+        self.clock = IterationCounter()
         self.polls = 0  # of `stop_requested()`: the clock of a program that polls
-        self.pace = Pace()
-        self.waits = Waits()
+        self.step_times = StepTimes()
+        self.waits = ThreadWaits()
         self.parking = Parking(self.waits, tell)
         self.devices: dict[str, int] = {}  # the current ones of the training thread when it stopped
         self.training = TrainingThread()
@@ -54,8 +54,8 @@ class Gate:
         self.closed = False
         self.requested = False  # what `stop_requested()` returns
         self.held: set[int] = set()  # threads that wait at the end of an iteration
-        self.delivery = Delivery(self.waits.wake)
-        self.saves = in_progress.Saves()
+        self.delivery = HandlerDelivery(self.waits.wake)
+        self.saves = in_progress.SavesInProgress()
         self._tell = tell
         self._numbers, self._devices = numbers, devices
         self._last: Optional[int] = None
@@ -64,11 +64,11 @@ class Gate:
 
     def begin(self, thread: int) -> None:
         """A new world: every rank of it counts from nought."""
-        self.training.calls_init(thread)
+        self.training.set_from_init(thread)
         self.saves.does_more()
-        self.clock = Clock()
+        self.clock = IterationCounter()
         self.polls = 0
-        self.pace = Pace()
+        self.step_times = StepTimes()
 
     @property
     def thread(self) -> Optional[int]:
@@ -107,7 +107,7 @@ class Gate:
         self._last = count
         self.waits.wake()
 
-    def go_on(self, until: dict[str, int]) -> None:
+    def advance(self, until: dict[str, int]) -> None:
         """To the end of the next iteration that has joined so many of each group's collectives."""
         self._until = until
         self.let_run_to(self.count + 1)
@@ -144,7 +144,7 @@ class Gate:
 
     def end_of_iteration(self) -> None:
         """In the hook, after the iteration was counted. A program that polls stops in its polls."""
-        self.pace.ends.append(monotonic())
+        self.step_times.ends.append(monotonic())
         self.training.ident = ident = get_ident()
         if (self.holding or self.closed) and not self.polls:
             self._stop_here(ident)
@@ -257,4 +257,4 @@ def poll() -> bool:
     return g.requested
 
 
-os.register_at_fork(after_in_child=guarded(renew))
+os.register_at_fork(after_in_child=fail_open(renew))

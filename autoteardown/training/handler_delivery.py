@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from typing import Any, Callable, Optional
 
-from autoteardown.fail_open import failed
+from autoteardown.fail_open import report_failure
 from autoteardown.unpatched import monotonic
 
 _COMING = 5.0  # seconds that the training thread waits for the main thread to come by
@@ -18,7 +18,7 @@ _HANDLING = 1.0  # and for the handler: it may in turn wait for the training thr
 _TURNS = 8  # of an event loop: by then it has called its callback, and a task that waits for that has seen it
 
 
-class Delivery:
+class HandlerDelivery:
     """Of one eviction to one process.
 
     Args:
@@ -58,7 +58,7 @@ class Delivery:
         try:
             in_turns(self._over, _TURNS)
         except Exception as error:
-            failed("to wait for an event loop", error)
+            report_failure("to wait for an event loop", error)
             self._over()
 
     def _over(self) -> None:

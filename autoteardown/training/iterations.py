@@ -19,7 +19,7 @@ from __future__ import annotations
 _LONGEST = 32  # steps in a cycle; an optimizer that is rarer (every hundredth iteration) is no anchor
 
 
-class Clock:
+class IterationCounter:
     """Counts the iterations of one rank. Used by the program's own threads, one at a time."""
 
     def __init__(self) -> None:

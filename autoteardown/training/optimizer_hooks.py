@@ -11,7 +11,7 @@ import functools
 import sys
 from typing import Any, Callable, Optional
 
-from autoteardown.fail_open import failed
+from autoteardown.fail_open import report_failure
 from autoteardown.training import gate
 from autoteardown.unpatched import get_ident
 
@@ -27,7 +27,7 @@ _stepped_in_one = False
 _now_and_then: Callable[[], object] = lambda: None  # noqa: E731
 
 
-class Hooks:
+class OptimizerHooks:
     """On every optimizer of the process, of a torch that is imported; taken off again with `remove`.
 
     Args:
@@ -87,7 +87,7 @@ def _after_step(optimizer: object, args: object, kwargs: object) -> None:
     except Exception as error:
         if error is gate.gate.delivery.raised:
             raise
-        failed("step hook", error)
+        report_failure("step hook", error)
 
 
 def _step(who: object, fresh: bool) -> None:
@@ -136,4 +136,4 @@ def _backward_over() -> None:
     except Exception as error:
         if error is gate.gate.delivery.raised:
             raise
-        failed("the end of a backward pass", error)
+        report_failure("the end of a backward pass", error)

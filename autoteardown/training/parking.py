@@ -17,7 +17,7 @@ _LOOK = 0.1  # seconds between two looks of a waiting thread at what it waits fo
 _PARKED, _LEAVING = "parked", "leaving"
 
 
-class Waits:
+class ThreadWaits:
     """Threads of the program that wait for the agent."""
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ class Parking:
         tell: called with an event and its value; must be safe at any bytecode (`SimpleQueue.put` is).
     """
 
-    def __init__(self, waits: Waits, tell: Callable[[tuple[str, Any]], None]) -> None:
+    def __init__(self, waits: ThreadWaits, tell: Callable[[tuple[str, Any]], None]) -> None:
         self._waits, self._tell = waits, tell
         self._threads: dict[int, str] = {}  # who is parked here, and who has left from here with SystemExit
         self._exits: list[SystemExit] = []

@@ -21,7 +21,7 @@ _ELSEWHERE = 2.5  # and blocked in anything else: a stall in the data, a lock
 _COMPUTES = 0.3
 
 
-class Life:
+class ProgressMonitor:
     """Of one rank during its stop.
 
     Args:
@@ -39,11 +39,11 @@ class Life:
         self._since: Optional[float] = None  # without a sign of life
         self._looked = self._computed = 0.0
 
-    def begin_again(self) -> None:
+    def reset(self) -> None:
         """It has been asked to stop where it is: what it did before does not count."""
         self._since = None
 
-    def still(self) -> bool:
+    def stalled(self) -> bool:
         """Whether the training thread waits without a sign of life, for longer than it usually would."""
         gate, now = self._gate, monotonic()
         if gate.thread in gate.held or gate.thread in gate.parking:
@@ -53,15 +53,17 @@ class Life:
         if moved or self._since is None:
             self._since = now
             return False
-        place, step = thread_stacks.place(gate.thread), gate.pace.usual() or 0.0
+        place, step = thread_stacks.place(gate.thread), gate.step_times.usual() or 0.0
         if place == "work" or gate.saving:
             return False
         if place == "peers":
             # It was there before anybody looked, if its last iteration is that old.
             seen = now - self._since
-            waited = max(seen, gate.pace.idle()) if seen > _STOPPING and not gate.closed else seen
-            return waited > (_STOPPING if gate.closed else max(_FOR_PEERS, 5 * step, 2 * gate.pace.longest()))
-        return now - self._since > max(_ELSEWHERE, 5 * step, 3 * gate.pace.longest())
+            waited = max(seen, gate.step_times.idle()) if seen > _STOPPING and not gate.closed else seen
+            return waited > (
+                _STOPPING if gate.closed else max(_FOR_PEERS, 5 * step, 2 * gate.step_times.longest())
+            )
+        return now - self._since > max(_ELSEWHERE, 5 * step, 3 * gate.step_times.longest())
 
     def _moved(self, now: float) -> bool:
         position, seen = thread_stacks.position(self._gate.thread), self._progress()

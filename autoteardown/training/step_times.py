@@ -8,7 +8,7 @@ from typing import Optional
 from autoteardown.unpatched import monotonic
 
 
-class Pace:
+class StepTimes:
     """Of the last few iterations."""
 
     def __init__(self) -> None:

@@ -16,7 +16,7 @@ class TrainingThread:
         self.loop: Any = None
         """The event loop that ran on it when it called init, if any."""
 
-    def calls_init(self, ident: int) -> None:
+    def set_from_init(self, ident: int) -> None:
         """On that thread, which is the calling one."""
         self.ident, self.loop = ident, _running_loop()
 

@@ -277,7 +277,7 @@ def test_callbacks_by_name_are_shown_as_they_are_written():
 def test_a_hook_that_does_not_hold(tmp_path, quick):
     package = tmp_path / "autoteardown"
     shutil.copytree(ROOT / "autoteardown", package, ignore=shutil.ignore_patterns("__pycache__"))
-    (package / "rank" / "instrument.py").write_text("def register(): pass\n")
+    (package / "rank" / "torch_hooks.py").write_text("def register(): pass\n")
     status, report = examine(AUTOTEARDOWN="1", PYTHONPATH=str(tmp_path))
     assert (status, report["active"]) == (1, True)
     assert (

@@ -22,7 +22,7 @@ sys.path.insert(0, str(PROGRAMS))
 import breaker
 
 PACKAGE = Path(autoteardown.__file__).parent
-MODULES = sorted(path.stem for path in breaker.files(PACKAGE) if any(breaker.functions(path)))
+MODULES = sorted(breaker.module_of(path) for path in breaker.files(PACKAGE) if any(breaker.functions(path)))
 AT_ONCE = 3  # jobs
 
 
@@ -129,7 +129,7 @@ def test_start_up(tmp_path, torch_folder, program, error):
         ignored = shutil.ignore_patterns("cli", "drills")
         shutil.copytree(PACKAGE, tmp_path / folder / "autoteardown", ignore=ignored)
         for path in breaker.files(tmp_path / folder / "autoteardown"):
-            if "CALLED" in environ or environ["BREAK"].partition(":")[0] == path.stem:
+            if "CALLED" in environ or environ["BREAK"].partition(":")[0] == breaker.module_of(path):
                 path.write_text(ast.unparse(breaker.rewrite(path, environ)))
         return tmp_path / folder
 
@@ -259,7 +259,7 @@ def test_a_peer_that_cannot_begin(new_job):
         while True:
             time.sleep(0.01)
         """
-    whole, broken = new_job().world(idle, 2, each={1: {"BREAK": "guard:Guard._begin"}})
+    whole, broken = new_job().world(idle, 2, each={1: {"BREAK": "rank.guard:Guard._begin"}})
     for rank in (whole, broken):
         rank.wait_for("^ready$")
     assert whole.evict() == 0, whole.story()

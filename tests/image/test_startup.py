@@ -260,7 +260,9 @@ def test_whatever_start_up_raises_the_program_runs(broken, error):
 
 
 @pytest.mark.parametrize("error", ["SystemExit(3)", "RuntimeError('ours')"])
-@pytest.mark.parametrize(("module", "trigger"), [("signals", "signal"), ("rank/instrument", "torch")])
+@pytest.mark.parametrize(
+    ("module", "trigger"), [("signals/interception", "signal"), ("rank/torch_hooks", "torch")]
+)
 def test_whatever_a_hook_raises_the_import_succeeds(broken, fake_torch, error, module, trigger):
     (broken / "autoteardown" / f"{module}.py").write_text(f"raise {error}\n")
     code = f"import {trigger}; print({trigger}.__spec__.loader.name)"
@@ -283,7 +285,7 @@ def test_the_tap_is_in_place_when_signal_has_been_imported_and_its_loader_is_its
     code = (
         "import signal, _signal, importlib.machinery as machinery\n"
         "from autoteardown.signals import interception\n"
-        "assert interception.tap is not None\n"
+        "assert interception.interceptor is not None\n"
         "loaders = {type(signal.__loader__), type(signal.__spec__.loader)}\n"
         "print(loaders == {machinery.SourceFileLoader}, signal.getsignal(signal.SIGTERM) is signal.SIG_DFL)"
     )
@@ -297,7 +299,7 @@ def test_asking_whether_a_module_exists_is_not_importing_it(fake_torch):
         "print([spec.loader.get_filename() == spec.origin for spec in found], 'wrapt' in sys.modules)\n"
         "import torch, signal\n"
         "from autoteardown.signals import interception\n"
-        "print(torch.saw_wrapt, interception.tap is not None)"
+        "print(torch.saw_wrapt, interception.interceptor is not None)"
     )
     assert run_on(code, fake_torch).split("\n") == ["[True, True] False", "True True"]
 
@@ -333,7 +335,7 @@ def test_what_find_spec_returns_can_be_copied_pickled_and_compared(fake_torch):
         "    assert type(pickle.loads(pickle.dumps(spec.loader))).__module__ == '_frozen_importlib_external'\n"
         "import signal, torch\n"
         "from autoteardown.signals import interception\n"
-        "print(torch.saw_wrapt, interception.tap is not None)"
+        "print(torch.saw_wrapt, interception.interceptor is not None)"
     )
     assert run_on(code, fake_torch) == "True True"
 
@@ -359,7 +361,7 @@ def test_torch_imported_before_the_agent_is_hooked_late(fake_torch):
         "assert 'autoteardown.rank.torch_hooks' not in sys.modules\n"
         "startup.activate()\n"
         "from autoteardown.signals import interception\n"
-        "print('autoteardown.rank.torch_hooks' in sys.modules, interception.tap is not None)"
+        "print('autoteardown.rank.torch_hooks' in sys.modules, interception.interceptor is not None)"
     )
     assert python("-c", code, PYTHONPATH=str(fake_torch)).stdout == "True True\n"
 

@@ -73,8 +73,8 @@ def test_what_is_bound(net, talk):
     """Its own addresses, never all of them: nothing that comes up later."""
     host = net.host(1)
     spread(talk, [host], each=2)
-    listening = {line.split()[3] for line in host.run("ss", "-Htnl").splitlines()}
-    assert {re.sub(r":\d+$", "", each) for each in listening} == {"10.77.0.1", "127.0.0.1"}
+    listener = {line.split()[3] for line in host.run("ss", "-Htnl").splitlines()}
+    assert {re.sub(r":\d+$", "", each) for each in listener} == {"10.77.0.1", "127.0.0.1"}
 
 
 @needs("nft")
@@ -89,7 +89,7 @@ def test_an_interface_that_the_others_do_not_reach(net, talk):
     hosts[0].nft("chain i { type filter hook input priority 0; iifname first0 drop; }")
     start = time.monotonic()
     ranks = spread(talk, hosts)
-    card = rendezvous.Card.decode((talk.folder / "store" / "autoteardown-hub").read_bytes())
+    card = rendezvous.HubAddress.decode((talk.folder / "store" / "autoteardown-hub").read_bytes())
     assert [host for host, _ in card.hosts] == ["10.66.0.1", "10.77.0.1", "127.0.0.1"]
     assert time.monotonic() - start < 7
     all_hear(ranks, ranks[1], "hello")
@@ -103,8 +103,8 @@ def test_the_interface_that_the_user_names(net, talk, variable):
         host.plug("fast0", f"{net.name}-other", [f"10.66.0.{host.number}/24"])
     spread(talk, hosts, **{variable: "fast0"})
     assert [re.sub(r":\d+$", "", there) for _, there in connections(hosts[0])] == ["10.66.0.2"]
-    listening = {line.split()[3] for line in hosts[0].run("ss", "-Htnl").splitlines()}
-    assert {re.sub(r":\d+$", "", each) for each in listening} == {"10.66.0.1"}
+    listener = {line.split()[3] for line in hosts[0].run("ss", "-Htnl").splitlines()}
+    assert {re.sub(r":\d+$", "", each) for each in listener} == {"10.66.0.1"}
 
 
 def test_an_idle_connection_is_reset(net, talk):

@@ -22,7 +22,9 @@ def talk(tmp_path):
 
 def card_of(talk):
     """What rank 0 has published."""
-    return rendezvous.Card.decode((talk.folder / "store" / rendezvous.KEY.replace("/", "-")).read_bytes())
+    return rendezvous.HubAddress.decode(
+        (talk.folder / "store" / rendezvous.KEY.replace("/", "-")).read_bytes()
+    )
 
 
 def call_on(card):
@@ -213,7 +215,7 @@ def test_a_hub_that_has_much_to_do(talk):
     rank.expect("ready")
     with socket.create_server(("127.0.0.1", 0)) as first, socket.create_server(("127.0.0.1", 0)) as second:
         hosts = first.getsockname(), second.getsockname()
-        card = rendezvous.Card("name", "token", 3, addresses.here(), hosts)
+        card = rendezvous.HubAddress("name", "token", 3, addresses.here(), hosts)
         (talk.folder / "store" / rendezvous.KEY.replace("/", "-")).write_text(card.encode())
         rank.ask("open", answer="opened")
         for server in (first, second):
@@ -399,8 +401,8 @@ def test_a_forked_child(talk):
     ranks[1].kill()  # what the child has does not keep the connection
     expect_lost(ranks[0], 1)
     time.sleep(0.6)
-    ranks[2].tell("post", "still", None)
-    ranks[0].expect("heard", "still")
+    ranks[2].tell("post", "stalled", None)
+    ranks[0].expect("heard", "stalled")
 
 
 def test_descriptors_closed_under_us(talk):

@@ -318,8 +318,8 @@ def test_pid_1(job):
         (rank.inside,) = _children(rank.pid)
         rank.signalled = time.monotonic()
         os.kill(rank.inside, SIGTERM)
-    guarded, plain = ranks
-    assert guarded.outlast() == 0, guarded.story()
+    fail_open, plain = ranks
+    assert fail_open.outlast() == 0, fail_open.story()
     assert alive(plain.inside), (
         "the control is to survive: SIGTERM means nothing to a PID 1 without a handler"
     )

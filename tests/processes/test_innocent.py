@@ -48,7 +48,7 @@ if when == "noticed":
         optimizer.step()
 elif when != "before":
     from autoteardown.signals import interception
-    print("mended", interception.tap.prepare().look_again(), flush=True)
+    print("mended", interception.interceptor.prepare().reclaim(), flush=True)
 print("ready", flush=True)
 time.sleep(3600)
 """

@@ -472,7 +472,7 @@ NOTICES = {
     "wrong types": {"rank": "0", "host": ["x"], "pid": {}, "left": "soon"},
     "no time": {"left": -1e9},
     "for ever": {"left": 1e300},
-    "hostile": {"rank": 10**30, "host": HOSTILE * 99, "pid": True, "more": HOSTILE},
+    "hostile": {"rank": 10**30, "host": HOSTILE * 99, "pid": True, "advance": HOSTILE},
 }
 
 
@@ -508,7 +508,7 @@ NONSENSE = [
     ("answer", ["x", {}, []]),
     ("answer", [-3, False, False]),
     ("at", [9, "0", []]),
-    ("still", [True, 0, {"g": "x"}]),
+    ("stalled", [True, 0, {"g": "x"}]),
     ("no_such_kind", HOSTILE),
     ("ready", HOSTILE),
     ("saving", HOSTILE),
@@ -532,33 +532,33 @@ if dist.get_rank() == 0:
         time.sleep(0.01)
     def say():
         for kind, value in json.loads(os.environ["SAYS"]):
-            hub._said.add(1, kind, value)
+            hub._log.add(1, kind, value)
         hub._tell()
     if os.environ["WHEN"] == "before":
         hub._loop.call(say)
     else:
-        hear = hub._sitting.happened
+        hear = hub._coordination.handle
         def happened(rank, kind, value):
             if kind == "tell":
                 say()
             hear(rank, kind, value)
-        hub._sitting.happened = happened
+        hub._coordination.handle = happened
 print("said", flush=True)
 while True:
     time.sleep(0.01)
 """
 KINDS = [
     "plan",
-    "more",
-    "even",
+    "advance",
+    "aligned",
     "halt",
     "busy",
-    "rest",
+    "owners_done",
     "quiet",
     "departed",
     "lost",
     "back",
-    "gone",
+    "all_left",
     "up",
     "down",
 ]

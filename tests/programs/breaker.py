@@ -17,20 +17,20 @@ from types import CodeType, FunctionType
 # The functions that the host itself calls have nobody above them to catch what they raise: these guard what they do
 # with a `try`, and break within it.
 WITHIN = {
-    "boundary:guarded.safe",
-    "finder:_Finder.find_spec",
-    "finder:_serve",
-    "loop:Loop._run",
-    "loop:_safely",
-    "signals:Tap._on_main_thread",
-    "standins:put.getsignal",
-    "standins:put.set_wakeup_fd",
-    "standins:put.signal",
+    "fail_open:fail_open.safe",
+    "import_hooks:_Finder.find_spec",
+    "import_hooks:_serve",
+    "event_loop.loop:Loop._run",
+    "event_loop.loop:_safely",
+    "signals.interception:SignalInterceptor._on_main_thread",
+    "signals.replacements:put.getsignal",
+    "signals.replacements:put.set_wakeup_fd",
+    "signals.replacements:put.signal",
     "startup:_at_exit",
     "switch:say",
     "startup:start",
-    "driver:Teardown._finish",
-    "stepping:_after_step",
+    "stop.driver:Teardown._finish",
+    "training.optimizer_hooks:_after_step",
 }
 # And these do nothing of their own that could fail: they call the host's code, and ours through such a guard.
 NEVER = {
@@ -38,28 +38,35 @@ NEVER = {
     "api:arm",
     "api:on_teardown",
     "api:status",
-    "boundary:failed",
-    "boundary:guarded",
-    "finder:_Loader.__getattr__",
-    "finder:_Loader.__init__",
-    "finder:_Loader.create_module",
-    "finder:_Loader.exec_module",
-    "instrument:_wrap_destroy.destroy_process_group",
-    "instrument:_wrap_init.init_process_group",
-    "instrument:_wrap_save.save",
-    "instrument:_wrap_worker_handlers._set_worker_signal_handlers",
-    "forks:Forks._unmask",
-    "signals:_failed",
-    "driver:end",
+    "fail_open:report_failure",
+    "fail_open:fail_open",
+    "import_hooks:_Loader.__getattr__",
+    "import_hooks:_Loader.__init__",
+    "import_hooks:_Loader.create_module",
+    "import_hooks:_Loader.exec_module",
+    "rank.torch_hooks:_wrap_destroy.destroy_process_group",
+    "rank.torch_hooks:_wrap_init.init_process_group",
+    "rank.torch_hooks:_wrap_save.save",
+    "rank.torch_hooks:_wrap_worker_handlers._set_worker_signal_handlers",
+    "signals.fork:ForkHooks._unmask",
+    "signals.interception:_failed",
+    "stop.driver:end",
 }
 
 
-ROOMS = ("rank", "stop", "channel", "node", "frameworks")
+COMMANDS = {"cli", "drills", "timeline", "launchers"}
 
 
 def files(package):
-    """What of the package runs in the host's processes: a name without its folder says which file is meant."""
-    return [*package.glob("*.py"), *(path for room in ROOMS for path in (package / room).glob("[!_]*.py"))]
+    """The files of the package that run in the host's processes."""
+    rooms = (folder for folder in sorted(package.iterdir()) if folder.name not in COMMANDS)
+    return [*package.glob("*.py"), *(path for room in rooms for path in sorted(room.glob("[!_]*.py")))]
+
+
+def module_of(path):
+    """The module in a file, without the package's name: "rank.guard"."""
+    parts = path.with_suffix("").parts
+    return ".".join(parts[len(parts) - parts[::-1].index("autoteardown") :])
 
 
 def functions(path):
@@ -90,7 +97,7 @@ def rewrite(path, environ=os.environ):
     lines = {node.lineno: name for name, node in functions(path)}
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            name = f"{path.stem}:{lines[node.lineno]}"
+            name = f"{module_of(path)}:{lines[node.lineno]}"
             text = statement(name, environ)
             if text is not None:
                 body = node.body
@@ -119,7 +126,7 @@ def swap():
     package = Path(importlib.util.find_spec("autoteardown").origin).parent
     swapped = {}
     for path in files(package):
-        if "CALLED" in os.environ or os.environ["BREAK"].partition(":")[0] == path.stem:
+        if "CALLED" in os.environ or os.environ["BREAK"].partition(":")[0] == module_of(path):
             module = ".".join(path.relative_to(package.parent).with_suffix("").parts)
             importlib.import_module(module.replace(".__init__", ""))
             swapped[str(path)] = dict(_codes(compile(rewrite(path), str(path), "exec")))

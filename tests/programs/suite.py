@@ -50,7 +50,7 @@ def main():
         if os.environ.get("AUTOTEARDOWN") == "1":  # else there is nothing to compare
             from autoteardown.signals import interception
 
-            assert interception.tap.armed
+            assert interception.interceptor.armed
     del sys.argv[1:]  # some of the tests look at it
     outcomes = Outcomes()
     unittest.defaultTestLoader.loadTestsFromName(name).run(outcomes)

@@ -17,7 +17,7 @@ from autoteardown.channel import channel as channels
 from autoteardown.event_loop.loop import Loop
 
 
-class Council:
+class Coordinator:
     """Passes everything on."""
 
     def __init__(self):
@@ -111,7 +111,7 @@ def main():
         what, *rest = json.loads(line)
         if what == "open":
             start = time.perf_counter()
-            channel = channels.Channel.open(store, rank, world, loop, deliver, Council)
+            channel = channels.Channel.open(store, rank, world, loop, deliver, Coordinator)
             say("opened", round((time.perf_counter() - start) * 1e3, 3))
         elif what == "post":
             channel.post(*rest)
@@ -143,7 +143,7 @@ def main():
             say("done")
         elif what == "end":
             channels.close_all()
-            native_calls.settle(2)
+            native_calls.wait_for_running(2)
             return
         elif what == "exit":
             os._exit(0)

@@ -18,8 +18,10 @@ from autoteardown.stop.types import Facts
 if TYPE_CHECKING:
     from simulation import World
 
-ONCE = frozenset({"tell", "answer", "plan_now", "arrived", "halt", "over", "wedged", "quiet", "left"})
-POSTS = ONCE | {"at", "still", "ready", "saving"}
+ONCE = frozenset(
+    {"tell", "answer", "plan_now", "arrived", "halt", "yield_expired", "wedged", "quiet", "left"}
+)
+POSTS = ONCE | {"at", "stalled", "ready", "saving"}
 STILL = 0.5  # seconds without progress after which a thread that is blocked in C is said to wait
 # Of the process: it crashes; freezes as by SIGSTOP; goes deaf: its line to the board is lost; a kernel that never ends
 # (wedge); another thread saves (backup). Of the training thread, when it next begins a step: it waits in Python and
@@ -69,7 +71,7 @@ class Rank:
         # The training thread.
         self.completed = 0
         self._where = "python"  # or C, hook, parked, ended
-        self._still = False
+        self._stalled = False
         self._until = 0
         self._joined = 0  # collectives
         self._nap = 0  # who comes to wake it must know which of its sleeps is meant
@@ -151,17 +153,17 @@ class Rank:
 
     def _look(self) -> None:
         """What the driver notices: whether this thread makes progress."""
-        if self._still:
-            self._still = False
-            self.event("still", False)
+        if self._stalled:
+            self._stalled = False
+            self.event("stalled", False)
         if self._where == "C" and self._holding:
             self.world.after(STILL, self._maybe_still, self._nap)
 
     def _maybe_still(self, nap: int) -> None:
         slow = self._awaits is None and self.member.lasts < inf  # in C, and seen to compute
-        if nap == self._nap and self._where == "C" and not slow and not self._still and self.alive:
-            self._still = True
-            self.event("still", True)
+        if nap == self._nap and self._where == "C" and not slow and not self._stalled and self.alive:
+            self._stalled = True
+            self.event("stalled", True)
 
     def raises(self) -> None:
         """The training thread ends."""
@@ -237,7 +239,7 @@ class Rank:
             can_abort=self._accelerator,
             hub=self.index == schedule.host,
             step=schedule.stop_at_step,
-            owner=self.member.handler,
+            application_owns=self.member.handler,
             together=schedule.together,
         )
         self.stop = Stop(schedule.limits, facts)
@@ -260,7 +262,7 @@ class Rank:
         now = max(self.world.now - self.start, self.stop.wake if kind == "tick" else 0.0)
         for do, argument in self.stop.on(kind, value, now):
             self.did.append(do)
-            if do in ("at", "still"):
+            if do in ("at", "stalled"):
                 argument = (*argument, {"world": self._joined} if self._accelerator else {})
             if do in POSTS:
                 self.world.send(self.outbox, self.world.receive, self, do, argument)
@@ -298,7 +300,7 @@ class Rank:
         elif self._where == "hook":
             self._soon(self.event, "stopped", self.count)
 
-    def _do_go_on(self, until: dict[str, int]) -> None:
+    def _do_advance(self, until: dict[str, int]) -> None:
         self._last, self._until = self.count + 1, until.get("world", 0)
         if self._where == "hook":
             self._soon(self._go, self._nap)

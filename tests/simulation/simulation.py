@@ -15,7 +15,7 @@ from typing import Any, Callable
 
 from simulated_rank import Member, Rank
 
-from autoteardown.stop.coordinator import Council
+from autoteardown.stop.coordinator import Coordinator
 from autoteardown.stop.message_types import understood
 from autoteardown.stop.types import Limits
 
@@ -57,7 +57,7 @@ class World:
         self._destroying: set[Rank] = set()
         self._down = False
         self._alarm = inf  # of the council
-        self.council = Council(len(schedule.members), schedule.host)
+        self.coordinator = Coordinator(len(schedule.members), schedule.host)
         self._heap: list[Any] = []
         self._order = count()
         self.ranks = [Rank(self, index, member) for index, member in enumerate(schedule.members)]
@@ -102,12 +102,12 @@ class World:
         silent = schedule.board == "silent" and self.now >= schedule.board_at
         if self._down or silent or schedule.board == "none":
             return
-        for to, what, about in self.council.on(rank.index, kind, value, self.now):
+        for to, what, about in self.coordinator.on(rank.index, kind, value, self.now):
             assert understood(what, about), (what, about)
             for each in self.ranks if to is None else [self.ranks[to]]:
                 self.send(each.inbox, each.hear, what, about)
-        if self.council.wake not in (inf, self._alarm):
-            self._alarm = self.council.wake
+        if self.coordinator.wake not in (inf, self._alarm):
+            self._alarm = self.coordinator.wake
             self.after(self._alarm - self.now, self._tick, rank)
 
     def _tick(self, rank: Rank) -> None:

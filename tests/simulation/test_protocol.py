@@ -14,7 +14,7 @@ PEERS = Facts(world=4, channel=True)
 GPU = PEERS._replace(accelerator=True, can_abort=True)
 
 
-ALONE = GPU._replace(owner=True, together=False)
+ALONE = GPU._replace(application_owns=True, together=False)
 
 
 def plan(stop, owned=False, why=""):
@@ -45,12 +45,12 @@ class Script:
             ("notice", {}),
             ("plan", 9),
             ("stopped", 9),
-            ("even", None),
+            ("aligned", None),
             ("drained", None),
             ("called", None),
             ("quiet", True),
             ("destroyed", None),
-            ("gone", None),
+            ("all_left", None),
         )
         for event, value in script:
             if self.stop.state == state:
@@ -71,12 +71,12 @@ def test_the_whole_way():
     assert on(0.2, "notice", {"rank": 0}) == []  # its own
     assert on(0.3, "plan", 9) == [("stop_at", 9)]
     assert on(0.8, "stopped", 9) == [("at", (9, 0))]
-    assert on(0.8, "even") == ["park", "drain"]
+    assert on(0.8, "aligned") == ["park", "drain"]
     assert on(0.9, "drained")[0] == "arrived"
     assert on(0.9, "called") == [("quiet", True)]
     assert on(1.0, "quiet", True) == ["destroy"]
     assert on(1.2, "destroyed") == ["left", ("leave", True)]
-    assert on(1.3, "gone") == []
+    assert on(1.3, "all_left") == []
     assert on.phases == [(name, "ok") for name in ("step", "park", "drain", "quiet", "destroy", "exit")]
     assert on.stop.steps == {"at_signal": 7, "agreed": 9, "stopped_at": 9}
     assert on.stop.outcome == "clean"
@@ -105,17 +105,17 @@ def test_early_messages_change_nothing(order):
         ("plan", 9),
         ("halt", None),
         ("quiet", True),
-        ("gone", None),
+        ("all_left", None),
         ("notice", {}),
         ("plan", 5),
-        ("even", None),
+        ("aligned", None),
     ]
     straight, hasty = Script(GPU), Script(GPU)
     own = [
         ("begin", None),
         ("steps", (7, False)),
         ("stopped", 9),
-        ("even", None),
+        ("aligned", None),
         ("drained", None),
         ("called", None),
         ("destroyed", None),
@@ -288,7 +288,7 @@ def test_who_is_there_waits_for_the_others():
     on(0.0, "plan", 9)
     assert on(1.0, "stopped", 9) == [("at", (9, 0))]
     assert on.stop.wake == 8.0
-    assert on(2.0, "even") == ["park", "drain"]
+    assert on(2.0, "aligned") == ["park", "drain"]
     assert on.stop.wake == 2.0 + 5.0
 
 
@@ -297,9 +297,9 @@ def test_uneven_ranks_go_on_for_one_iteration():
     on(1.0, "steps", (7, False))
     on(1.0, "plan", 9)
     on(1.1, "stopped", 9)
-    assert on(1.2, "more", {"round": 1, "until": {"g": 5}}) == [("go_on", {"g": 5}), ("ready", 1)]
+    assert on(1.2, "advance", {"round": 1, "until": {"g": 5}}) == [("advance", {"g": 5}), ("ready", 1)]
     assert on(1.3, "stopped", 10) == [("at", (10, 1))]
-    assert on(1.4, "even") == ["park", "drain"]
+    assert on(1.4, "aligned") == ["park", "drain"]
     assert on.stop.steps == {"at_signal": 7, "agreed": 9, "stopped_at": 10}
 
 
@@ -307,11 +307,11 @@ def test_who_waits_without_progress_says_so_whenever_that_changes():
     on = Script(GPU).to("step")
     on(1.0, "steps", (7, False))
     on(1.0, "plan", 9)
-    assert on(1.1, "still", True) == [("still", (True, 0))]
-    assert on(1.2, "still", False) == [("still", (False, 0))]
-    assert on(1.3, "still", True) == [("still", (True, 0))]
-    assert on(1.4, "more", {"round": 1, "until": {}}) == [("go_on", {}), ("ready", 1)]
-    assert on(1.5, "still", True) == [("still", (True, 1))]
+    assert on(1.1, "stalled", True) == [("stalled", (True, 0))]
+    assert on(1.2, "stalled", False) == [("stalled", (False, 0))]
+    assert on(1.3, "stalled", True) == [("stalled", (True, 0))]
+    assert on(1.4, "advance", {"round": 1, "until": {}}) == [("advance", {}), ("ready", 1)]
+    assert on(1.5, "stalled", True) == [("stalled", (True, 1))]
 
 
 def test_a_save_is_waited_for_while_there_is_time_for_an_abort():
@@ -525,7 +525,7 @@ def test_the_host_of_the_store_leaves_last():
     on = Script(GPU._replace(hub=True)).to("exit")
     assert on.did[-1] == "left"
     assert on.stop.wake == 1.0 + 5.0  # others may still be in their destroy
-    assert on(1.1, "gone") == [("leave", True)]
+    assert on(1.1, "all_left") == [("leave", True)]
 
 
 def test_the_host_of_the_store_gives_ranks_that_say_nothing_the_time_to_connect():
@@ -665,9 +665,9 @@ VALUES = {
     "steps": st.tuples(st.one_of(st.none(), st.integers(1, 9)), st.booleans()),
     "notice": st.sampled_from([{}, {"left": 6.0}]),
     "plan": st.one_of(st.none(), st.integers(1, 9), st.just({"stop": 4, "owned": True, "why": ""})),
-    "more": st.builds(lambda number: {"round": number, "until": {}}, st.integers(1, 2)),
+    "advance": st.builds(lambda number: {"round": number, "until": {}}, st.integers(1, 2)),
     "busy": st.booleans(),
-    "still": st.booleans(),
+    "stalled": st.booleans(),
     "down": st.sampled_from([None, "reset"]),
     "progress": st.floats(0, 3),
     "fault": st.just("our own"),
@@ -675,7 +675,8 @@ VALUES = {
     "saving": st.booleans(),
     "stopped": st.integers(1, 9),
     **dict.fromkeys(
-        ("halt", "even", "rest", "abort", "gone", "parked", "ended", "called", "released"), st.none()
+        ("halt", "aligned", "owners_done", "abort", "all_left", "parked", "ended", "called", "released"),
+        st.none(),
     ),
     **dict.fromkeys(("drained", "destroyed", "aborted"), st.sampled_from([None, "failed"])),
 }
@@ -705,7 +706,7 @@ def test_it_ends_in_time_and_in_order_whatever_it_hears(facts, limits, script):
     assert on.stop.state == "done"
     assert on.did.count("die") == 1
     assert on.did[-1] == "die"
-    once = [do for do in on.did if do not in ("stacks", "saving", "still", "at", "go_on", "ready")]
+    once = [do for do in on.did if do not in ("stacks", "saving", "stalled", "at", "advance", "ready")]
     assert len(once) == len(set(once))
     assert all(first.end == second.start for first, second in zip(on.stop.phases, on.stop.phases[1:]))
     assert all(phase.outcome and phase.start <= phase.end <= limits.hard for phase in on.stop.phases)

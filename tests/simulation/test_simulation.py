@@ -168,7 +168,7 @@ def floor(rank) -> float:
     for phase in rank.stop.phases:
         if phase.name == "yield" and phase.end is not None:
             begin = phase.end
-    left = min(limits.hard - begin, rank.stop.heard.get("notice", {}).get("left", inf))
+    left = min(limits.hard - begin, rank.stop.received.get("notice", {}).get("left", inf))
     return begin + (limits.step + limits.drain + limits.abort) * min(1.0, left / total(limits))
 
 
@@ -212,7 +212,7 @@ def of_healthy(world):
         yield "somebody has heard nothing"
         return
     trainers = [rank for rank in world.ranks if rank.member.role == "train"]
-    if any(rank.stop.heard.get("steps") == (None, False) for rank in trainers):
+    if any(rank.stop.received.get("steps") == (None, False) for rank in trainers):
         return  # one that has not stepped yet cannot be told from one that never does
     where = {rank.completed for rank in trainers}
     if world.schedule.together and any(rank.member.handler for rank in world.ranks):
@@ -222,7 +222,7 @@ def of_healthy(world):
         if len(where) > 1 or None in where:
             yield f"the applications' handlers are called at {where}"
         return
-    if len(where) > 1 or any(rank.stop.heard.get("stopped") is None for rank in trainers):
+    if len(where) > 1 or any(rank.stop.received.get("stopped") is None for rank in trainers):
         yield f"stopped at {where}"
     # A rank that never steps does not know where the others stop: its next collective may never end.
     unaware = any(rank.member.role == "helper" for rank in world.ranks)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from autoteardown.rank.eviction_owner import EvictionOwner
 from autoteardown.rank.main_thread import MainThread
 from autoteardown.training import gate
 
@@ -24,15 +25,15 @@ def main(called):
     """Of a rank of a world of one, whose program has a handler; it has been signalled, and its stop is under way."""
     armed = SimpleNamespace(
         settings=SimpleNamespace(yield_seconds=10.0, handlers="together", signals=(SIGNUM,)),
-        tap=SimpleNamespace(application_owns=lambda signum: True),
-        listening=SimpleNamespace(deliver=called.append),
+        interceptor=SimpleNamespace(application_owns=lambda signum: True),
+        listener=SimpleNamespace(deliver=called.append),
         joined=True,
         channel=None,
         signum=SIGNUM,
         teardown=SimpleNamespace(committed=False, leaving=False, also_signalled=lambda signum, sure: None),
         gate=gate.Gate(lambda event: None),
     )
-    return MainThread(armed)
+    return MainThread(armed, EvictionOwner(armed))
 
 
 def trampoline(main, called):

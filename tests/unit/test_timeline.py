@@ -569,8 +569,8 @@ def luminance(colour: str) -> float:
 
 def contrast(a: str, b: str) -> float:
     """Contrast ratio as WCAG defines it."""
-    dark, light = sorted((luminance(a), luminance(b)))
-    return (light + 0.05) / (dark + 0.05)
+    dark, arm = sorted((luminance(a), luminance(b)))
+    return (arm + 0.05) / (dark + 0.05)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -28,7 +28,8 @@ print(json.dumps(dict(active=active, started_by=startup and startup.started_by, 
     package=startup and startup.__file__, customize=getattr(customize, "__file__", None))), flush=True)
 if active:
     import signal
-    found = dict(tap=getattr(sys.modules.get("autoteardown.signals.interception"), "tap", None) is not None)
+    interception = sys.modules.get("autoteardown.signals.interception")
+    found = dict(intercepts=getattr(interception, "interceptor", None) is not None)
     try:
         import torch.distributed as distributed
     except ImportError as error:
@@ -183,7 +184,7 @@ def _hooks(process: Process) -> list[Finding]:
             )
         ]
     findings = []
-    if not found["tap"]:
+    if not found["intercepts"]:
         findings.append(Finding("hook", PROBLEM, "the signal tap is not in place once `signal` is imported"))
     if "broken" in found:
         findings.append(Finding("hook", PROBLEM, f"torch.distributed cannot be imported: {found['broken']}"))

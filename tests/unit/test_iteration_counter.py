@@ -6,15 +6,15 @@ import random
 
 import pytest
 
-from autoteardown.training.iterations import Clock
+from autoteardown.training.iterations import IterationCounter
 
 
-def marked(steps: str, forwards: str = "", clock: Clock | None = None) -> tuple[str, int]:
+def marked(steps: str, forwards: str = "", clock: IterationCounter | None = None) -> tuple[str, int]:
     """The sequence with the ends of iterations in it, and how many have been counted.
 
     `forwards` has a letter for each step: `.` where no forward pass came before it.
     """
-    clock = clock or Clock()
+    clock = clock or IterationCounter()
     out = ""
     for place, who in enumerate(steps):
         fresh = not forwards or forwards[place % len(forwards)] != "."
@@ -48,7 +48,7 @@ def test_a_cycle_that_stays_as_it_is(iteration, forwards):
 
 
 def test_ranks_with_different_optimizers_count_the_same():
-    one, two, gan = Clock(), Clock(), Clock()
+    one, two, gan = IterationCounter(), IterationCounter(), IterationCounter()
     for _ in range(50):
         assert one.count == two.count == gan.count or one.count < 3
         marked("A", clock=one)
@@ -58,17 +58,17 @@ def test_ranks_with_different_optimizers_count_the_same():
 
 
 def test_an_optimizer_that_joins_in_late_ends_up_before_the_next_forward_pass():
-    clock = Clock()
+    clock = IterationCounter()
     marked("A" * 10, clock=clock)
     text, _ = marked("MA" * 6, "f.", clock)
     assert text.endswith("MA|MA|MA|")
 
 
 def test_an_optimizer_that_is_frozen_in_mid_training():
-    clock = Clock()
+    clock = IterationCounter()
     marked("MA" * 10, "f.", clock)
     assert marked("A" * 16, clock=clock)[0].endswith("A|A|A|A|")
-    clock = Clock()
+    clock = IterationCounter()
     marked("DG" * 10, clock=clock)
     before = clock.count
     assert marked("G" * 20, clock=clock)[0].endswith("G|G|G|G|")
@@ -86,7 +86,7 @@ def test_d_as_often_as_it_takes():
 
 
 def test_nothing_is_learned_anew_while_a_stop_is_agreed_on():
-    clock = Clock()
+    clock = IterationCounter()
     marked("D" * 10, clock=clock)
     clock.frozen = True
     before = clock.count
@@ -95,7 +95,7 @@ def test_nothing_is_learned_anew_while_a_stop_is_agreed_on():
 
 
 def test_the_first_iteration_is_not_over_before_the_second_shows_it():
-    clock = Clock()
+    clock = IterationCounter()
     assert not clock.begun
     assert marked("A", clock=clock) == ("A", 0)
     assert clock.begun and not clock.learned

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from autoteardown.channel import addresses, rendezvous
 from autoteardown.channel.addresses import Interface
-from autoteardown.channel.message_log import MOST, Said
+from autoteardown.channel.message_log import MOST, MessageLog
 from autoteardown.channel.wire import (
     KIND,
     LIMIT,
@@ -144,7 +144,7 @@ def everything(said, rank, after=0):
 @on_a_busy_machine
 @given(st.lists(st.tuples(st.none() | st.integers(0, 2), VALUES), max_size=20), st.integers(0, 20))
 def test_everybody_is_told_what_is_for_it_from_where_it_left_off(messages, heard):
-    said = Said()
+    said = MessageLog()
     for to, value in messages:
         said.add(to, "kind", value)
     heard = min(heard, said.last)
@@ -159,7 +159,7 @@ def test_everybody_is_told_what_is_for_it_from_where_it_left_off(messages, heard
 
 
 def test_much_is_told_piece_by_piece():
-    said = Said()
+    said = MessageLog()
     for _ in range(100):
         said.add(None, "kind", "x" * 10_000)
     data, index = said.after(0, 1)
@@ -168,7 +168,7 @@ def test_much_is_told_piece_by_piece():
 
 
 def test_what_is_very_old_is_forgotten():
-    said = Said()
+    said = MessageLog()
     for number in range(2 * MOST + 2):
         said.add(None, "kind", number)
     assert said.last == 2 * MOST + 2
@@ -233,13 +233,13 @@ def test_this_host_has_addresses():
 
 # -- the card --------------------------------------------------------------------------------------------------------
 
-CARD = rendezvous.Card(
+CARD = rendezvous.HubAddress(
     "name", "token", 4, "here", (("10.0.0.1", 1000), ("fd00::1", 1001), ("127.0.0.1", 1002))
 )
 
 
 def test_a_card_comes_as_it_went():
-    assert rendezvous.Card.decode(CARD.encode().encode()) == CARD
+    assert rendezvous.HubAddress.decode(CARD.encode().encode()) == CARD
 
 
 @pytest.mark.parametrize(
@@ -257,13 +257,13 @@ def test_a_card_comes_as_it_went():
 )
 def test_no_card(change):
     with pytest.raises(Malformed):
-        rendezvous.Card.decode(json.dumps({**json.loads(CARD.encode()), **change}).encode())
+        rendezvous.HubAddress.decode(json.dumps({**json.loads(CARD.encode()), **change}).encode())
 
 
 @pytest.mark.parametrize("data", [b"", b"\xff", b"[]", b"null", b"{}", b"[" * 4000, b"x" * 5000])
 def test_nonsense_is_no_card(data):
     with pytest.raises(Malformed):
-        rendezvous.Card.decode(data)
+        rendezvous.HubAddress.decode(data)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from autoteardown.checkpoints.in_progress import Saves
+from autoteardown.checkpoints.in_progress import SavesInProgress
 from autoteardown.training import gate
 
 # Of Accelerate, safetensors, Transformers, Lightning, DeepSpeed, Megatron-core, Composer; and of programs' own.
@@ -46,7 +46,7 @@ def inside(name, then):
 
 def shields():
     """Whether this thread is taken to save."""
-    return Saves().shields(threading.get_ident())
+    return SavesInProgress().shields(threading.get_ident())
 
 
 @pytest.mark.parametrize("name", SAVE)
@@ -62,7 +62,7 @@ def test_names_of_functions_that_do_not(name):
 
 def test_a_function_that_trains_does_not():
     """Whatever it is called; a function that saves inside it does."""
-    saves, thread = Saves(), threading.get_ident()
+    saves, thread = SavesInProgress(), threading.get_ident()
 
     def train():
         assert saves.shields(thread)

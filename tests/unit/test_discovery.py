@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from autoteardown.channel import discovery, hub
 
 
-class Clock:
+class VirtualClock:
     """A loop whose timers are called one after another, at once."""
 
     def __init__(self):
@@ -28,16 +28,16 @@ class Clock:
 
 def tries(monkeypatch, seconds, waiting=False):
     """When a rank in vain tries to reach a hub whose card it has."""
-    clock, found = Clock(), []
+    clock, found = VirtualClock(), []
 
     def dial(loop, card, hello, finished):
         found.append(clock.now)
         finished(None, 0, [], "refused")
 
-    monkeypatch.setattr(discovery, "Dial", dial)
-    seeker = SimpleNamespace(connected=False, waiting=waiting)
-    one = discovery.Search(clock, SimpleNamespace(look=lambda done: True), seeker, 4096)
-    one.card = object()
+    monkeypatch.setattr(discovery, "Connector", dial)
+    client = SimpleNamespace(connected=False, waiting=waiting)
+    one = discovery.Discovery(clock, SimpleNamespace(look=lambda done: True), client, 4096)
+    one.address = object()
     one.set_out()
     clock.run(seconds)
     return found
@@ -64,7 +64,7 @@ def test_a_job_without_a_hub_is_not_kept_busy(monkeypatch):
 
 def test_after_rank_0_has_left_it_looks_for_another_for_a_minute():
     """Without haste: all ranks look in one store."""
-    clock, looks = Clock(), []
+    clock, looks = VirtualClock(), []
     clock.call = lambda function: clock.at(0.0, function)
 
     def look(done):
@@ -72,8 +72,8 @@ def test_after_rank_0_has_left_it_looks_for_another_for_a_minute():
         done(None, "there is none")
         return True
 
-    seeker = SimpleNamespace(connected=False, waiting=False)
-    discovery.Search(clock, SimpleNamespace(look=look), seeker, 4096).after_the_end()
+    client = SimpleNamespace(connected=False, waiting=False)
+    discovery.Discovery(clock, SimpleNamespace(look=look), client, 4096).after_the_end()
     clock.run(86400)
     assert 40 < looks[-1] < 90
     assert len(looks) < 20

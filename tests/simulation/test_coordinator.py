@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from autoteardown.stop.alignment import CONFIRM
-from autoteardown.stop.coordinator import ABSENT, Council
+from autoteardown.stop.coordinator import ABSENT, Coordinator
 from autoteardown.stop.message_types import understood
 
 
@@ -13,19 +13,19 @@ class Group:
     """A council, and what each rank has been told so far."""
 
     def __init__(self, world=3):
-        self.council = Council(world)
+        self.coordinator = Coordinator(world)
         self.world = world
         self.now = 0.0
 
     def __call__(self, rank, kind, value=None):
         """What this word leads to: kinds to everybody, and (rank, kind) to one."""
-        told = self.council.on(rank, kind, value, self.now)
+        told = self.coordinator.on(rank, kind, value, self.now)
         assert all(understood(kind, value) for _, kind, value in told), told
         return [kind if to is None else (to, kind) for to, kind, _ in told]
 
     def values(self, rank, kind, value=None):
         """The same with what is said."""
-        return [(to, kind, said) for to, kind, said in self.council.on(rank, kind, value, self.now)]
+        return [(to, kind, said) for to, kind, said in self.coordinator.on(rank, kind, value, self.now)]
 
     def agreed(self, *counts):
         """All have answered; returns the plan."""
@@ -36,8 +36,8 @@ class Group:
 
     def later(self):
         """The time has come for which it asked."""
-        assert self.council.wake < float("inf")
-        self.now = self.council.wake
+        assert self.coordinator.wake < float("inf")
+        self.now = self.coordinator.wake
         return self(0, "tick")
 
 
@@ -70,7 +70,7 @@ def test_all_at_the_same_iteration():
     group.agreed(7, 7, 7)
     assert group(0, "at", [8, 0, {}]) == []
     assert group(1, "at", [8, 0, {}]) == []
-    assert group(2, "at", [8, 0, {}]) == ["even"]
+    assert group(2, "at", [8, 0, {}]) == ["aligned"]
 
 
 def uneven():
@@ -78,28 +78,28 @@ def uneven():
     group = Group()
     group.agreed(8, 7, 7)
     group(0, "at", [9, 0, {}])
-    group(1, "still", [True, 0, {}])
-    assert group(2, "still", [True, 0, {}]) == []
-    assert group.council.wake == CONFIRM
+    group(1, "stalled", [True, 0, {}])
+    assert group(2, "stalled", [True, 0, {}]) == []
+    assert group.coordinator.wake == CONFIRM
     return group
 
 
 def test_who_waits_is_told_where_to_stop_before_the_others_go_on():
     group = uneven()
-    assert group.later() == [(1, "more"), (2, "more")]
+    assert group.later() == [(1, "advance"), (2, "advance")]
     assert group(1, "ready", 1) == []
-    assert group(2, "ready", 1) == [(0, "more")]
+    assert group(2, "ready", 1) == [(0, "advance")]
     for rank, count in enumerate((10, 8, 8)):
         told = group(rank, "at", [count, 1, {}])
-    assert told == ["even"]
+    assert told == ["aligned"]
 
 
 def test_who_waited_only_for_the_last_to_arrive_does_not_wait_any_more():
     group = uneven()
-    group(1, "still", [False, 0, {}])
+    group(1, "stalled", [False, 0, {}])
     assert group.later() == []
     group(1, "at", [9, 0, {}])
-    assert group(2, "at", [9, 0, {}]) == ["even"]
+    assert group(2, "at", [9, 0, {}]) == ["aligned"]
 
 
 def test_what_was_said_in_an_earlier_round_does_not_count():
@@ -110,7 +110,7 @@ def test_what_was_said_in_an_earlier_round_does_not_count():
     group(2, "ready", 1)
     group(0, "at", [10, 1, {}])
     assert group(2, "at", [8, 1, {}]) == []
-    assert group(1, "at", [9, 1, {}]) == ["even"]
+    assert group(1, "at", [9, 1, {}]) == ["aligned"]
 
 
 def test_a_host_that_is_ahead_of_its_device_waits_for_nothing_and_is_seen_all_the_same():
@@ -118,8 +118,8 @@ def test_a_host_that_is_ahead_of_its_device_waits_for_nothing_and_is_seen_all_th
     group.agreed(8, 7)
     group(0, "at", [9, 0, {"dp": 40}])
     told = group.values(1, "at", [9, 0, {"dp": 44}])
-    assert told == [(0, "more", {"round": 1, "until": {"dp": 44}})]
-    assert group(0, "at", [10, 1, {"dp": 44}]) == ["even"]
+    assert told == [(0, "advance", {"round": 1, "until": {"dp": 44}})]
+    assert group(0, "at", [10, 1, {"dp": 44}]) == ["aligned"]
 
 
 def test_no_rank_is_sent_on_for_ever():
@@ -129,8 +129,8 @@ def test_no_rank_is_sent_on_for_ever():
         group(1, "ready", number)
         group(2, "ready", number)
         group(0, "at", [9 + number, number, {}])
-        group(1, "still", [True, number, {}])
-        group(2, "still", [True, number, {}])
+        group(1, "stalled", [True, number, {}])
+        group(2, "stalled", [True, number, {}])
     assert "halt" in group.later()
 
 
@@ -138,7 +138,7 @@ def test_a_world_in_which_nobody_moves():
     group = Group()
     group.agreed(7, 7, 7)
     for rank in range(3):
-        told = group(rank, "still", [True, 0, {}])
+        told = group(rank, "stalled", [True, 0, {}])
     assert told == []
     assert group.later() == ["halt"]
 
@@ -230,7 +230,7 @@ def test_the_rest_are_stopped_when_those_that_end_by_themselves_have_left():
     ((_, _, plan),) = group.values(2, "answer", [7, False, False])
     assert plan["owned"]
     assert group(0, "left") == ["departed"]
-    assert group(1, "left") == ["rest"]
+    assert group(1, "left") == ["owners_done"]
 
 
 def test_the_hub_stays_for_the_others():
@@ -238,10 +238,10 @@ def test_the_hub_stays_for_the_others():
     group.agreed(7, 7, 7)
     group(0, "left")
     group(1, "left")
-    assert group(2, "left") == ["gone"]
+    assert group(2, "left") == ["all_left"]
 
 
-@pytest.mark.parametrize("kind", ["answer", "at", "still", "tell", "ready", "no such", "__init__"])
+@pytest.mark.parametrize("kind", ["answer", "at", "stalled", "tell", "ready", "no such", "__init__"])
 @pytest.mark.parametrize("value", [None, 7, "x", [1], {"a": 1}, [[], {}, []]])
 def test_nonsense_is_not_heard(kind, value):
     group = Group()
@@ -257,7 +257,7 @@ def test_a_thousand_words_cost_little():
     for kind, value in (("at", [8, 0, {}]), ("arrived", None), ("quiet", True), ("left", None)):
         for rank in range(world):
             told = group(rank, kind, value)
-    assert told == ["gone"] or "gone" in group.council._said
+    assert told == ["all_left"] or "all_left" in group.coordinator._announced
 
 
 def test_a_rank_that_was_lost_and_is_back():
@@ -280,12 +280,12 @@ def test_a_rank_that_was_lost_and_is_back():
         ("plan", {"stop": True, "owned": False, "why": ""}),
         ("plan", {"stop": 5, "owned": 1, "why": ""}),
         ("plan", {"stop": 5, "owned": False, "why": "x" * 9999}),
-        ("more", {"round": 1}),
-        ("more", {"round": 1, "until": {"0": "x"}}),
+        ("advance", {"round": 1}),
+        ("advance", {"round": 1, "until": {"0": "x"}}),
         ("quiet", 1),
         ("lost", "1"),
         ("halt", None),
-        ("even", True),
+        ("aligned", True),
         ("drained", None),
         ("parked", None),
         ("begin", None),
