@@ -24,7 +24,7 @@ from autoteardown.event_loop import sockets
 from autoteardown.fail_open import report_failure
 
 KEY = "autoteardown/hub"
-_VERSION = 1
+_VERSION = 2  # the names of the messages are part of it
 _LIMIT = 4096
 _STUCK = 1.0  # seconds after which a thread in the store is taken to wait for the program
 
