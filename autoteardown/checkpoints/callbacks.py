@@ -1,4 +1,4 @@
-"""What is to be called in a stop: given by `autoteardown.on_teardown` or by name, by `AUTOTEARDOWN_ON_TEARDOWN`."""
+"""Callbacks that run during a stop, registered with `on_teardown()` or named in `AUTOTEARDOWN_ON_TEARDOWN`."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from functools import reduce
 from typing import Any, Callable, Optional
 
 registered: list[Callable[[], object]] = []
-"""What `autoteardown.on_teardown` was given."""
+"""The callbacks of `autoteardown.on_teardown`."""
 
 
 def prepare(names: Iterable[tuple[str, str]], say: Callable[[str], object]) -> None:
-    """Import what the names need, long before the stop: nothing is imported for the first time in one.
+    """Import the modules of the named callbacks, long before a stop: nothing is imported for the first time in one.
 
     Args:
-        names: module and function each.
-        say: called with a line for each that is not there.
+        names: module and function of each callback.
+        say: called with one line for each that cannot be found.
     """
     for module, function in names:
         try:
-            if module != "__main__":  # whose functions come into being while it runs
+            if module != "__main__":  # its functions are defined while it runs
                 importlib.import_module(module)
                 _find(module, function)
         except (Exception, SystemExit) as error:  # a script that ends with sys.exit(main())
-            say(f"AUTOTEARDOWN_ON_TEARDOWN: {module}:{function} is not to be had: {error!r}")
+            say(f"AUTOTEARDOWN_ON_TEARDOWN: {module}:{function} cannot be found: {error!r}")
 
 
 def run(names: Iterable[tuple[str, str]], say: Callable[[str], object]) -> Optional[str]:
-    """Call them all, last in, first out, each on its own.
+    """Call all callbacks, last registered first, each even if another has failed.
 
     Returns:
-        The first thing that went wrong, or None.
+        The first error, in one line, or None.
     """
     problems = []
     calls: list[Callable[[], object]] = [_named(*name) for name in names]

@@ -1,8 +1,9 @@
-"""What the program may still ask on its way out, when the agent has destroyed the process group under it.
+"""Answers what the program asks torch after the agent has destroyed the process group.
 
-`finally: dist.destroy_process_group()` is torch's own tutorial idiom, and code that logs or saves asks for its rank.
-Both would raise, as nothing does without us: the tracebacks hide why the rank ended, and a launcher's error file blames
-them. A collective still raises what it raises without a group: nobody is there to answer it.
+`finally: dist.destroy_process_group()` is the idiom of torch's own tutorials, and code that logs or saves asks for
+its rank. Both would raise, which they do not without the agent: the tracebacks would hide why the rank ended, and a
+launcher's error file would blame them. A collective still raises what it raises without a group: no peer is left to
+answer.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ import os
 from typing import Any
 
 released = False
-"""The agent has begun to release the groups: the program has nothing left to destroy."""
+"""Whether the agent has begun to release the groups: the program has none left to destroy."""
 
 
 class _Gone:
-    """In place of the default group: knows who it was."""
+    """Stands in for the default group: knows its rank and size."""
 
     def __init__(self, group: Any, unknown: Any) -> None:
         rank, size, name = group.rank(), group.size(), getattr(group, "group_name", "")
@@ -25,12 +26,12 @@ class _Gone:
         self._unknown = unknown
 
     def __getattr__(self, name: str) -> Any:
-        self._unknown()  # raises, as it does where there is no group
+        self._unknown()  # raises, as it does without a group
         raise AttributeError(name)
 
 
 def release(c10d: Any) -> None:
-    """Before the agent destroys or aborts: from here on the program's own destroy returns at once."""
+    """Called before the agent destroys or aborts: from now on the program's own destroy returns at once."""
     global released
     released = True
     if not c10d.is_initialized() or hasattr(c10d._get_default_group, "_autoteardown_real"):
@@ -44,7 +45,7 @@ def release(c10d: Any) -> None:
             return real()
         if backend is not None and gone not in c10d._world.pg_map:
             c10d._world.pg_map[gone] = backend  # for `get_backend`
-            # For a collective's look at it: torch up to 2.5 has a warning for what is no ProcessGroup.
+            # Read when a collective is called: torch up to 2.5 warns of anything that is not a ProcessGroup.
             devices = getattr(c10d._world, "pg_default_device", {})
             devices[gone] = c10d.torch.device("cpu")
         return gone
@@ -55,7 +56,7 @@ def release(c10d: Any) -> None:
 
 def _after_fork_in_child() -> None:
     global released
-    released = False  # a child may begin a group of its own
+    released = False  # a child may make a group of its own
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -1,13 +1,13 @@
-"""What the process groups' collectives tell of themselves: how far they are, and which one does not end.
+"""Reads how far the process groups' collectives are, and which one does not end.
 
-Two sources. The *sequence number* of a group counts what its rank has launched (a plain read: 0.4 us). The *flight
-recorder* of a backend keeps, for each group, the numbers of the last collective that was launched and of the last that
-has ended (15 us; NCCL's watchdog brings them up to date ten times a second), and an entry for each collective.
-
-Its counters are numbers in memory, and safe to read whatever is stuck. Its *entries* are not where a device is in use:
-to read them asks the driver about events, which has been seen to hang (`finishedGPUExecutionInternal` of torch's
-ProcessGroupNCCL says so), and torch asks with the GIL held. So they are read last, when nothing is lost if the process
-gets no further.
+1. The *sequence number* of a group counts what this rank has launched (a plain read, 0.4 us).
+2. The *flight recorder* of a backend keeps, for each group, the numbers of the last collective that was launched and
+   of the last that has ended (15 us; NCCL's watchdog updates them ten times a second), and an entry for each
+   collective.
+3. The recorder's counters are numbers in memory, and safe to read whatever is stuck. Its entries are not, where a
+   device is in use: to read them asks the driver about events, which has been seen to hang
+   (`finishedGPUExecutionInternal` in torch's ProcessGroupNCCL says so), with the GIL held. So entries are read last,
+   when nothing is lost if the process gets no further.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ def comparable_numbers() -> dict[str, int]:
 
 
 def sequence_numbers(comparable: bool = False) -> dict[str, int]:
-    """The number of the last collective that this rank has launched, by the name of its group; safe on any thread.
+    """The number of the last collective that this rank has launched, by the name of its group. Safe on any thread.
 
-    A group with several backends has an entry `name/device` for each. What counts: with NCCL every launch of a
-    collective (a barrier, too; a coalesced batch once) and no send or receive; with gloo every operation of either
-    kind. So numbers that differ are a lead, not a proof, where gloo ranks send to single peers. Groups whose backend
-    does not count (MPI, UCC, most others) are left out.
+    A group with several backends has an entry `name/device` for each. NCCL counts every launch of a collective (a
+    barrier, too; a coalesced batch once), and no send or receive. gloo counts every operation of either kind. So
+    different numbers are a hint, not a proof, where gloo ranks send to single peers. Groups whose backend does not
+    count (MPI, UCC, most others) are left out.
     """
     c10d = sys.modules["torch.distributed.distributed_c10d"]
     found: dict[str, int] = {}
@@ -50,8 +50,8 @@ def sequence_numbers(comparable: bool = False) -> dict[str, int]:
         elif kinds:
             for _, number in numbers:
                 found[str(name)] = number
-                break  # one backend, whatever the device
-        else:  # configured by the name of its backend alone
+                break  # one backend for all devices
+        else:  # configured by the backend's name alone
             try:
                 found[str(name)] = int(group._get_sequence_number_for_group())
             except Exception:
@@ -60,10 +60,11 @@ def sequence_numbers(comparable: bool = False) -> dict[str, int]:
 
 
 def progress() -> Optional[Hashable]:
-    """Something that is another value whenever this rank's collectives have got further, on the host or the device.
+    """A value that changes whenever this rank's collectives have advanced, on the host or on the device.
 
-    Never blocks for long, whatever is stuck; 0.1 ms for seven groups. None: there is no telling (no flight recorder, or
-    one that is off: TORCH_FR_BUFFER_SIZE or TORCH_NCCL_TRACE_BUFFER_SIZE is 0). NCCL's numbers are up to 0.1 s old.
+    Never blocks for long, whatever is stuck; 0.1 ms for seven groups. None: unknown, because there is no flight
+    recorder or it is off (TORCH_FR_BUFFER_SIZE or TORCH_NCCL_TRACE_BUFFER_SIZE is 0). NCCL's numbers are up to 0.1 s
+    old.
     """
     counters = [
         counted for _, dump in _recorders() for counted in [_call(dump, False)] if _has_status(counted)
@@ -74,11 +75,11 @@ def progress() -> Optional[Hashable]:
 
 
 def stuck_collective() -> Optional[dict[str, Any]]:
-    """The first collective that this rank has launched and that has not ended; safe whatever is stuck.
+    """The first collective that this rank has launched and that has not ended. Safe whatever is stuck.
 
     Returns:
-        `group` (its name, None if it cannot be told), `seq`, and `op` (None with a device: `evidence` finds it); None
-        if there is no such collective, or no flight recorder.
+        `group` (its name, or None if unknown), `seq`, and `op` (None on a device: `evidence` fills it in). None if
+        there is no such collective, or no flight recorder.
     """
     entries = not devices.accelerators()
     for _, dump in _recorders():
@@ -90,19 +91,20 @@ def stuck_collective() -> Optional[dict[str, Any]]:
 
 
 def evidence(path: str, stuck: Optional[dict[str, Any]] = None) -> list[str]:
-    """Write the flight recorders' entries to files, for `torchfrtrace` or a reader; JSON if torch can, else a pickle.
+    """Write the flight recorders' entries to files, for `torchfrtrace` or a reader: as JSON if torch can, else as a
+    pickle.
 
-    May hang with the GIL held: call it last of all, with the process's end already sure.
+    May hang with the GIL held: call it last, when the end of the process is certain.
 
     Args:
         path: of the files, without "-<backend>" and a suffix.
-        stuck: what `stuck_collective` has found; its `op` is filled in.
+        stuck: what `stuck_collective` has returned; its `op` is filled in.
 
     Returns:
         The paths that were written.
 
     Raises:
-        OSError: it could not be written. What lies under its name already is left there.
+        OSError: a file cannot be written. An existing file of that name is left alone.
     """
     written = []
     for backend, dump in _recorders():
@@ -112,7 +114,7 @@ def evidence(path: str, stuck: Optional[dict[str, Any]] = None) -> list[str]:
             continue
         if stuck is not None and stuck["op"] is None:
             stuck["op"] = _op_of(entries, stuck)
-        target = f"{path}-{backend}.trace"  # no `.json`: that is what reports are called
+        target = f"{path}-{backend}.trace"  # not `.json`, which is the suffix of reports
         _write(target, data)
         written.append(target)
     return written
@@ -132,13 +134,13 @@ _found: dict[str, Dump] = {}
 
 
 def _recorders() -> list[tuple[str, Dump]]:
-    """The flight recorders that torch or a vendor offers, those of devices first; looked for once."""
+    """The flight recorders that torch or a vendor offers, those of devices first. Looked up once."""
     if not _found:
         module = sys.modules.get("torch._C._distributed_c10d")
         for name in dir(module):
             if name.startswith("_dump_") and "_trace" in name:
                 backend, _, kind = name[len("_dump_") :].partition("_trace")
-                # "fr" is the recorder of whoever has none of his own.
+                # "fr" is the recorder of all backends without one of their own.
                 backend = "gloo" if backend == "fr" else backend
                 if kind == "_json" or (not kind and backend not in _found):
                     _found[backend] = getattr(module, name)
@@ -146,11 +148,11 @@ def _recorders() -> list[tuple[str, Dump]]:
 
 
 def _call(dump: Dump, entries: bool) -> Optional[bytes]:
-    for arguments in ({"includeStackTraces": False}, {}):  # JSON has none
+    for arguments in ({"includeStackTraces": False}, {}):  # the JSON variant takes no stack-trace argument
         try:
             data = dump(includeCollectives=entries, onlyActive=not entries, **arguments)
             return data if isinstance(data, bytes) else str(data).encode()
-        except Exception:  # this one takes other arguments
+        except Exception:  # this recorder takes other arguments
             continue
     return None
 
@@ -166,7 +168,7 @@ def _parsed(data: Optional[bytes]) -> dict[str, Any]:
 
 
 def _has_status(data: Optional[bytes]) -> bool:
-    return data is not None and b"last_enqueued_collective" in data  # in JSON and in a pickle alike
+    return data is not None and b"last_enqueued_collective" in data  # found in JSON and in a pickle alike
 
 
 def _first_entry(data: Optional[bytes]) -> Optional[dict[str, Any]]:
@@ -204,6 +206,8 @@ def _first_by_number(data: Optional[bytes]) -> Optional[dict[str, Any]]:
 
 
 def _name_of(number: int, launched: int) -> Optional[str]:
-    """The recorder numbers groups in the order in which they were made; taken for it only if that is beyond doubt."""
+    """The group's name, by its number. The recorder numbers groups in the order in which they were made, so the name is
+    taken only if it is certain.
+    """
     matching = [name for name, count in sequence_numbers().items() if count == launched]
     return matching[0] if len(matching) == 1 else None

@@ -1,8 +1,8 @@
-"""The accelerators of this process: which it uses, and waiting for them.
+"""Finds the accelerators that this process uses, and waits until they are idle.
 
-Every vendor's module is asked the same questions, whatever is missing is done without: `torch.<name>` for those known
-by name, for the PrivateUse1 backend that a vendor has renamed, and for what `torch.accelerator` (2.6 and later) gives.
-Asking initialises nothing (F4).
+Every vendor's module is asked the same questions, and what it lacks is done without: `torch.<name>` for the known
+names, the PrivateUse1 backend that a vendor has renamed, and what `torch.accelerator` (2.6 and later) offers. No
+question initializes a device; `torch.cuda.is_available()` might, so it is not asked.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from typing import Any, Callable, Optional
 Problem = Optional[str]
 
 _KNOWN = ("cuda", "xpu", "npu", "hpu", "mlu", "musa", "mtia")
-# Its work is recorded lazily, and handed to the device when torch_xla likes.
+# torch_xla records work lazily, and decides itself when the device gets it.
 _UNSUPPORTED = "xla"
 
-# Devices that could not be waited for although they can be asked to: name, and why. Filled by `drain`.
+# Devices whose synchronization has failed: name, and why. Filled by `drain`.
 _refused: dict[str, str] = {}
 
 
 def accelerators() -> list[str]:
-    """The devices that this process uses, by torch's names for them; also those that cannot be waited for."""
+    """The devices that this process uses, by torch's names, those included that cannot be waited for."""
     torch = sys.modules.get("torch")
     bound = None
     found = []
@@ -44,7 +44,7 @@ def accelerators() -> list[str]:
 
 
 def unwaitable() -> list[str]:
-    """The devices in use that nobody can say are idle, each with the reason, in words. Asked after `drain`."""
+    """The devices in use that cannot be shown to be idle, each with the reason. Call it after `drain`."""
     torch = sys.modules.get("torch")
     found = [
         f"{name}: torch has nothing to wait for it with"
@@ -55,10 +55,10 @@ def unwaitable() -> list[str]:
 
 
 def drain() -> Problem:
-    """Wait until every device that this process uses is idle. Has no time-out of its own: call it on a thread.
+    """Wait until every device that this process uses is idle. Has no time-out: call it on a thread of its own.
 
     Returns:
-        What went wrong, or None; a device that could not be waited for is no problem of the rank's: see `unwaitable`.
+        What went wrong, or None. A device that could not be waited for is not reported here: see `unwaitable`.
     """
     torch = sys.modules["torch"]
     problems = []
@@ -73,7 +73,7 @@ def drain() -> Problem:
                 text = line(error)
                 if (
                     "captur" in text
-                ):  # it raises in each thread while any captures a graph; the device may be healthy
+                ):  # it raises on each thread while any captures a graph; the device may be healthy
                     _refused[name] = "a graph is being captured"
                 else:
                     problems.append(f"{name}: {text}")
@@ -81,20 +81,20 @@ def drain() -> Problem:
 
 
 def current_devices() -> dict[str, int]:
-    """The current device of this thread, of each kind that is in use."""
+    """The current device of this thread, for each kind that is in use."""
     torch = sys.modules.get("torch")
     found = {}
     for name in accelerators():
         try:
             found[name] = int(getattr(torch, name).current_device())
-        except Exception:  # not every kind has one
+        except Exception:  # not every kind has a current device
             continue
     return found
 
 
 @contextmanager
 def devices_of(current: dict[str, int]) -> Iterator[None]:
-    """Make these the current devices of this thread, which is one of ours: else each is the first of its kind."""
+    """Make these the current devices of this thread of the agent's: by default each is the first of its kind."""
     torch = sys.modules.get("torch")
     for name, index in current.items():
         try:
@@ -105,7 +105,7 @@ def devices_of(current: dict[str, int]) -> Iterator[None]:
 
 
 def bound_devices() -> dict[str, set[Optional[int]]]:
-    """What the process groups say about devices: those they are bound to, those their backends have worked on."""
+    """The devices that the process groups are bound to, or have launched collectives on."""
     c10d = sys.modules.get("torch.distributed.distributed_c10d")
     found: dict[str, set[Optional[int]]] = {}
     if c10d is None:
@@ -116,7 +116,7 @@ def bound_devices() -> dict[str, set[Optional[int]]]:
             found.setdefault(str(bound.type), set()).add(bound.index)
         for part in str(config).split(","):
             device, _, backend = part.partition(":")
-            # Backends may be configured for every device there is: one that has launched something is in use.
+            # A backend may be configured for every kind of device. One that has launched something is in use.
             if (
                 backend
                 and device not in ("cpu", *found)
@@ -127,7 +127,7 @@ def bound_devices() -> dict[str, set[Optional[int]]]:
 
 
 def launches(group: Any, device: str) -> Optional[int]:
-    """How many collectives a group has launched on one kind of device; None where that cannot be told."""
+    """How many collectives a group has launched on one kind of device; None if unknown."""
     try:
         backend = group._get_backend(sys.modules["torch"].device(device))
         return int(backend._get_sequence_number_for_group())
@@ -153,7 +153,7 @@ def _names(torch: Any) -> list[str]:
 
 
 def _current(torch: Any) -> Optional[str]:
-    """The kind of device that `torch.accelerator` speaks for."""
+    """The kind of device that `torch.accelerator` stands for."""
     device = torch.accelerator.current_accelerator()
     return None if device is None else str(device.type)
 
@@ -174,8 +174,8 @@ def _synchronize(torch: Any, name: str) -> Optional[Callable[[Optional[int]], ob
 
 
 def _in_use(torch: Any, name: str) -> list[Optional[int]]:
-    # To synchronise a device is to make a context on it, and that takes memory from whoever uses it. And the current
-    # device is a thread's own: on ours it is the first one, whichever the program uses.
+    # Synchronizing a device creates a context on it, which takes memory from its user. And the current device belongs
+    # to a thread: on the agent's it is the first one, whichever the program uses.
     module = getattr(torch, name)
     has_context = getattr(torch._C, f"_{name}_hasPrimaryContext", None)
     allocated = getattr(module, "memory_allocated", None)

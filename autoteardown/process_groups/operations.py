@@ -1,9 +1,9 @@
-"""Drain, destroy and abort: every difference between torch versions and communication backends lives here, in
-`devices` and in `collectives`, and the rest of the agent asks here.
+"""Destroys and aborts process groups, whatever torch's version and the backend.
 
-Shapes that differ are tested for, not looked up by version (tests/unit/torch_shapes.json has them all):
-`ProcessGroup.abort` (2.7 and later), the abort of its NCCL backend (2.6), the `_shutdown` of that backend, which is an
-abort (2.4 and 2.5).
+Every difference between versions and backends is in this module, in `devices.py` and in `collectives.py`; the rest
+of the agent calls them through this one. Differences are tested for, not looked up by version
+(tests/unit/torch_shapes.json lists them): `ProcessGroup.abort` (2.7 and later), the abort of its NCCL backend (2.6),
+the `_shutdown` of that backend, which is an abort (2.4 and 2.5).
 """
 
 from __future__ import annotations
@@ -50,16 +50,16 @@ __all__ = [
 from autoteardown import unpatched
 from autoteardown.process_groups import after_release, custom_groups
 
-# Their abort does nothing: a blocked operation stays blocked until the peer's socket closes.
+# Backends whose abort does nothing: a blocked operation stays blocked until the peer's socket closes.
 _WITHOUT_ABORT = frozenset({"gloo", "mpi", "ucc", "fake"})
 
-_CUSTOM = 1.0  # seconds for groups whose other members do not leave with this rank
+_CUSTOM = 1.0  # seconds for groups whose other members do not exit with this rank
 
 _kept: list[Any] = []
 
 
 class World(NamedTuple):
-    """The default process group, as this rank sees it; where there is none, the first that was made without."""
+    """The default process group as this rank sees it. If there is none, the first group that was made without init."""
 
     rank: int
     size: int
@@ -82,16 +82,17 @@ def world() -> World | None:
         return None
     try:
         store = c10d._get_default_store()
-    except Exception:  # MPI has none
+    except Exception:  # MPI has no store
         store = None
     return World(c10d.get_rank(), c10d.get_world_size(), str(c10d.get_backend()), store)
 
 
 def groups() -> list[Any]:
-    """Every process group, those without an `init_process_group` of their own included."""
+    """Every process group, those made without `init_process_group` included, in the order in which torch shuts them
+    down.
+    """
     c10d = _c10d()
     names = dict(c10d._world.pg_names)  # a copy: the program may be making groups
-    # The order in which torch itself shuts them down.
     return sorted(names, key=lambda group: str(names[group]), reverse=True)
 
 
@@ -114,8 +115,8 @@ def _abort_of(group: Any) -> Callable[[], object] | None:
     abort: Callable[[], object] | None = getattr(group, "abort", None)
     if abort is not None:
         return abort
-    # Not through `_abort_process_group` or `destroy_process_group`: for the default group, those take every group in
-    # turn, and they edit the tables that the other groups' aborts look into at the same moment.
+    # Not through `_abort_process_group` or `destroy_process_group`: for the default group, those abort every group in
+    # turn, and they edit the tables that the other groups' aborts read at the same moment.
     for kind in (*filter(None, kinds), "cuda"):
         backend = _backend_of(group, kind)
         abort = getattr(backend, "abort", None) or getattr(backend, "_shutdown", None)
@@ -127,16 +128,18 @@ def _abort_of(group: Any) -> Callable[[], object] | None:
 def _backend_of(group: Any, kind: str) -> Any:
     try:
         return group._get_backend(sys.modules["torch"].device(kind))
-    except Exception:  # none for that device
+    except Exception:  # no backend for that device
         return None
 
 
 def abort(done: Callable[[Problem], object]) -> None:
-    """Abort every process group, each on a thread of its own and all at once: one after the other can deadlock
-    (pytorch/pytorch#119797), and a parent's abort does not release the groups split off it (NVIDIA-NeMo/RL#3591).
+    """Abort every process group, each on a thread of its own, all at once.
+
+    One after the other can deadlock (pytorch/pytorch#119797), and a parent's abort does not release the groups that
+    were split off it (NVIDIA-NeMo/RL#3591).
 
     Args:
-        done: called once, with what went wrong or None, when the last abort has returned. It may never be.
+        done: called once, when the last abort has returned, with what went wrong or None. May never be called.
     """
     after_release.released = True
     aborts = [function for function in map(_abort_of, groups()) if function is not None]
@@ -148,7 +151,7 @@ def abort(done: Callable[[Problem], object]) -> None:
             function()
         except BaseException as error:
             problems.append(line(error))
-        if pending.pop() == 0:  # the last one, and only that
+        if pending.pop() == 0:  # only the last one to return
             done("; ".join(problems) or None)
 
     if not aborts:
@@ -158,24 +161,27 @@ def abort(done: Callable[[Problem], object]) -> None:
 
 
 def destroy(real: Callable[[], object]) -> Problem:
-    """Release the default process group and all others. May never return: call it on a thread.
+    """Release the default process group and all others. May never return: call it on a thread of its own.
 
     Args:
         real: torch's own `destroy_process_group`.
+
+    Returns:
+        What went wrong, in one line, or None.
     """
     c10d = _c10d()
     custom = [group for group in groups() if custom_groups.known(group) or not c10d.is_initialized()]
     if not custom and not c10d.is_initialized():
-        return None  # the program was faster
-    # The last reference to a gloo group must not go in what the program unwinds on its way out: the destructor can
+        return None  # the program has destroyed it already
+    # Keep a reference: the last one to a gloo group must not go away while the program unwinds. The destructor can
     # deadlock, with the GIL held.
     _kept.extend(groups())
     try:
         after_release.release(_c10d())
-    except Exception:  # torch has changed: its own errors, then
+    except Exception:  # an unknown torch: the program gets torch's own errors
         pass
     for group in custom:
-        c10d._world.pg_names.pop(group, None)  # torch's function shuts down what is in there
+        c10d._world.pg_names.pop(group, None)  # torch's destroy shuts down all groups in this table
     problem = None
     if c10d.is_initialized():
         try:
@@ -187,13 +193,15 @@ def destroy(real: Callable[[], object]) -> Problem:
 
 
 def _shut_down(custom: list[Any]) -> None:
-    """Release groups whose other members go on. A backend may wait for those: then the exit releases the group."""
+    """Release groups whose other members run on. A backend may wait for those: then the process's exit releases the
+    group.
+    """
     over: list[object] = []
 
     def run(group: Any) -> None:
         try:
             getattr(group, "shutdown", lambda: _c10d()._shutdown_backend(group))()
-        except BaseException:  # it is no part of this stop, and its members are not told
+        except BaseException:  # not part of this stop: the other members are not told
             pass
         over.append(group)
 

@@ -1,1 +1,1 @@
-"""What an armed rank has: hooks on torch, its guard, its loop thread, the gate of its threads."""
+"""One armed rank: hooks on torch, when the rank is armed and disarmed, and what makes it stop."""

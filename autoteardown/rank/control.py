@@ -1,4 +1,4 @@
-"""What the driver of a stop can do to this rank, and see of it (`stop/control.py` says what each means)."""
+"""Controls one armed rank for its stop; `stop/control.py` documents each method."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from autoteardown.training.progress import ProgressMonitor
 
 
 class LocalRankControl:
-    """Of one armed rank, for one stop of it."""
+    """Controls this process's rank, for one stop."""
 
     def __init__(self, armed: RankState, main: MainThread, application_owns: bool) -> None:
         """`application_owns`: the application's own handler is called, and ends the process."""

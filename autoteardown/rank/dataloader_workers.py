@@ -1,17 +1,15 @@
-"""DataLoader workers, which must outlive their parent's last step, and not outlive it.
+"""Keeps DataLoader workers alive until their rank has finished its last iteration, and no longer.
 
-torchrun signals whole process groups, so the workers of a rank get the SIGTERM that the rank gets. If they die of it,
-the rank's main thread raises "DataLoader worker killed by signal" 20 ms later and never reaches the step that the group
-has agreed on. So a worker of an armed rank has a process group of its own.
-
-What ends a worker must need no bytecode: it may be stuck in C, on a mutex that was held at the fork. So torch's own
-handler stays as it is; and what a SIGKILL to the group would have ended, the kernel ends: the worker asks it for a
-SIGKILL when the pipe closes whose other end is its parent's life.
-
-Rejected: a handler in Python (stuck in C, it never runs; it makes a worker's end by `terminate()` an error); SIGTERM
-blocked, with a waiter that lets it through (needs bytecode, and the worker's own children inherit the mask);
-PR_SET_PDEATHSIG (means the thread that forked, not the process; the fork server, where there is one); to go on in the
-rank without its workers (there is no next batch).
+1. torchrun signals whole process groups, so the workers of a rank get the SIGTERM that the rank gets. If they died
+   of it, the rank's main thread would raise "DataLoader worker killed by signal" 20 ms later, and never reach the
+   iteration that the group has agreed on. So a worker of an armed rank has a process group of its own.
+2. A worker must end without running Python: it may be stuck in C, on a mutex that was held at the fork. So torch's
+   own handler stays, and what a SIGKILL to the process group would have ended, the kernel ends: the worker asks for
+   a SIGKILL when the pipe closes whose other end its parent holds.
+3. Rejected: a handler in Python (a worker stuck in C never runs it, and `terminate()` would look like an error);
+   SIGTERM blocked, with a thread that waits for it (needs bytecode, and the worker's own children inherit the mask);
+   PR_SET_PDEATHSIG (means the thread that forked, not the process, or the fork server); to continue in the rank
+   without its workers (there is no next batch).
 """
 
 from __future__ import annotations
@@ -27,10 +25,10 @@ _SET_SIGNAL = 10  # F_SETSIG, which `fcntl` does not name; Linux only
 
 
 def stand_apart() -> None:
-    """In a worker, after torch's own handlers are in: leave the process group of the rank, if it is armed.
+    """In a worker, after torch has set its handlers: leave the process group of the rank, if the rank is armed.
 
     Raises:
-        OSError: the kernel does not do it; the worker is as without us then.
+        OSError: the kernel refuses; the worker is then as without the agent.
     """
     import multiprocessing
 
@@ -44,7 +42,9 @@ def stand_apart() -> None:
 
 
 def _on_a_terminal() -> bool:
-    """Whether Ctrl-C and Ctrl-Z can reach this process: they go to a process group, and the worker's is the rank's."""
+    """Whether Ctrl-C and Ctrl-Z can reach this process. They go to a process group, so the worker must stay in the
+    rank's.
+    """
     try:
         os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY | os.O_CLOEXEC))
     except OSError:
@@ -53,9 +53,9 @@ def _on_a_terminal() -> bool:
 
 
 def _end_with(pipe: int) -> None:
-    """Have the kernel kill this process when the last writer of `pipe` is gone. Nothing is ever written to it.
+    """Have the kernel kill this process when the last writer of `pipe` has closed it. Nothing is ever written to it.
 
-    Workers that were forked later hold its other end, too: they are ended first, by the pipes of their own.
+    Workers that were forked later hold the writing end, too: they are killed first, by their own pipes.
     """
     fcntl.fcntl(pipe, fcntl.F_SETOWN, os.getpid())
     fcntl.fcntl(pipe, _SET_SIGNAL, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""`AUTOTEARDOWN_CHECKPOINT=on`: which frameworks are hooked for their own checkpoints, as they are imported."""
+"""Hooks the frameworks that save a checkpoint at an eviction, as they are imported (`AUTOTEARDOWN_CHECKPOINT=on`)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from autoteardown.training import gate
 
 
 def register() -> None:
-    """Hook them, if the setting says so."""
+    """Register the hooks, if the setting is on."""
     import wrapt
 
     if not settings.load(os.environ)[0].checkpoint:

@@ -1,7 +1,7 @@
-"""One armed rank: when it is armed and disarmed, and what makes it stop.
+"""Guards one rank: arms it before torch's init, disarms it after torch's destroy, and begins its stop.
 
-Arming comes before torch's own `init_process_group` runs, so that a rank which is stuck in rendezvous can leave, too;
-the world becomes known, and the channel to its other ranks is opened, when that has returned.
+Arming comes before torch's own `init_process_group` runs, so that a rank which is stuck in rendezvous can exit, too.
+The world is known, and the channel to the other ranks is opened, when that has returned.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from autoteardown.stop.posix_timer import HardDeadlineTimer
 from autoteardown.training import optimizer_hooks
 from autoteardown.unpatched import allocate_lock, get_ident
 
-_GOODBYE = 0.2  # seconds for the others to hear that this rank has left by itself
-_SETTLE = 2.0  # seconds at exit for what our threads do in C++
-_LAST = 3.0  # seconds that the hub stays for the others when its application has ended by itself
+_LEFT_FLUSH = 0.2  # seconds for the message that this rank has left by itself
+_NATIVE_CALLS = 2.0  # seconds at exit for the agent's threads that are in C++
+_HUB_STAYS = 3.0  # seconds that the hub stays for the others when its application has ended by itself
 
 
 class Guard(RankState):
@@ -42,9 +42,9 @@ class Guard(RankState):
         self._owner = EvictionOwner(self)
         self.main = MainThread(self, self._owner)
         self._begun = allocate_lock()
-        self._gone = allocate_lock()  # released when all others have left
-        self._gone.acquire()
-        self._watch: Optional[LostPeerTimer] = None
+        self._all_left = allocate_lock()  # released when all other ranks have left
+        self._all_left.acquire()
+        self._lost_timer: Optional[LostPeerTimer] = None
         self._finalized = False
         self._timer = HardDeadlineTimer()
         self._signalled = False
@@ -53,9 +53,9 @@ class Guard(RankState):
     # -- the life of a rank -----------------------------------------------------------------------------------------
 
     def before_init(self) -> None:
-        """Before torch's init: from here on an eviction signal is ours."""
+        """Before torch's init: from now on, the agent deals with eviction signals."""
         self.gate.begin(get_ident())
-        # Cleaners of /tmp remove what has not been written to for some days (10, systemd-tmpfiles).
+        # systemd-tmpfiles removes files from /tmp that were not written to for 10 days: the entry is rewritten daily.
         self.listener.arm(self._on_signal, self.main.on_signal, self.identity.mark)
         self._finalize_multiprocessing()
         self.identity.joining()
@@ -64,7 +64,7 @@ class Guard(RankState):
             self.identity.log.line(text, level="debug")
 
     def _finalize_multiprocessing(self) -> None:
-        # A forked child of multiprocessing leaves by os._exit: its finalizers are all the atexit that it has.
+        # A forked child of multiprocessing exits by os._exit: it runs its finalizers, and no atexit callbacks.
         process = sys.modules.get("multiprocessing.process")
         if process is not None and process.parent_process() is not None and not self._finalized:
             from multiprocessing import util
@@ -73,7 +73,7 @@ class Guard(RankState):
             util.Finalize(None, fail_open(at_exit), exitpriority=-(10**6))
 
     def after_init(self) -> None:
-        """After torch's init, or that of a group without it: the world is known."""
+        """After torch's init, or after a group was made without it: the world is known."""
         world = operations.world()
         if world is None:
             return
@@ -89,28 +89,29 @@ class Guard(RankState):
                 world.rank,
                 world.size,
                 loop,
-                fail_open(self._hear),
+                fail_open(self._on_message),
                 lambda: Coordinator(world.size),
             )
-            self._watch = LostPeerTimer(loop, self.gate, self.settings.lost, self._lost)
+            self._lost_timer = LostPeerTimer(loop, self.gate, self.settings.lost, self._lost)
         connects = world.size > 1 and self.channel is not None and not self.channel.is_hub
         alone = None if world.size == 1 or connects else self.alone
         self.identity.mark_joined(alone)
 
     def before_destroy(self) -> None:
-        """Before torch's destroy: in an eviction the others hear of it before they find a connection of gloo's closed.
+        """Before torch's destroy: in an eviction, the peers are told before they find a gloo connection closed.
 
-        A rank without a handler of its own would fail in its next collective, and that would be its exit code.
+        Otherwise a rank without a handler of its own would fail in its next collective, and exit with that error's
+        code.
         """
         if self.teardown is not None and not self.teardown.committed:
             self._close_channel()
 
     def after_destroy(self) -> None:
-        """After torch's destroy: nothing to guard any more, and the application gets its handler back."""
+        """After torch's destroy: nothing is left to guard, and the application gets its handler back."""
         if self.teardown is not None and self.teardown.committed:
             return
         self._close_channel()
-        # In an eviction that it has heard of from a peer, its own signal may be yet to come: not to be killed by then.
+        # In an eviction begun by a peer, this rank's own signal may still come, and must not kill it.
         if self.teardown is None:
             self.listener.disarm()
         if self._hooks is not None:
@@ -120,57 +121,57 @@ class Guard(RankState):
         self.joined = False
 
     def _close_channel(self) -> None:
-        if self._watch is not None:
-            self._watch.close()
+        if self._lost_timer is not None:
+            self._lost_timer.close()
         channel, self.channel = self.channel, None
         if channel is None:
             return
         if self.teardown is not None:
-            # The application ends by itself, in its own time: the others need not wait for it. They hear each other
-            # through the hub, which therefore leaves last, or nearly.
+            # The application ends by itself, in its own time: the others need not wait for it. They are connected
+            # through the hub, which therefore exits last, or nearly.
             self.events.put(("leaves", None))
             channel.post("left")
-            channel.flush(_GOODBYE)
+            channel.flush(_LEFT_FLUSH)
             if channel.is_hub:
-                self._gone.acquire(timeout=_LAST)
+                self._all_left.acquire(timeout=_HUB_STAYS)
         channel.close()
 
     # -- what makes it stop -----------------------------------------------------------------------------------------
 
-    def _hear(self, kind: str, value: Any) -> None:
-        """On the loop thread: from the council, or of the line to it."""
+    def _on_message(self, kind: str, value: Any) -> None:
+        """On the loop thread: a message of the coordinator's, or about the connection to it."""
         if not understood(kind, value):
             return
         if kind in ("up", "down") and self.teardown is None:
             self.identity.mark(alone=value or "")
         if kind == "note":
             self.identity.log.line(value, level="debug")
-        elif kind in ("lost", "back") and self._watch is not None:
-            self._watch.hear(kind, value)
+        elif kind in ("lost", "back") and self._lost_timer is not None:
+            self._lost_timer.hear(kind, value)
         elif kind == "notice" and self._begun.acquire(False):
             try:
                 self._begin("peer", None, value)
             except Exception as error:
                 report_failure("to stop with a peer", error)
                 self.teardown = None
-                self._begun.release()  # its own signal may yet come
+                self._begun.release()  # this rank's own signal may still come
         elif self.teardown is not None:
             if kind == "notice":
                 value = _origin(value)
-                self.teardown.begun_by(value)  # the first to be signalled
-            if kind == "all_left" and self._gone.locked():
-                self._gone.release()
+                self.teardown.begun_by(value)  # the rank that was signalled first
+            if kind == "all_left" and self._all_left.locked():
+                self._all_left.release()
             if kind in ("up", "down"):
                 kind, value = "down", value if kind == "down" else None
             self.events.put((kind, value))
 
     def _lost(self, rank: int) -> None:
-        """On the loop thread: this rank has waited long enough for one that is lost."""
+        """On the loop thread: this rank has waited long enough for a lost peer."""
         if self._begun.acquire(False):
             self._begin("lost", None, {"rank": rank, "host": None, "pid": None})
 
     def _on_signal(self, signum: int) -> bool:
-        """On the loop thread; whether the application's handler is to be called later, and not now."""
+        """On the loop thread. Returns whether the application's handler is called later, and not now."""
         try:
             first, self._signalled = not self._signalled, True
             if self.teardown is not None:
@@ -178,7 +179,7 @@ class Guard(RankState):
                 self.teardown.also_signalled(signum)
                 return first and self._owner.is_deferred(signum)  # a peer's notice was faster
             if self._begun.acquire(False):
-                # Before anything else: on a starved machine this thread may not get the GIL again for long.
+                # Before anything else: on a starved machine, this thread may not get the GIL again for long.
                 self._timer.arm(self.settings.hard, self.settings.exit_code_for(signum))
                 ray.call_abort_off()
                 self.signum = signum
@@ -186,7 +187,7 @@ class Guard(RankState):
                 self._begin("signal", signum, own)
                 return self._owner.is_deferred(signum)
         except BaseException as error:
-            # What is left of the contract: out in time, with the right code.
+            # What can still be kept: the process exits in time, with the right code.
             try:
                 self.identity.log.line(f"internal error: {type(error).__name__}: {error}")
             finally:
@@ -208,7 +209,7 @@ class Guard(RankState):
     # -- the end ----------------------------------------------------------------------------------------------------
 
     def at_exit(self) -> None:
-        """Last of all atexit callbacks."""
+        """In the last atexit callback."""
         self.main.over = True
         self._leave_to_the_stop()
         if self.teardown is not None:
@@ -217,13 +218,13 @@ class Guard(RankState):
         self._leave_to_the_stop()
         self.identity.unregister()
         channels.close_all()
-        native_calls.wait_for_running(_SETTLE)
+        native_calls.wait_for_running(_NATIVE_CALLS)
 
     def _leave_to_the_stop(self) -> None:
         teardown = self.teardown
         if teardown is not None and teardown.committed:
             if not teardown.leaving:
-                # A daemon thread that trains can still get to its iteration; if it has ended, too, `look` notices.
+                # A daemon thread that trains can still reach its iteration; if it has ended, too, the poller notices.
                 if self.gate.thread in (None, get_ident()):
                     self.events.put(("ended", None))
                 self.gate.parking.wait_for_exit()
@@ -231,9 +232,9 @@ class Guard(RankState):
 
 
 def _origin(notice: Any) -> dict[str, Any]:
-    """Who is being evicted, and how many seconds it has `left`, as far as the notice makes sense.
+    """Which rank is being evicted, and how many seconds it has `left`, as far as the notice makes sense.
 
-    A notice that nobody understands is still one: the other ranks have read it, too.
+    A malformed notice still counts: the other ranks have received it, too.
     """
     found = notice if isinstance(notice, dict) else {}
     origin: dict[str, Any] = {
@@ -242,17 +243,17 @@ def _origin(notice: Any) -> dict[str, Any]:
         "pid": whole(found.get("pid")),
     }
     left = found.get("left")
-    if isinstance(left, (int, float)) and 0 <= left <= 86400:  # NaN is not
+    if isinstance(left, (int, float)) and 0 <= left <= 86400:  # NaN compares false
         origin["left"] = float(left)
     return origin
 
 
 guard: Optional[Guard] = None
-"""The process's guard, once an init has been seen."""
+"""The guard of this process, once an init has been seen."""
 
 
 def of_process(real_destroy: Callable[[], object]) -> Guard:
-    """The process's guard, made when first asked for."""
+    """The guard of this process, created at the first call."""
     global guard
     if guard is None:
         guard = Guard(real_destroy)
@@ -260,7 +261,7 @@ def of_process(real_destroy: Callable[[], object]) -> Guard:
 
 
 def at_exit() -> None:
-    """Called by the gate's atexit callback."""
+    """Called by the atexit callback of `startup.py`."""
     if guard is not None:
         guard.at_exit()
 

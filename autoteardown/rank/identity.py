@@ -1,4 +1,4 @@
-"""Which rank this process is, and its entry in the node's registry."""
+"""Identifies this rank (rank, world size, host, job), in its reports and in its entry of the node's registry."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SCHEMA = 2
 
 
 class Identity:
-    """Of one process; its rank may come and go with each init and destroy."""
+    """The identity of one process, whose rank may come and go with each init and destroy."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -31,17 +31,17 @@ class Identity:
         self._entry: Optional[registration.Registration] = None
 
     def joining(self) -> None:
-        """Before torch's init: what the launcher says."""
+        """Before torch's init: take what the launcher's environment says."""
         self._is(_environment_int("RANK"), _environment_int("WORLD_SIZE"))
         self._entry = registration.enter(self.settings.runtime_dir, self._fields(), self.log.line, _soon)
 
     def joined(self, world: World) -> None:
-        """After torch's init: what is true. The registry is yet to be told."""
+        """After torch's init: take the real rank and world size. The registry is updated by `mark_joined`."""
         self.backend = world.backend
         self._is(world.rank, world.size)
 
     def mark_joined(self, alone: Optional[str]) -> None:
-        """Tell the node's registry who this rank is, and why it is alone (None: that is yet to be seen)."""
+        """Update the node's registry: this rank, and why it is alone (None: not known yet)."""
         self.mark(**self._fields(), **({} if alone is None else {"alone": alone}))
 
     def _is(self, rank: Optional[int], world_size: Optional[int]) -> None:
@@ -66,28 +66,28 @@ class Identity:
     def _fields(self) -> dict[str, Any]:
         keep = ("job", "host", "program", "rank", "local_rank", "world_size", "backend")
         fields = {key: value for key, value in self.report().items() if key in keep}
-        return {**fields, "signal": self.settings.signals[0]}  # what `autoteardown drain` has to send
+        return {**fields, "signal": self.settings.signals[0]}  # what `autoteardown drain` must send
 
     def mark(self, **fields: Any) -> None:
-        """Tell the node's registry; never waits for its disk."""
+        """Update the entry in the node's registry; never waits for a disk."""
         if self._entry is not None:
             self._entry.update(**fields)
 
     def time_left(self) -> Optional[float]:
-        """Seconds until a drain of this node kills the process; None: none has said so."""
+        """Seconds until a drain of this node kills the process; None: no drain has set a deadline."""
         return self._entry.time_left() if self._entry is not None else None
 
     def unregister(self, outcome: Optional[str] = None, exit_code: Optional[int] = None) -> None:
-        """Leave the node's registry."""
+        """Remove the entry from the node's registry."""
         if self._entry is not None:
             self._entry.leave(outcome, exit_code)
 
 
 def _soon(function: Callable[[], object]) -> None:
-    """On a thread that ends with it: neither init nor the loop thread, which hears signals, is to wait for a disk."""
+    """Run it on a thread of its own: neither init nor the loop thread, which hears signals, may wait for a disk."""
     try:
         unpatched.start_new_thread(fail_open(function), ())
-    except RuntimeError:  # no thread to be had
+    except RuntimeError:  # no thread is available
         function()
 
 

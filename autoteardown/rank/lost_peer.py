@@ -1,4 +1,4 @@
-"""A rank that vanished without a word: how long its peers wait for it, blocked, before they are torn down."""
+"""Stops a rank that is blocked on a lost peer, after `AUTOTEARDOWN_LOST` seconds without progress."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from autoteardown.unpatched import monotonic
 if TYPE_CHECKING:
     from autoteardown.event_loop.loop import Loop, Timer
 
-_LOOK = 0.5  # seconds between two looks
+_LOOK = 0.5  # seconds between two checks
 
 
 class LostPeerTimer:
-    """Looks at a rank that knows of a lost peer, on the loop thread, and costs nothing before.
+    """Watches a rank that knows of a lost peer, on the loop thread. Costs nothing while no peer is lost.
 
     Args:
-        loop: the rank's.
-        gate: its threads.
-        patience: seconds without progress, blocked; None: for ever.
+        loop: of the rank.
+        gate: the rank's threads.
+        patience: seconds without progress, blocked; None: unlimited.
         over: called with the lost rank when that time has passed.
     """
 
@@ -38,14 +38,14 @@ class LostPeerTimer:
         self._since = 0.0
 
     def hear(self, kind: str, rank: int) -> None:
-        """`lost`, or `back`."""
+        """A peer is `lost`, or `back`."""
         (self.ranks.add if kind == "lost" else self.ranks.discard)(rank)
         if self.ranks and self._timer is None and self._patience is not None:
             self._since = monotonic()
             self._look()
 
     def close(self) -> None:
-        """No more of that."""
+        """Stop watching."""
         self.ranks.clear()
         if self._timer is not None:
             self._timer.cancel()
@@ -60,7 +60,8 @@ class LostPeerTimer:
         except native_calls.InterpreterExiting:
             return
         seen = (thread_stacks.position(self._gate.thread), progress, self._gate.count)
-        # A device that waits for a peer shows in whatever waits for the device, a thread only in a collective.
+        # A device that waits for a peer shows in any thread that waits for the device; a thread that waits for a peer
+        # shows in a collective only.
         blocked = bool(operations.accelerators()) or thread_stacks.place(self._gate.thread) == "peers"
         if seen != self._seen or not blocked or self._gate.saving:
             self._seen, self._since = seen, monotonic()

@@ -1,4 +1,4 @@
-"""What the main thread of an armed rank does at a signal: whose handler runs, and when, and where the thread stops."""
+"""Decides on the main thread what a signal does: whose handler runs and when, and where the thread stops."""
 
 from __future__ import annotations
 
@@ -9,64 +9,64 @@ from autoteardown.rank.eviction_owner import EvictionOwner
 from autoteardown.rank.state import RankState
 from autoteardown.unpatched import get_ident
 
-_PLAN_WAIT = 2.0  # seconds that the main thread waits, in the signal handler, to know if it is to run on
+_PLAN_WAIT = 2.0  # seconds that the main thread waits, in the signal handler, to know whether it runs on
 
 
 class MainThread:
-    """Of one armed rank."""
+    """The main thread of one armed rank."""
 
     def __init__(self, armed: RankState, owner: EvictionOwner) -> None:
         self._armed, self._owner = armed, owner
-        self._seen = 0  # signals that Python's handler was called for
+        self._seen = 0  # signals for which Python's handler was called
         self._waits = False
-        self.over = False  # it has nothing left to run but our own exit callback
+        self.over = False  # it has nothing left to run but the agent's own atexit callback
         self.handed = False  # the application's handler has been called for this eviction
 
     def deliver(self, signum: int) -> None:
-        """Call it, as if the signal had come now."""
+        """Call the application's handler, as if the signal had come now."""
         if not self.handed:
             self.handed = True
             self._armed.listener.deliver(signum)
 
     def delivery(self) -> Optional[Callable[[], object]]:
-        """What calls it, unless it has been called."""
+        """A function that calls the application's handler, unless it has been called."""
         signum = self._armed.signum or self._armed.settings.signals[0]
         return None if self.handed else lambda: self.deliver(signum)
 
     def on_signal(self, signum: int) -> bool:
-        """Python's handler for an eviction signal, on the main thread; True: the agent deals with it."""
+        """The Python-level handler of an eviction signal, on the main thread. Returns whether the agent handles it."""
         armed = self._armed
         teardown, handed = armed.teardown, self.handed
         ends = False
         self._seen += 1
         if self._seen == 1 and handed and armed.signum is not None and self._not_over():
-            return True  # the driver was faster than Python's handler: that was for this signal
+            return True  # the driver was faster than Python's handler: the delivery was for this signal
         if not (teardown is not None and teardown.committed and self.handed) and self._owner.application_owns(
             signum
         ):
             owns = armed.interceptor.application_owns(signum)
-            # Delivered before it came, on a peer's notice; the program may have left the group since.
+            # Delivered before the signal came, on a peer's notice; the program may have left the group since.
             together = self._owner.is_deferred(signum) or handed
             if together and self._seen == 1 and (owns or not self.handed):
                 if self.handed and teardown is not None:
                     teardown.also_signalled(signum, sure=True)
                 return True
             if self._not_over():
-                # A second one, or nobody to wait for: the application's at once.
+                # A second signal, or no peers to wait for: it goes to the application at once.
                 if owns:
                     if self.handed and not handed:
-                        return True  # delivered meanwhile, on top of this frame: that was for this signal
+                        return True  # delivered meanwhile, on top of this frame: for this signal
                     if self.handed and teardown is not None:
                         teardown.also_signalled(signum, sure=True)
                     self.handed = True
                     return False
-                # It has put the default back, and the signal has come again: uvicorn raises it when it has shut down.
-                # Without us it would be dead now.
+                # The application has put the default action back and raised the signal again, as uvicorn does after its
+                # shutdown. Without the agent it would be dead now.
                 ends = True
                 armed.events.put(("released", None))
-        if not self._waits:  # in a signal storm each handler runs on top of the last
+        if not self._waits:  # many signals: each handler runs on top of the last
             self._waits = True
-            # Some C code (`re`, big integers) runs signal handlers but never lets go of the GIL: this may be the only
+            # Some C code (`re`, big integers) runs signal handlers but never releases the GIL: this may be the only
             # chance of the other threads. The training thread is not needed until the last iteration is known.
             armed.gate.wait_for_plan(armed.settings.hard if ends else _PLAN_WAIT, ends)
             self._waits = False
@@ -78,24 +78,25 @@ class MainThread:
         return teardown is None or not teardown.committed or (not self.handed and not self._armed.gate.closed)
 
     def stop(self) -> None:
-        """Park this thread if it is time to, or have it leave if it is time for that."""
+        """Park this thread if it must stop, or have it exit if it must exit."""
         armed, gate, ident = self._armed, self._armed.gate, get_ident()
         if self.over:
             return
-        # It waits below this frame, and looks for itself. What is raised here would not come out of that wait.
+        # The thread waits below this frame, and checks by itself. What is raised here would not come out of that wait.
         if ident in gate.waits.inside or ident in gate.held:
             return
         if ident in gate.parking:
             if gate.parking.left(ident) and not gate.parking.on_way_out():
                 gate.parking.swallowed()
             return
-        # The function that it stands for runs no handler in its midst, so its caller need not expect one to raise:
-        # uvloop leaves its loop through it. It is asked again, as often as it takes.
+        # The built-in function that the replacement stands for runs no handler in its midst, so its caller does not
+        # expect one to raise: uvloop leaves its loop through it. So this is tried again, as often as necessary.
         loop = armed.listener.loop
         if loop is not None and loop.running and thread_stacks.in_signal_replacement():
             loop.call(lambda: armed.listener.run_on_main_thread(self.stop))
             return
-        # An exception in an exit callback would be printed, and cut it short. Ours is the last of them, and waits.
+        # An exception in an exit callback would be printed, and cut the callback short. The agent's is the last, and
+        # waits.
         if ident != gate.thread and thread_stacks.in_exit_callback():
             return
         if armed.teardown is not None and armed.teardown.leaving:

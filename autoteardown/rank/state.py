@@ -1,4 +1,4 @@
-"""What there is of an armed rank: shared by its guard, its main thread and the hands that a stop is given."""
+"""The state of an armed rank, shared by its guard, its main thread, and the control that a stop gets."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from autoteardown.training import gate
 
 
 class RankState:
-    """One process, whose rank may come and go with each init and destroy.
+    """The state of one process, whose rank may come and go with each init and destroy.
 
     Args:
         real_destroy: torch's own `destroy_process_group`.
@@ -32,7 +32,7 @@ class RankState:
         self.interceptor = interception.install(signal)
         self.listener = self.interceptor.prepare()
         self.joined = False  # init has returned: there is a process group
-        self.unshared = ""  # why its group has no channel, in words
+        self.unshared = ""  # why the group has no channel, in words
         self.teardown: Optional[Teardown] = None
         self.channel: Optional[Channel] = None
         self.events: _queue.SimpleQueue[tuple[str, Any]] = _queue.SimpleQueue()

@@ -1,8 +1,9 @@
-"""The hooks on torch: wrapped functions that guard a rank, put in place as torch is imported.
+"""Hooks torch: wraps the functions that create, destroy and save, as torch is imported.
 
-The hook on `torch.distributed.distributed_c10d` runs before `torch.distributed` re-exports the names, so every importer
-gets the wrapper. The wrappers are plain closures with `functools.wraps`, not `wrapt.FunctionWrapper`s: those cannot be
-pickled or copied, and Ray and submitit ship code with cloudpickle.
+1. The hook on `torch.distributed.distributed_c10d` runs before `torch.distributed` re-exports its names, so every
+   importer gets the wrapper.
+2. The wrappers are plain closures with `functools.wraps`, not `wrapt.FunctionWrapper`: that cannot be pickled or
+   copied, and Ray and submitit ship code with cloudpickle.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _MARK = "_autoteardown_wrapped"
 
 
 def register() -> None:
-    """Hook torch: now where its modules are imported already, else as they are imported. Idempotent."""
+    """Hook torch's modules: now those that are imported already, the others as they are imported. Idempotent."""
     import signal
 
     import wrapt
@@ -36,7 +37,7 @@ def register() -> None:
         ("torch.distributed.checkpoint.state_dict_saver", _patch_checkpoint),
         ("torch.utils.data._utils.signal_handling", _patch_workers),
     ):
-        # One that raises would make `import torch` fail.
+        # A hook that raises would make `import torch` fail.
         wrapt.register_post_import_hook(fail_open(patch), name)
     if os.environ.get("AUTOTEARDOWN_CHECKPOINT"):
         from autoteardown.rank import framework_checkpoints
@@ -51,7 +52,7 @@ def _patch(module: ModuleType, name: str, wrap: Callable[[Any], Any], *others: s
         return
     wrapper = functools.wraps(real)(wrap(real))
     setattr(wrapper, _MARK, True)
-    # torch.compile leaves functions of torch.distributed alone, going by their file; ours must ask for that.
+    # torch.compile leaves functions of torch.distributed alone, by their file; the wrapper must ask for that.
     wrapper._torchdynamo_disable = True  # type: ignore[attr-defined]
     setattr(module, name, wrapper)
     for other in others:
@@ -67,7 +68,7 @@ def _patch_c10d(module: ModuleType) -> None:
     _patch(module, "destroy_process_group", _wrap_destroy, "torch.distributed")
     _patch(module, "init_process_group", _wrap_init, "torch.distributed")
     _patch(module, "_new_process_group_helper", _wrap_helper)
-    # What an init needs: 8 ms, which are nothing in an import of torch and something in an init.
+    # Import here what an init needs: 8 ms are nothing in an import of torch, and something in an init.
     from autoteardown.rank import guard  # noqa: F401
 
 
@@ -153,7 +154,7 @@ def _enter_save(collective: bool) -> Any:
 
 @fail_open
 def _save_returned(gate: Any, result: Any) -> None:
-    # dcp.async_save: a future, or (2.9 and later, on request) an object with two of them.
+    # dcp.async_save returns a future, or (2.9 and later, on request) an object with two.
     future = getattr(result, "upload_completion", result)
     if gate is not None and hasattr(future, "add_done_callback"):
         gate.saves.in_background(future)
@@ -217,7 +218,7 @@ def _custom_made(result: Any) -> None:
 
 @fail_open
 def adopt() -> None:
-    """Guard a process group that was there before us."""
+    """Guard a process group that exists already."""
     from autoteardown.rank import guard
 
     c10d = sys.modules["torch.distributed.distributed_c10d"]
@@ -233,7 +234,7 @@ def _joined() -> None:
 
     if guard.guard is not None:
         guard.guard.after_init()
-        guard.guard.listener.reclaim()  # communication libraries set handlers of their own
+        guard.guard.listener.reclaim()  # communication libraries set signal handlers
 
 
 @fail_open
@@ -252,7 +253,7 @@ def _not_joined() -> None:
     rank = guard.guard
     if rank is None or c10d.is_initialized():
         return
-    if custom_groups.any_left() and rank.listener.armed:  # what is left was made without an init
+    if custom_groups.any_left() and rank.listener.armed:  # the remaining groups were made without an init
         rank.after_init()
     else:
         rank.after_destroy()

@@ -1,1 +1,1 @@
-"""Signals of an armed process: interception, ownership, dispositions, and waking the main thread."""
+"""Signals of an armed process: who handles each, and how the agent hears of one while the main thread is blocked."""

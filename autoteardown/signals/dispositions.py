@@ -1,10 +1,10 @@
-"""What the kernel does on a signal, beneath Python: looked at, set from any thread, saved, restored.
+"""Reads and sets kernel signal dispositions (`sigaction`) from any thread, and saves and restores them whole.
 
-`signal` knows only what was set through it, on the main thread alone. Handlers that C code installed (faulthandler,
-MPI, UCX, abseil) are seen here, and kept whole: a disposition is saved as the bytes that `sigaction` wrote, whose
-layout nobody here needs to know. The functions are CPython's own public ones, and the C library's that it uses itself.
-
-Imports ctypes, as `import torch` does; so never at start-up.
+1. The `signal` module knows only handlers that were set through it, and sets them on the main thread only. Handlers
+   that C code has installed (faulthandler, MPI, UCX, abseil) are seen here.
+2. A disposition is saved as the bytes that `sigaction` wrote, so their layout need not be known.
+3. The functions are CPython's public ones, and the C library's that CPython itself uses. ctypes is imported for
+   them, as `import torch` does; so this module is never imported at start-up.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Callable, Optional
 from autoteardown import unpatched
 from autoteardown.fail_open import report_failure
 
-DEFAULT, IGNORE = 0, 1  # SIG_DFL and SIG_IGN; else the address of a handler
+DEFAULT, IGNORE = 0, 1  # SIG_DFL and SIG_IGN; any other value is the address of a handler
 _LARGEST = 512  # bytes; struct sigaction has 152 on Linux, and 16 on macOS
 
-# Prototypes of our own: those in `ctypes.pythonapi` are shared with whoever else sets their types.
+# Own prototypes: those in `ctypes.pythonapi` are shared with everyone else who sets their types.
 _getsig = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_int)(("PyOS_getsig", ctypes.pythonapi))
 _setsig = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)(("PyOS_setsig", ctypes.pythonapi))
 _Pending = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p)
@@ -37,12 +37,12 @@ def handler_of(signum: int) -> int:
 
 
 def set_handler(signum: int, handler: int) -> None:
-    """Put a handler in force, as `signal.signal` does underneath."""
+    """Put a handler in force, as `signal.signal` does in C."""
     _setsig(signum, handler)
 
 
 def save(signum: int) -> bytes:
-    """All of a signal's disposition: handler, mask and flags."""
+    """The whole disposition of a signal: handler, mask and flags."""
     disposition = ctypes.create_string_buffer(_LARGEST)
     if _sigaction(signum, None, disposition):
         raise OSError(ctypes.get_errno(), "sigaction")
@@ -56,22 +56,22 @@ def restore(signum: int, disposition: bytes) -> None:
 
 
 def call_on_main(errand: Callable[[], object]) -> bool:
-    """Have the main thread call `errand` when it next comes by, without a signal: it is not got out of a sleep.
+    """Have the main thread call `function` when it next runs bytecode. No signal is sent: a sleep is not interrupted.
 
     Returns:
-        False if too many others wait for it already.
+        False if too many calls are pending already.
     """
     _errands.append(errand)
     return bool(_add_pending(_run_errands, None) == 0)
 
 
 def forget_errands() -> None:
-    """In a forked child: they were the parent's."""
+    """In a forked child: drop the calls that are pending for the parent's main thread."""
     _errands.clear()
 
 
 def _do_errands(_: object) -> int:
-    # On the main thread. One call may do the errands of several, whose own then find nothing.
+    # On the main thread. One call may run the functions of several, whose own calls then find nothing.
     while _errands:
         errand = _errands.pop(0)
         try:
@@ -81,17 +81,22 @@ def _do_errands(_: object) -> int:
     return 0
 
 
-_run_errands = _Pending(_do_errands)  # kept: C has its address
+_run_errands = _Pending(_do_errands)  # kept alive: C has its address
 
 
 def run_saved(signum: int, disposition: bytes, ours: int) -> None:
-    """Have a saved handler handle a signal, on a thread of its own; then put `ours` back."""
+    """Run a saved handler on a new thread; then put the handler `ours` back.
+
+    Raises:
+        RuntimeError: no thread is available.
+    """
 
     def run() -> None:
         restore(signum, disposition)
         try:
-            # To this thread: it has been handled when the call returns, if it returns. faulthandler reads the frames
-            # of all threads, and crashes if they run on meanwhile; if it cannot write, there is still the fuse.
+            # Raised for this thread: the handler has run when the call returns. faulthandler's reads the frames of all
+            # threads and crashes if they run on meanwhile, so it is called with the GIL held. If it then blocks, the
+            # POSIX timer ends the process.
             (_raise_with_the_gil if _is_pythons(handler_of(signum)) else _raise)(signum)
         finally:
             set_handler(signum, ours)
@@ -100,13 +105,13 @@ def run_saved(signum: int, disposition: bytes, ours: int) -> None:
 
 
 def _is_pythons(handler: int) -> bool:
-    """Whether a handler is part of the interpreter: faulthandler's is."""
+    """Whether a handler is part of the interpreter, as faulthandler's is."""
     base = _loaded_at(handler)
     return base is not None and base == _loaded_at(ctypes.cast(_setsig, ctypes.c_void_p).value)
 
 
 def _loaded_at(address: Optional[int]) -> Optional[int]:
-    """Where the library, or the program, begins in memory that has this address."""
+    """The address at which the library or program that contains this address was loaded."""
     found = _Symbol()
     if _dladdr is None or not _dladdr(ctypes.c_void_p(address), ctypes.byref(found)):
         return None
@@ -114,7 +119,7 @@ def _loaded_at(address: Optional[int]) -> Optional[int]:
     return base
 
 
-class _Symbol(ctypes.Structure):  # Dl_info
+class _Symbol(ctypes.Structure):  # struct Dl_info
     _fields_ = [
         ("file", ctypes.c_char_p),
         ("base", ctypes.c_void_p),

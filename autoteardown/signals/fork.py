@@ -1,4 +1,8 @@
-"""What an armed process has to see to when it forks: children are not ranks (F10)."""
+"""Fork hooks of an armed process: a child is not a rank, and a signal that reaches it early is not lost.
+
+A forked child inherits the wake-up fd and would write its own signals into its parent's pipe. So the child gets back
+what it would have without the agent.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +15,12 @@ from autoteardown.fail_open import fail_open
 
 
 class ForkHooks:
-    """Of one process.
+    """Registers the hooks of one process.
 
     Args:
-        signals: those that mean eviction.
-        armed: whether this process is.
-        in_child: called in each child; gives back what the child would have had without us.
+        signals: the signals that mean eviction.
+        armed: whether this process is armed.
+        in_child: called in each child; restores what the child would have without the agent.
     """
 
     def __init__(
@@ -30,10 +34,10 @@ class ForkHooks:
         os.register_at_fork(
             before=fail_open(self._mask), after_in_parent=self._unmask, after_in_child=fail_open(in_child)
         )
-        os.register_at_fork(after_in_child=self._unmask)  # whatever comes of the other
+        os.register_at_fork(after_in_child=self._unmask)  # runs even if `in_child` fails
 
     def _mask(self) -> None:
-        # A signal that reaches the child before `in_child` would be lost: CPython drops what is pending.
+        # CPython drops pending signals in a forked child, so one that comes before `in_child` would be lost.
         if self._armed():
             self._masks[unpatched.get_ident()] = signal.pthread_sigmask(signal.SIG_BLOCK, self._signals)
 

@@ -1,6 +1,7 @@
-"""What an armed process has behind the signal tap: its loop thread, the slots that it has taken, what a fork undoes.
+"""Listens for signals in an armed process: starts the loop thread, takes over the signals, and decides who handles
+each.
 
-The tap's stand-ins ask it; nothing of it is loaded in a process that imports no torch.
+Nothing of this module is loaded in a process that does not import torch.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from autoteardown.signals.fork import ForkHooks
 from autoteardown.signals.ownership import SignalOwnership
 
 OWN = 0x80
-"""Marks a byte of the trampoline's; signal numbers end at 64."""
+"""Marks a byte that the trampoline has written; signal numbers end at 64."""
 
 
 class ApplicationSignals(Protocol):
@@ -35,11 +36,11 @@ class ApplicationSignals(Protocol):
 
 
 class Listener:
-    """Of one process; it comes and goes with each `arm` and `disarm`.
+    """Listens from `arm` to `disarm`; both may be repeated.
 
     Args:
-        tap: whose it is.
-        slots: what it takes when it is armed.
+        application: what the application has set through the `signal` module.
+        ownership: takes over handlers and wake-up fd while the process is armed.
     """
 
     def __init__(self, application: ApplicationSignals, ownership: SignalOwnership) -> None:
@@ -49,13 +50,13 @@ class Listener:
         self._forks: Optional[ForkHooks] = None
         self._on_signal: Callable[[int], object] = lambda signum: None
         self.on_main_thread: Callable[[int], bool] = lambda signum: False
-        """What the trampoline asks: see `arm`."""
+        """Called by the trampoline: see `arm`."""
 
     @property
     def loop(self) -> Optional[Loop]:
-        """The thread that reads the wake-up fd, and whatever else the rank has to read.
+        """The event loop, whose thread reads the wake-up fd and all other descriptors of the agent.
 
-        None if it is only in the parent that forked this process.
+        None if the process is not armed, or if the thread is only in the parent that forked this process.
         """
         loop = self._loop
         return loop if loop is not None and loop.here else None
@@ -67,7 +68,7 @@ class Listener:
 
     @property
     def main_thread_pending(self) -> bool:
-        """Whether the main thread has yet to come by for what only it can do: a signal may find the default action."""
+        """Whether the main thread has not yet done its part: until it has, a signal may have its default action."""
         return not self.ownership.ready
 
     # -- arming ------------------------------------------------------------------------------------------------------
@@ -75,21 +76,22 @@ class Listener:
     def arm(
         self,
         on_signal: Callable[[int], object],
-        run_on_main_thread: Callable[[int], bool],
+        on_main_thread: Callable[[int], bool],
         on_quiet: Callable[[], object],
     ) -> None:
         """Listen from now on. May be called on any thread.
 
         Args:
             on_signal: called on the loop thread with the number of each eviction signal; must not raise. Returns
-                whether the application is to hear of it later, through `deliver`.
-            on_main: called on the main thread, at a bytecode boundary; True if the agent deals with the signal.
+                whether the application's handler is called later, through `deliver`, and not now.
+            on_main_thread: called on the main thread, between two bytecodes; returns whether the agent deals with the
+                signal.
             on_quiet: called on the loop thread after each day without a signal.
 
         Raises:
-            OSError, RuntimeError: no socket pair or no thread to be had; nothing has been changed then.
+            OSError, RuntimeError: no socket pair or no thread is available. Nothing has been changed then.
         """
-        self._on_signal, self.on_main_thread = on_signal, run_on_main_thread
+        self._on_signal, self.on_main_thread = on_signal, on_main_thread
         if self.armed:
             self.reclaim()
             return
@@ -105,10 +107,10 @@ class Listener:
         self._guard_interrupt_main(True)
 
     def reclaim(self) -> list[int]:
-        """Any thread, a few system calls: take back what C code has taken from an armed process.
+        """Take back the handlers that C code has replaced since. Any thread; costs a few system calls.
 
         Returns:
-            The signals that it would not have heard.
+            The signals that the agent would not have heard.
         """
         return self.ownership.reclaim() if self.armed else []
 
@@ -120,7 +122,7 @@ class Listener:
             self.ownership.give_back(self._application.warn)
 
     def _after_fork_in_child(self) -> None:
-        """Children are not ranks: the child gets back what it would have had without us (F10)."""
+        """Children are not ranks: give the child what it would have without the agent."""
         loop, self._loop = self._loop, None
         self.ownership.forget()
         if loop is not None:
@@ -135,7 +137,7 @@ class Listener:
     # -- a signal ----------------------------------------------------------------------------------------------------
 
     def _hear(self, data: bytes) -> None:
-        """On the loop thread."""
+        """On the loop thread: deal with the signal numbers that were read from the wake-up fd."""
         application, ownership = self._application, self.ownership
         signums = bytes(byte for byte in data if not byte & OWN and byte != ownership.interrupt.number)
         deferred = set()
@@ -147,15 +149,15 @@ class Listener:
         ownership.forward(bytes(signum for signum in signums if signum not in deferred), application.warn)
 
     def _deaf(self, error: Exception) -> None:
-        """On the loop thread: it must not keep what event loops wait for."""
+        """On the loop thread: it cannot go on. Give the wake-up fd back, which event loops wait for."""
         report_failure("listener", error)
         self.disarm()
 
     def on_python_handler(self, signum: int) -> bool:
-        """In the trampoline: whether the agent deals with the signal.
+        """Called by the trampoline. Returns whether the agent deals with the signal.
 
-        An event loop may have had the wake-up fd when the signal came: the loop thread hears of it, by a byte that is
-        not passed on.
+        An event loop may have had the wake-up fd when the signal came. So the loop thread is told with a byte of the
+        agent's own, which is not forwarded to the application.
         """
         loop = self.loop
         if loop is None:
@@ -169,15 +171,15 @@ class Listener:
         forwarded = ownership.forward(bytes([signum]), application.warn)
         ownership.chain(signum)
         handler = application.handler_of(signum)
-        # To uvloop it would be a second signal: it may be reading its wake-up fd just now, beneath this frame.
+        # uvloop would take it for a second signal: it may be reading its wake-up fd just now, below this frame.
         if callable(handler) and not (forwarded and _is_uvloops(handler)):
             handler(signum, sys._getframe(1))
 
     def run_on_main_thread(self, errand: Callable[[], object]) -> bool:
-        """In a teardown: have the main thread call `errand` soon, out of a sleep or a lock if need be.
+        """In a teardown: have the main thread call `function` soon, also out of a sleep or a lock.
 
         Returns:
-            False if it cannot be asked (see `Doorbell.ask`).
+            False if that is not possible (see `MainThreadInterrupt.run_on_main_thread`).
         """
         if not self.ownership.interrupt.run_on_main_thread(errand):
             return False

@@ -1,9 +1,11 @@
-"""The doorbell: how a teardown has the main thread run something, out of a sleep or a lock.
+"""Has the main thread call a function during a teardown, also out of a sleep or a lock.
 
-A Python-level handler on a real-time signal that nobody uses: the only thing that gets the main thread out of a call
-that waits. That is also why it rings in a teardown only: to a healthy program it is an interrupted system call. The
-signal is Python's business from the time that torch is imported, for handlers can only be set on the main thread; to
-the kernel it is nothing until the process is armed.
+1. It is a Python-level handler on an unused real-time signal: nothing else gets the main thread out of a system call
+   that waits.
+2. To a healthy program this is an interrupted system call (`signal.pause()` returns), so it is used in a teardown
+   only.
+3. Handlers can be set on the main thread only, so the handler is set when torch is imported. The kernel's
+   disposition stays the default until the process is armed.
 """
 
 from __future__ import annotations
@@ -17,7 +19,14 @@ from autoteardown.signals import dispositions
 
 
 class MainThreadInterrupt:
-    """Takes a signal of `module`, which is `signal`, that is not among those `taken`; with the functions given."""
+    """Reserves a real-time signal for the agent.
+
+    Args:
+        module: the `signal` module.
+        taken: signals that must not be used.
+        signal: the original `signal.signal`.
+        getsignal: the original `signal.getsignal`.
+    """
 
     def __init__(
         self,
@@ -26,19 +35,19 @@ class MainThreadInterrupt:
         signal: Callable[[int, Any], Any],
         getsignal: Callable[[int], Any],
     ) -> None:
-        self.number = 0  # of the signal; 0 as long as there is none
+        self.number = 0  # the signal's number; 0: none is reserved
         self._default = module.SIG_DFL
         self._pthread_kill: Callable[[int, int], None] = module.pthread_kill
         last = getattr(module, "SIGRTMAX", 0)
         self._candidates = [n for n in range(last - 3, last - 12, -1) if n not in taken] if last else []
         self._signal, self._getsignal = signal, getsignal
-        self._handler = self._answer  # one object, to be compared by identity
+        self._handler = self._answer  # one object, compared by identity
         self.python = 0  # the address of the interpreter's own handler
         self._connected = False
         self._errands: list[Callable[[], object]] = []
 
     def reserve(self) -> None:
-        """On the main thread: take a signal that has no handler, without the kernel knowing."""
+        """On the main thread: take a signal that has no handler, without changing the kernel's disposition."""
         while self._candidates and not self.number:
             signum = self._candidates.pop(0)
             default = dispositions.handler_of(signum) == dispositions.DEFAULT
@@ -49,7 +58,7 @@ class MainThreadInterrupt:
                 self._connect()
 
     def connect(self, connected: bool) -> None:
-        """Any thread: whether the signal has a handler; else the kernel's default is in force."""
+        """Set the kernel's disposition of the signal: the interpreter's handler, or the default. Any thread."""
         self._connected = connected
         self._connect()
 
@@ -58,13 +67,14 @@ class MainThreadInterrupt:
             dispositions.set_handler(self.number, self.python if self._connected else dispositions.DEFAULT)
 
     def is_handler(self, handler: object) -> bool:
-        """Whether this handler, found in force, is ours."""
+        """Whether this handler, found in force, is the agent's."""
         return handler is self._handler
 
     def set_handler(self, handler: Any) -> Any:
-        """What `signal.signal` does with our signal; returns what it would return without us."""
-        # Lightning saves and restores the handlers of all signals: the default that it found here is ours. Without it,
-        # to ring would end the process. Where somebody wants the signal for himself, we take another.
+        """Do what `signal.signal` does for the reserved signal; returns what it returns without the agent."""
+        # Lightning saves and restores the handlers of all signals, and finds the default here. If it restored the real
+        # default, the interrupt would end the process. If the application wants this signal for itself, the agent
+        # reserves another.
         default = handler == self._default
         old = self._signal(self.number, self._handler if default else handler)
         if not default:
@@ -74,10 +84,11 @@ class MainThreadInterrupt:
         return self._default if self.is_handler(old) else old
 
     def run_on_main_thread(self, errand: Callable[[], object]) -> bool:
-        """Have the main thread call `errand` soon: at its next bytecode, or out of a sleep or a lock.
+        """Have the main thread call `function` soon: before its next bytecode, or out of a sleep or a lock.
 
         Returns:
-            False if it cannot be asked. Whether it ever comes out of the C code that it is in is another matter.
+            False if that is not possible. True does not mean that the main thread ever leaves the C code that it is
+            in.
         """
         if not self.number or not self._connected:
             return dispositions.call_on_main(errand)
@@ -86,7 +97,7 @@ class MainThreadInterrupt:
         return True
 
     def forget(self) -> None:
-        """In a forked child: nobody waits for the parent's errands."""
+        """In a forked child: drop the functions that wait for the parent's main thread."""
         self._errands.clear()
 
     def _answer(self, signum: int, frame: FrameType | None) -> None:
@@ -94,5 +105,5 @@ class MainThreadInterrupt:
             errand = self._errands.pop(0)
             try:
                 errand()
-            except Exception as error:  # not the SystemExit with which the main thread leaves
+            except Exception as error:  # but not SystemExit, with which the main thread exits
                 report_failure("errand", error)

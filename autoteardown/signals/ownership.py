@@ -1,12 +1,14 @@
-"""The slots that an armed process takes: handlers, dispositions of the kernel's, the wake-up fd; and gives back.
+"""Takes over the signals of an armed process (Python handlers, kernel dispositions, the wake-up fd), and gives them
+back.
 
-Python-level handlers can only be set on the main thread, and most Ray actors and every training function of Ray Train
-call init on another. So they are set early, while torch is imported, and hidden from the kernel: its disposition stays
-what it was. To arm is then to tell the kernel, which any thread can do at once. The wake-up fd follows when the main
-thread comes by; until then a signal is heard of if that thread sleeps or waits for a lock, not if it is in C.
-
-What the kernel had in force is found by `sigaction` itself. A C-level handler is somebody's who did not go through
-Python: it runs when the signal comes, beside ours, and is put back in the end.
+1. Python-level handlers can be set on the main thread only, and most Ray actors and every training function of Ray
+   Train call init on another (pytorch/pytorch#135088). So the handlers are set early, while torch is imported,
+   without the kernel's disposition: the process still behaves as without them. To arm the process is then to set the
+   kernel's disposition, which any thread can do at once.
+2. The wake-up fd can be set on the main thread only, too, and is set when that thread next runs bytecode. Until
+   then, a signal is noticed if the main thread sleeps or waits for a lock, but not if it is in C code.
+3. The kernel's disposition is read with `sigaction`. A handler that is not the interpreter's was set by C code: it
+   runs when the signal comes, beside the agent's, and is put back in the end.
 """
 
 from __future__ import annotations
@@ -24,12 +26,13 @@ Handler = Any
 
 
 class SignalOwnership:
-    """Of one process.
+    """The handlers, dispositions and wake-up fd of one process.
 
     Args:
-        module: `signal`.
-        signals: those that mean eviction.
-        handlers: what the application believes to be in force where the real handler is `trampoline`.
+        module: the `signal` module.
+        signals: the signals that mean eviction.
+        handlers: the application's handlers, where the real handler is `trampoline`.
+        trampoline: the Python-level handler that takes their place.
         functions: the originals of `signal.signal`, `getsignal`, `set_wakeup_fd`.
     """
 
@@ -41,8 +44,8 @@ class SignalOwnership:
         trampoline: Handler,
         functions: tuple[Callable[..., Any], ...],
     ) -> None:
-        self.ready = False  # the main thread has been here
-        self.app_fd = -1  # what would be the wake-up fd if the process were not armed
+        self.ready = False  # the main thread has done its part
+        self.app_fd = -1  # the application's wake-up fd; -1: none
         self._signals = signals
         self._handlers = handlers
         self._trampoline = trampoline
@@ -50,18 +53,18 @@ class SignalOwnership:
         self._default, self._ignore = module.SIG_DFL, module.SIG_IGN
         self.interrupt = MainThreadInterrupt(module, signals, self._signal, self._getsignal)
         self._python = 0  # the address of the interpreter's own handler
-        self._before: dict[int, bytes] = {}  # dispositions as they were when the process was armed
-        self._in_c: dict[int, bytes] = {}  # those with a handler that is not Python's
+        self._before: dict[int, bytes] = {}  # dispositions from before the process was armed
+        self._in_c: dict[int, bytes] = {}  # dispositions with a handler that is not Python's
         self._chained: set[int] = set()
         self._listener: Loop | None = None
-        self._fd = -1  # the wake-up fd that we have set
+        self._fd = -1  # the wake-up fd that the agent has set
 
     # -- before: on the main thread ---------------------------------------------------------------------------------
 
     def prepare(self) -> None:
-        """Set the Python-level handlers of signals that have none, and leave the kernel as it is.
+        """Set the Python-level handlers of the signals, and leave the kernel's dispositions as they are.
 
-        On another thread: when the main thread comes by.
+        Not on the main thread: this is done when the main thread next runs bytecode.
         """
         if not unpatched.on_main_thread():
             dispositions.call_on_main(self.prepare)
@@ -73,7 +76,7 @@ class SignalOwnership:
             self.ready = bool(self._python)
 
     def prepare_one(self, signum: int) -> None:
-        """The same for one signal, whose handler the application has set to the default."""
+        """The same for one signal, whose handler the application has set to the default action."""
         handler = self._getsignal(signum)
         if handler == self._ignore or handler is self._trampoline:
             return
@@ -87,10 +90,10 @@ class SignalOwnership:
     # -- armed --------------------------------------------------------------------------------------------------------
 
     def take(self, listener: Loop) -> bool:
-        """Any thread: from here on, what is heard goes to the listener.
+        """Have the interpreter's handler called and the loop's fd written to from now on. Any thread.
 
         Returns:
-            False if the main thread has not prepared anything yet: what only it can do is done when it comes by.
+            False if the main thread has not prepared anything yet: it then does its part when it next runs bytecode.
         """
         self._listener = listener
         if self.ready:
@@ -103,7 +106,7 @@ class SignalOwnership:
         return self.ready
 
     def _take_kernel(self) -> list[int]:
-        """Put the interpreter's handler in force where another is; return the signals that were somebody's."""
+        """Put the interpreter's handler in force. Returns the signals that had another."""
         found = []
         for signum in self._signals:
             handler = dispositions.handler_of(signum)
@@ -113,7 +116,7 @@ class SignalOwnership:
             self._before[signum] = disposition = dispositions.save(signum)
             if handler != dispositions.DEFAULT:
                 self._in_c[signum] = disposition
-            else:  # maybe its owner has put it away (`faulthandler.unregister`)
+            else:  # its owner may have removed it (`faulthandler.unregister`)
                 self._in_c.pop(signum, None)
             dispositions.set_handler(signum, self._python)
             found.append(signum)
@@ -128,13 +131,13 @@ class SignalOwnership:
         if old != self._fd:
             self.app_fd = old
         self._fd = listener.fd
-        for signum in self._signals:  # what was set behind the stand-ins' back
+        for signum in self._signals:  # handlers that were set without the replacements
             self.prepare_one(signum)
         self._take_kernel()
         self.interrupt.connect(True)
 
     def reclaim(self) -> list[int]:
-        """Any thread: take back what C code has taken since; return the signals that were affected."""
+        """Take back what C code has taken since. Any thread. Returns the signals that were affected."""
         if self._listener is None or not self._listener.here:
             return []
         if unpatched.on_main_thread():
@@ -144,7 +147,7 @@ class SignalOwnership:
         return self._take_kernel() if self.ready else []
 
     def replaced(self, signum: int) -> None:
-        """The application has set a handler through Python: what was beneath is gone for good."""
+        """The application has set a handler through Python, so the disposition from before is obsolete."""
         self._before.pop(signum, None)
         self._in_c.pop(signum, None)
 
@@ -153,16 +156,20 @@ class SignalOwnership:
         return signum in self._in_c
 
     def chain(self, signum: int) -> None:
-        """Have the C-level handler that was found run, once: it is the application's, and may call ours."""
+        """Run the C-level handler that was found, once: it is the application's, and may in turn call the agent's."""
         if signum in self._in_c and signum not in self._chained:
             self._chained.add(signum)
             dispositions.run_saved(signum, self._in_c[signum], self._python)
 
     def forward(self, signums: bytes, warn: bool) -> bool:
-        """To the wake-up fd of the application; `warn`: its `warn_on_full_buffer`.
+        """Write signal numbers to the wake-up fd of the application.
+
+        Args:
+            signums: the numbers, one byte each.
+            warn: the application's `warn_on_full_buffer`.
 
         Returns:
-            Whether it has one, which takes them.
+            Whether the application has a wake-up fd and the bytes were written.
         """
         if self.app_fd == -1 or not signums:
             return False
@@ -175,20 +182,21 @@ class SignalOwnership:
         return True
 
     def wake_loop(self) -> None:
-        """In a teardown: uvloop waits in C for its wake-up fd alone, whatever signals come.
+        """In a teardown: wake the application's event loop. uvloop waits in C for its wake-up fd alone, whatever
+        signals come.
 
-        A zero byte is no signal to any loop.
+        A zero byte means no signal to any event loop.
         """
         if self.app_fd != -1:
             try:
                 os.write(self.app_fd, b"\0")
-            except OSError:  # full, so it is about to wake; or closed
+            except OSError:  # full: the loop is about to wake; or closed
                 pass
 
     # -- and back -----------------------------------------------------------------------------------------------------
 
     def give_back(self, warn: bool) -> None:
-        """Any thread: the kernel's dispositions are as before at once, the rest when the main thread comes by.
+        """Restore the kernel's dispositions at once, and the rest when the main thread next runs bytecode. Any thread.
 
         Args:
             warn: the application's `warn_on_full_buffer`.
@@ -198,7 +206,7 @@ class SignalOwnership:
             return
         self.interrupt.connect(False)
         for signum in self._signals:
-            # SIG_IGN is the application's, and so is a handler that another thread cannot set.
+            # SIG_IGN is the application's, and so is a handler that this thread cannot set.
             if self._getsignal(signum) is self._trampoline:
                 disposition = self._before.pop(signum, None)
                 if disposition is not None:
@@ -210,15 +218,15 @@ class SignalOwnership:
 
         def run_on_main_thread() -> None:
             if self._listener is not None:
-                self._take_on_main()  # armed again meanwhile
+                self._take_on_main()  # armed again in the meantime
             else:
                 fd, self.app_fd, self._fd = self.app_fd, -1, -1
                 try:
                     self._set_wakeup_fd(fd, warn_on_full_buffer=warn)
-                except (OSError, ValueError):  # the event loop's fd is gone: so be it
+                except (OSError, ValueError):  # the event loop has closed its fd
                     self._set_wakeup_fd(-1)
             if listener.here:
-                listener.close()  # not before: its fd was where signals are written
+                listener.close()  # not earlier: the kernel wrote signals to its fd
 
         if unpatched.on_main_thread():
             run_on_main_thread()
@@ -226,6 +234,6 @@ class SignalOwnership:
             dispositions.call_on_main(run_on_main_thread)
 
     def forget(self) -> None:
-        """In a forked child."""
+        """In a forked child: drop what waits for the parent's main thread."""
         dispositions.forget_errands()
         self.interrupt.forget()

@@ -1,22 +1,24 @@
-"""Stand-ins for functions of the `signal` module, which cannot be told from the originals.
+"""Functions that replace those of the `signal` module and cannot be told from the originals.
 
-`signal` and `getsignal` are Python functions there, and stay such. `set_wakeup_fd` is built in, and what stands for it
-is neither a method when it is found in a class, nor a function of ours to pydoc, pickle and copy.
+1. `signal` and `getsignal` are Python functions in the standard library, and their replacements are, too.
+2. `set_wakeup_fd` is a built-in function. Its replacement does not become a method when a class has it as an
+   attribute, and `inspect`, `pydoc`, `pickle` and `copy` take it for the original (CPython's own tests check this).
+3. Every process that imports `signal` imports this module: see `interception.py`.
 """
 
 import functools
 
 from autoteardown.unpatched import builtin_function
 
-TYPE_CHECKING = False  # imported by every process that imports `signal`: see signals/interception.py
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, Callable
 
-    SignalInterceptor = Any  # signals.Tap, which imports this
+    SignalInterceptor = Any  # interception.SignalInterceptor, which imports this module
 
 
 class Builtin:
-    """Calls `function`, and in all else is the built-in function that it stands for."""
+    """A callable that calls `function`, and is in all else the built-in function `original`."""
 
     __slots__ = ("_function", "_original")
 
@@ -24,12 +26,12 @@ class Builtin:
         self._original = original
         self._function = function
 
-    @property  # type: ignore[misc]  # what isinstance() looks at, and with it `inspect`
+    @property  # type: ignore[misc]  # what isinstance() and `inspect` look at
     def __class__(self) -> "Any":
         return builtin_function
 
     def __call__(self, *args: "Any", **kwargs: "Any") -> object:
-        """As the original, and what we need."""
+        """Call the function."""
         return self._function(*args, **kwargs)
 
     def __getattr__(self, name: str) -> "Any":
@@ -50,7 +52,7 @@ class Builtin:
         return repr(self._original)
 
     def __reduce__(self) -> str:
-        return str(self._original.__reduce__())  # by name
+        return str(self._original.__reduce__())  # pickled by name
 
     def __reduce_ex__(self, protocol: "Any") -> str:
         return self.__reduce__()
@@ -66,7 +68,7 @@ def put(interceptor: "SignalInterceptor", module: "Any") -> None:
             return interceptor.set_handler(signalnum, handler)
         except Exception as error:
             problem = error
-        # If it was not us, the original raises it again: as itself, and without a traceback of ours.
+        # If the error is not the agent's, the original raises it again, without the agent in the traceback.
         old = interceptor.seen(signalnum, real_signal(signalnum, handler))
         interceptor.report_failure("signal.signal", problem)
         return old
@@ -97,17 +99,21 @@ def put(interceptor: "SignalInterceptor", module: "Any") -> None:
     module.set_wakeup_fd = _like(real_set_wakeup_fd, set_wakeup_fd)
     home = getattr(real_set_wakeup_fd, "__self__", None)
     if home is not None:
-        home.set_wakeup_fd = module.set_wakeup_fd  # in `_signal`, where pickle looks for it
+        home.set_wakeup_fd = module.set_wakeup_fd  # `pickle` looks for it in `_signal`
 
 
 def _like(real: "Any", function: "Callable[..., object]") -> "Any":
     if isinstance(real, builtin_function):
         return Builtin(real, function)
-    return functools.wraps(real)(function)  # gevent's
+    return functools.wraps(real)(function)  # gevent has replaced the built-in function with one of its own
 
 
 def interrupt_main(interceptor: "SignalInterceptor", real: "Any") -> "Any":
-    """For `_thread.interrupt_main` while a rank is armed, when an eviction signal's real handler is not the default."""
+    """Make a replacement of `_thread.interrupt_main` for an armed process.
+
+    While the process is armed, the Python-level handler of an eviction signal is the trampoline even where the
+    application has the default action; for that, `interrupt_main` is documented to do nothing.
+    """
 
     def interrupt_main(*args: "Any", **kwargs: "Any") -> object:
         signum = args[0] if args else kwargs.get("signum")
@@ -116,7 +122,7 @@ def interrupt_main(interceptor: "SignalInterceptor", real: "Any") -> "Any":
             and signum in interceptor.signals
             and not callable(interceptor.handler_of(signum))
         ):
-            return None  # documented: nothing happens
+            return None  # documented to do nothing under the default action
         return real(*args, **kwargs)
 
     return Builtin(real, interrupt_main)

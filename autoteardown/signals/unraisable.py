@@ -1,4 +1,4 @@
-"""What CPython says when it cannot write to the wake-up fd of the program, said where we write there for it."""
+"""Reports a failed write to the application's wake-up fd as CPython would."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _MESSAGE = "Exception ignored when trying to write to the signal wakeup fd"
 
 
 def wakeup_write_failed(error: OSError) -> None:
-    """Have the main thread say it, as the interpreter would: through `sys.unraisablehook` if that is the program's."""
+    """Report it on the main thread, through `sys.unraisablehook` if the program has set one."""
 
     def say() -> None:
         hook = sys.unraisablehook

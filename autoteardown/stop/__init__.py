@@ -1,1 +1,1 @@
-"""One stop, from the signal to the exit."""
+"""One stop of a rank, from the eviction signal to the exit: protocol, coordinator, driver, deadline, reports."""

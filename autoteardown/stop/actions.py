@@ -1,4 +1,4 @@
-"""Carries out what the protocol asks of a rank. Nothing here waits: what may block runs on a thread of its own."""
+"""Carries out the protocol's actions on the armed rank, each that may block on a thread of its own."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from autoteardown.unpatched import start_new_thread
 
 
 class ActionRunner:
-    """For one stop.
+    """Runs the actions of one stop.
 
     Args:
-        hands: the armed rank.
-        account: what is gathered for those who will ask.
+        control: the armed rank.
+        record: keeps what the report needs.
         say: called with a line for the log.
     """
 
@@ -23,7 +23,9 @@ class ActionRunner:
         self._control, self._record, self._say = control, record, say
 
     def carry_out(self, action: Action) -> None:
-        """Start it; what comes of it arrives as an event. An action without a method is a word to the other ranks."""
+        """Start the action; its result arrives as an event. An action without a method here is posted to the
+        coordinator.
+        """
         do, value, control = action.do, action.value, self._control
         special = getattr(self, "_do_" + do, None)
         if special is not None:
@@ -39,7 +41,7 @@ class ActionRunner:
         self._control.post("tell", {**self._record.origin, "left": left})
 
     def _do_hold(self, _: Any) -> None:
-        self._control.hold()  # first the flag, then the count: see Gate
+        self._control.hold()  # first the flag, then the count: see `Gate`
         self._control.events.put(("steps", self._control.steps()))
 
     def _do_drain(self, _: Any) -> None:
@@ -48,11 +50,11 @@ class ActionRunner:
 
     def _drain(self) -> Any:
         problem = self._control.drain()
-        # Asked again: some turn out to be when they are waited for.
+        # Asked again: some devices only turn out to be unwaitable when they are waited for.
         unwaitable = self._control.unwaitable()
         if unwaitable:
             self._control.events.put(("unwaitable", unwaitable))
-            self._control.events.put(("fault", f"nobody can wait for this device: {unwaitable}"))
+            self._control.events.put(("fault", f"this device cannot be waited for: {unwaitable}"))
         return problem
 
     def _do_callbacks(self, budget: float) -> None:
@@ -70,7 +72,7 @@ class ActionRunner:
             self.start(None, self._record.find_collective)
 
     def start(self, event: Optional[str], function: Callable[[], Any]) -> None:
-        """Run something that may never return, and put what it returns, or its error, among the events."""
+        """Run `function` on a thread, as it may never return; put its result, or its error, into the event queue."""
 
         def run() -> None:
             try:

@@ -1,8 +1,11 @@
-"""Whether the ranks that step really are at the same iteration: the agreement is checked, not believed.
+"""Checks whether all ranks that step are really at the same iteration, and advances those that are behind.
 
-No count is beyond doubt (a step that one rank skipped long ago, an agent that was armed late). So each rank says when
-it has got to the agreed one, and when it waits without progress. One that waits while others have arrived waits for
-them: they go on for one iteration more, and it stops as soon as that lets it. Pure, like the `council` that asks.
+1. No count is beyond doubt: a rank may have skipped a step long ago, or its agent may have been armed late. So each
+   rank reports when it has reached the agreed iteration, and when it waits without progress.
+2. A rank that waits while others have arrived waits for them: they advance by one iteration, and the waiting rank
+   stops as soon as that lets it.
+
+Pure, like the coordinator that uses it.
 """
 
 from __future__ import annotations
@@ -12,33 +15,34 @@ from typing import Any, Callable, Optional
 
 Verdict = tuple[Optional[int], str, Any]
 
-CONFIRM = 0.5  # seconds for a rank to say that it does not wait any more, when another has arrived
-ROUNDS = 2  # how often ranks that arrived go on for one iteration more
+CONFIRM = 0.5  # seconds for a rank to report progress again, after another has arrived
+ROUNDS = 2  # how often ranks that have arrived advance by one iteration
 
 
 class AlignmentCheck:
-    """Of one group, once it is known who steps.
+    """The check for one group, once it is known which ranks step.
 
     Args:
-        steppers: the ranks that do.
-        stepped: whether that rank had stepped when it was asked.
+        steppers: the ranks that step.
+        stepped: whether a rank had stepped when it answered.
     """
 
     def __init__(self, steppers: set[int], stepped: Callable[[int], bool]) -> None:
-        self.wake = inf  # when to look again, whatever happens
+        self.wake = inf  # when to check again, whatever happens
         self.steppers = steppers
         self._stepped = stepped
-        self._settled = 0.0  # when it was last said that a rank waits, or does not, or has arrived
+        self._settled = 0.0  # when a rank last reported
         self._at: set[int] = set()
         self._stalled: set[int] = set()
         self._numbers: dict[int, dict[str, int]] = {}
-        self._round: dict[int, int] = {}  # what was said in an earlier one does not count any more
+        # the current round of each rank; reports of an earlier round do not count
+        self._round: dict[int, int] = {}
         self._rounds = 0
-        self._preparing: set[int] = set()  # who has yet to say that it is ready, before `_next` may go on
+        self._preparing: set[int] = set()  # ranks that must report `ready` before `_next` is sent
         self._next: dict[int, dict[str, Any]] = {}
 
     def at(self, rank: int, number: int, numbers: Any, now: float) -> None:
-        """That rank is at the agreed iteration of that round."""
+        """The rank is at the agreed iteration of that round."""
         if number == self._round.get(rank, 0):
             self._settled = now
             self._stalled.discard(rank)
@@ -46,19 +50,19 @@ class AlignmentCheck:
             self._numbers[rank] = _whole_numbers(numbers)
 
     def stalled(self, rank: int, waits: bool, number: int, numbers: Any, now: float) -> None:
-        """That rank waits without progress, or does not any more."""
+        """The rank waits without progress, or does not any more."""
         if number == self._round.get(rank, 0):
             self._settled = now
             (self._stalled.add if waits else self._stalled.discard)(rank)
             self._numbers[rank] = _whole_numbers(numbers)
 
     def ready(self, rank: int, number: int) -> None:
-        """That rank knows where to stop in that round."""
+        """The rank knows where to stop in that round."""
         if number == self._round.get(rank, 0):
             self._preparing.discard(rank)
 
     def check(self, gone: set[int], all_present: Callable[[set[int]], bool], now: float) -> list[Verdict]:
-        """What follows from what has been said.
+        """What follows from what has been reported.
 
         Args:
             gone: ranks that have left, or are lost.
@@ -66,10 +70,10 @@ class AlignmentCheck:
             now: monotonic time in seconds.
 
         Returns:
-            Whom to tell what: nothing, `more` for some, or for all `even` or `halt` (value: why), after which there is
-            nothing left to check.
+            Messages as `(rank, kind, value)`: none, `advance` for some ranks, or for all ranks `aligned` or `halt`
+            (value: why), after which there is nothing left to check.
         """
-        # Counts first, sets only where those suffice: thousands of ranks say as many thousand words.
+        # Counts first, sets only where the counts suffice: thousands of ranks post as many thousand messages.
         if not self._next and len(self._at) + len(self._stalled) + len(gone) < len(self.steppers):
             return []
         steppers = self.steppers - gone
@@ -78,7 +82,8 @@ class AlignmentCheck:
         if not steppers or not steppers <= self._at | self._stalled:
             return []
         waiting = (self._stalled - self._at) & steppers
-        # Who has an optimizer, and has not stepped although the others went on for its sake, does not step at all.
+        # A rank with an optimizer that has not stepped, although the others advanced for its sake, does not step at
+        # all.
         idle = {rank for rank in waiting if not self._stepped(rank) and rank in self._round}
         if idle and steppers - idle and steppers - idle <= self._at:
             self.steppers -= idle
@@ -87,7 +92,7 @@ class AlignmentCheck:
         if not behind and not waiting:
             return [(None, "aligned", None)]
         if waiting and now < self._settled + CONFIRM:
-            # It may have what it waited for from the one that has just arrived.
+            # The rank that has just arrived may have unblocked it.
             self.wake = self._settled + CONFIRM
             return []
         if not behind:
@@ -97,10 +102,10 @@ class AlignmentCheck:
         return self._another_round(steppers, waiting, behind)
 
     def _another_round(self, steppers: set[int], waiting: set[int], behind: set[int]) -> list[Verdict]:
-        """Those that are behind go on, and those that wait for them stop as soon as that lets them."""
+        """Ranks that are behind advance; ranks that wait for them stop as soon as that lets them."""
         self._rounds += 1
         self._round.update(dict.fromkeys(behind | waiting, self._rounds))
-        # Those that wait cannot move before those that are behind do: by then they must know where to stop.
+        # Waiting ranks cannot move before those behind do: by then they must know where to stop.
         self._preparing = waiting
         until = self._most(steppers)
         self._next = {rank: {"round": self._rounds, "until": until} for rank in sorted(behind)}
@@ -125,7 +130,9 @@ class AlignmentCheck:
         return most
 
     def _behind(self, steppers: set[int]) -> set[int]:
-        """Who has joined fewer of a group's collectives than another: hosts run ahead of devices, and do not wait."""
+        """The ranks that have launched fewer of a group's collectives than another: hosts run ahead of devices, and do
+        not wait.
+        """
         most = self._most(steppers)
         return {
             rank
@@ -135,7 +142,7 @@ class AlignmentCheck:
 
 
 def whole(value: Any) -> int:
-    """The number, if that is what it is: it comes from another rank."""
+    """The value, if it is a whole number from 0; it comes from another rank."""
     if not isinstance(value, int) or value < 0:
         raise ValueError(value)
     return value

@@ -1,4 +1,4 @@
-"""What may never return is done on a thread of its own, and waited for with a bound."""
+"""Calls a function that may never return, and waits for it with a bound."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from autoteardown.unpatched import allocate_lock, start_new_thread
 
 
 def run_bounded(function: Callable[[], object], seconds: float) -> None:
-    """Call it on a thread of its own, and wait until it is over or so many seconds have passed.
+    """Call `function` on a new thread, and wait until it has returned or so many seconds have passed.
 
     Raises:
-        RuntimeError: no thread to be had.
+        RuntimeError: no thread is available.
     """
     over = allocate_lock()
     over.acquire()

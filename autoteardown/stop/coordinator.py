@@ -1,20 +1,29 @@
-"""What the ranks of a group decide together, as a pure state machine: what each rank says in, who is told what out.
+"""Decides for all ranks of a group together, as a pure state machine: what each rank posts in, what each is told out.
 
-One council a group, in the process that is its hub (see `channel/`); `tests/simulation` runs it against many ranks.
-Level-triggered, like `protocol.py`: a word that comes late, early or twice is never an error.
+One coordinator for a group, in the process that is its hub (see `channel/`); `tests/simulation` runs it against many
+ranks. Level-triggered, like `protocol.py`: a message that comes late, early or twice is never an error.
 
-A rank says: `tell` (a dict: who is being evicted, and how long it has `left`), `answer` (`[completed or None, cannot,
-owner]`), `plan_now`, `at` (`[iteration, round, numbers]`), `still` (`[whether it waits without progress, round,
-numbers]`), `ready` (round: it knows where to stop), `saving` (whether it saves), `arrived` (its device is idle at the
-agreed iteration), `halt`, `over` (the time of its application is), `wedged`, `quiet` (whether clean), `left`. Its
-connection says: `joined`, `lost` (whether it is known to be dead; again when that is), `back`, `bye`, `closed` (after
-`left`); the clock: `tick`, when `wake` has come. `numbers` are the sequence numbers of the groups' collectives where
-hosts run ahead of devices, else empty.
+A rank posts:
 
-It is told: `notice`, `plan` (`{"stop": iteration or None, "owned": bool, "why": words}`), `more` (`{"round": n,
-"until": numbers}`: stop at the end of your next iteration that has got there), `even` (all are at the same one),
-`halt`, `busy` (whether somebody saves), `rest` (those whose applications end by themselves are gone), `abort`, `quiet`
-(whether clean), `departed` (the first that left), `lost` (a rank), `back` (one that was), `gone` (all but the hub).
+- `tell` (a dict: which rank is being evicted, and how many seconds it has `left`), `answer` (`[completed or None,
+  cannot, application_owns]`), `plan_now`;
+- `at` (`[iteration, round, numbers]`), `stalled` (`[whether it waits without progress, round, numbers]`), `ready`
+  (round: it knows where to stop); `numbers` are the sequence numbers of the groups' collectives where hosts run
+  ahead of devices, else empty;
+- `saving` (whether it saves), `arrived` (its device is idle at the agreed iteration), `halt`, `yield_expired` (its
+  application's time is over), `wedged`, `quiet` (whether clean), `left`.
+
+Its connection adds `joined`, `lost` (whether it is known to be dead; again when that is known), `back`, `bye`,
+`closed` (after `left`); the clock adds `tick`, when `wake` has come.
+
+The ranks are told:
+
+- `notice`; `plan` (`{"stop": iteration or None, "owned": bool, "why": words}`);
+- `advance` (`{"round": n, "until": numbers}`: stop at the end of the next iteration that has reached these numbers),
+  `aligned` (all are at the same iteration), `halt`, `busy` (whether any rank saves);
+- `owners_done` (the ranks whose applications end by themselves have left), `abort`, `quiet` (whether clean);
+- `departed` (the first rank that left), `lost` (a rank), `back` (a rank that was lost), `all_left` (all but the
+  hub).
 """
 
 from __future__ import annotations
@@ -24,43 +33,47 @@ from typing import Any, Optional
 
 from autoteardown.stop.alignment import AlignmentCheck, whole
 
-Told = list[tuple[Optional[int], str, Any]]
+Messages = list[tuple[Optional[int], str, Any]]
 
-ABSENT = 10.0  # seconds after the first rank by which every one that can connect has done so
+ABSENT = 10.0  # seconds after the first rank by which every rank that can connect has done so
 
 
 class Coordinator:
-    """Of a group with so many ranks; `hub` is the rank in whose process it is."""
+    """The coordinator of a group of `world` ranks; `hub` is the rank in whose process it runs."""
 
     def __init__(self, world: int, hub: int = 0) -> None:
         self._now = 0.0
         self.world = world
         self.hub = hub
         self.lost: set[int] = set()
-        self._dead: set[int] = set()  # who is known not to run any more
+        self._dead: set[int] = set()  # ranks whose processes are known to have ended
         self._left: set[int] = set()
-        self._joined: set[int] = set()  # who has ever been there
-        self._since = inf  # when the first of them came
-        self._announced: dict[str, Any] = {}  # to all
+        self._joined: set[int] = set()  # ranks that have ever connected
+        self._since = inf  # when the first rank connected
+        self._announced: dict[str, Any] = {}  # announced to all ranks
         self._answers: dict[int, tuple[Optional[int], bool, bool]] = {}
-        self._owners: set[int] = set()  # who ends by itself, as far as it had answered when the plan was made
+        # ranks whose applications end by themselves, as answered when the plan was made
+        self._owners: set[int] = set()
         self._alignment = AlignmentCheck(set(), lambda rank: bool(self._answers[rank][0]))
         self._saving: set[int] = set()
         self._arrived: set[int] = set()
         self._over: set[int] = set()
         self._wedged: set[int] = set()
         self._quiet: dict[int, bool] = {}
-        self._out: Told = []
+        self._out: Messages = []
 
     @property
     def wake(self) -> float:
-        """See `channel.council.Council`."""
+        """When the next `tick` is wanted: see `channel.coordinator.Coordinator`."""
         return self._alignment.wake
 
-    def on(self, rank: int, kind: str, value: Any = None, now: float = 0.0) -> Told:
-        """Take in what a rank has said, or its connection; return who is to be told what. `None`: everybody.
+    def on(self, rank: int, kind: str, value: Any = None, now: float = 0.0) -> Messages:
+        """Take in what a rank has posted, or what its connection says.
 
-        What does not make sense is not heard: whoever has the group's token could say anything.
+        A value that does not make sense is ignored: anyone with the group's token could send anything.
+
+        Returns:
+            Messages as `(rank, kind, value)`; rank None: to all ranks.
         """
         self._out, self._now = [], now
         hear = getattr(self, "_on_" + kind, None)
@@ -82,14 +95,14 @@ class Coordinator:
             self._dead.add(rank)
 
     def _on_bye(self, rank: int, _: Any) -> None:
-        self._on_left(rank, None)  # its process group is gone, or its process is at its end
+        self._on_left(rank, None)  # its process group is destroyed, or its process is ending
         self._dead.add(rank)
 
     def _on_closed(self, rank: int, _: Any) -> None:
         self._dead.add(rank)
 
     def _on_joined(self, rank: int, _: Any) -> None:
-        # For the first time, or in its next life: an elastic framework has made the group whole again.
+        # For the first time, or as a new process: an elastic framework has made the group whole again.
         self._joined.add(rank)
         self._since = min(self._since, self._now)
         self._left.discard(rank)
@@ -106,8 +119,8 @@ class Coordinator:
 
     def _on_tell(self, rank: int, notice: Any) -> None:
         if "notice" not in self._announced and self._now >= self._since + ABSENT:
-            # Dead since before it came, behind a firewall, or without an agent: it cannot answer. Only now: it may be
-            # alive, and its peers are not to be torn down because of it.
+            # Dead before it connected, behind a firewall, or without an agent: it cannot answer. Decided only now: it
+            # may be alive, and its peers must not be torn down because of it.
             self.lost |= set(range(self.world)) - self._joined
         self._announce("notice", notice if isinstance(notice, dict) else {})
 
@@ -164,7 +177,7 @@ class Coordinator:
         return set(range(self.world)) - self._left - self.lost
 
     def _announce(self, kind: str, value: Any = None) -> None:
-        """Everybody, and once."""
+        """Tell all ranks, once."""
         if kind not in self._announced:
             self._announced[kind] = value
             self._out.append((None, kind, value))
@@ -184,7 +197,7 @@ class Coordinator:
     def _decide(self) -> None:
         if "notice" not in self._announced:
             return
-        # Counts first, sets only where those suffice: thousands of ranks say as many thousand words.
+        # Counts first, sets only where the counts suffice: thousands of ranks post as many thousand messages.
         gone = len(self._left) + len(self.lost)
         if "plan" not in self._announced and len(self._answers) + gone >= self.world:
             self._agree()
@@ -213,9 +226,10 @@ class Coordinator:
             self._announce("abort")
 
     def _all_quiet(self) -> None:
-        # A device whose rank is only out of reach may still touch this one's memory: that takes the floor (F9).
+        # A device whose rank is only out of reach may still touch this one's memory: then the floor decides
+        # (ai2cm/ace#1398).
         if "quiet" not in self._announced and set(range(self.world)) - self._dead <= self._quiet.keys():
-            self._plan(None)  # for ranks that hear us late, and wait for what nobody decided
+            self._plan(None)  # for ranks that are told late, and wait for a plan that was never made
             self._announce("quiet", all(self._quiet.values()) and not self.lost)
 
     def _agree(self) -> None:
@@ -231,7 +245,7 @@ class Coordinator:
         elif any(cannot for _, cannot, _ in answers):
             self._plan(None, "a rank will not step again in time")
         else:
-            # At least the second: a rank in its first iteration does not know yet where that ends.
+            # At least the second: a rank in its first iteration does not know yet where the iteration ends.
             self._plan(max(max(known) + 1, 2))
 
     def _check(self) -> None:

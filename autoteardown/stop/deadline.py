@@ -1,4 +1,4 @@
-"""How much time a stop has, counted from its signal, and the fuse that burns meanwhile."""
+"""Keeps how much time a stop has, counted from its signal, and enforces it."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ from autoteardown.stop.bounded import run_bounded
 from autoteardown.stop.posix_timer import HardDeadlineTimer
 from autoteardown.unpatched import monotonic, sleep
 
-_BEFORE = 0.1  # seconds before the deadline when a thread of ours ends the process; the fuse comes after it
-_FUSE = 0.02
-_FREE = 0.5  # seconds before whoever drains the node kills that the process is gone by
-_READING = 0.2  # seconds for the file in which a drain says when
-_LEAST = 1.0  # seconds for a stop, however late its drain is
-_AGAIN = 1.0  # seconds between looks at the deadline, which a drain may have moved
+# seconds before the deadline at which the deadline thread ends the process; the timer comes after it
+_BEFORE = 0.1
+_TIMER_BEFORE = 0.02
+_FREE = 0.5  # seconds before the drain's kill by which the process has ended
+_READING = 0.2  # seconds for the file in which a drain says when it kills
+_LEAST = 1.0  # seconds for a stop, however late the drain began
+_AGAIN = 1.0  # seconds between two checks of the deadline, which a drain may have moved
 
 
 class Deadline:
-    """Of one stop; its clock starts now.
+    """The deadline of one stop; its clock starts now.
 
     Args:
-        hard: seconds until the process is gone.
-        fuse: of this process; may burn already.
+        hard: seconds until the process must have ended.
+        timer: ends the process without Python; may be running already.
     """
 
     def __init__(self, hard: float, timer: HardDeadlineTimer) -> None:
@@ -36,19 +37,20 @@ class Deadline:
         return monotonic() - self._started
 
     def arm(self, code: int, at: Optional[float] = None) -> None:
-        """Have the fuse end the process with that exit code at the deadline, or `at` so many seconds, if less."""
-        self._timer.arm((self.hard if at is None else min(at, self.hard)) - _FUSE - self.now, code)
+        """Have the timer end the process with this code at the deadline, or after `at` seconds if earlier."""
+        self._timer.arm((self.hard if at is None else min(at, self.hard)) - _TIMER_BEFORE - self.now, code)
 
     def wait(self) -> None:
-        """Until shortly before it."""
+        """Wait until shortly before the deadline."""
         while (left := self.hard - _BEFORE - self.now) > 0:
             sleep(min(left, _AGAIN))
 
     def shorten(self, time_left: Callable[[], Optional[float]], code: int) -> None:
-        """A drain of the node may be over before this rank's own grace period is: then it is killed.
+        """Move the deadline forward if a drain of the node kills this rank before its grace period ends.
 
         Args:
-            time_left: how many seconds the drain leaves, if it has said so; reads a file, and a disk may be dead.
+            time_left: returns the seconds that the drain leaves, None without one; reads a file, and a disk may be
+                dead.
             code: the exit code.
         """
         found: list[Optional[float]] = []

@@ -1,10 +1,9 @@
-"""One stop: carries out what the protocol decides, and tells it what came of it.
+"""Drives the stop of one rank: carries out what the protocol decides, and feeds the results back to it.
 
-The driver's thread only waits, decides and starts things. Whatever may block (torch, a disk, callbacks of the program)
-runs on a thread of its own and reports through a queue, so the driver is on time whatever is stuck, and a second thread
-ends the process at the hard deadline even if the driver is wrong.
-
-Threads are started with `_thread`: `threading.Thread.start` takes a lock that the frozen main thread may hold.
+1. The driver's thread only waits, decides and starts things. Whatever may block (torch, a disk, callbacks of the
+   program) runs on a thread of its own and reports through a queue. So the driver is on time whatever is stuck, and
+   a second thread ends the process at the hard deadline even if the driver has a bug.
+2. Threads are started with `_thread`: `threading.Thread.start` takes a lock that the frozen main thread may hold.
 """
 
 from __future__ import annotations
@@ -25,24 +24,24 @@ from autoteardown.stop.posix_timer import HardDeadlineTimer
 from autoteardown.stop.record import StopRecord
 from autoteardown.unpatched import allocate_lock, sleep, start_new_thread
 
-_POLL = 0.02  # seconds between looks at what sends no event
-_FLUSH = 0.2  # seconds for the last posts to get to the hub
-_LAST_WORDS = 0.4  # seconds for report and termination log, before the process is ended without them
-_LONG_LAST_WORDS = 2.0  # the same where there is time
-# Seconds after which a program that was sent out is looked at: does it still leave, or has it swallowed the exit?
+_POLL = 0.02  # seconds between two polls of what sends no event
+_FLUSH = 0.2  # seconds for the last posts to reach the hub
+_LAST_WORDS = 0.4  # seconds for report and termination log, before the process ends without them
+_LONG_LAST_WORDS = 2.0  # the same, if time is left
+# Seconds after which the agent checks whether a program that was asked to exit is exiting, or has caught the exit.
 _SWALLOWS = 0.5
-_FOR_EVER = 3600.0  # longer than any process of ours still has
+_FOR_EVER = 3600.0  # seconds; longer than the process still has
 
 
 class Teardown:
-    """From the signal (or a peer's) to the end of the process.
+    """The stop of this rank, from its signal (or a peer's) to the end of the process.
 
     Args:
-        hands: the armed rank.
+        control: the armed rank.
         cause: `signal`, `peer` or `lost`.
         signum: the eviction signal, if this rank got one.
-        origin: rank, host and pid of the rank that was signalled first, and how much time it has `left`.
-        fuse: of this process; may burn already.
+        origin: rank, host and pid of the rank that was signalled first, and how many seconds it has `left`.
+        timer: the hard deadline of this process; may be running already.
     """
 
     def __init__(
@@ -57,8 +56,8 @@ class Teardown:
         self._deadline = Deadline(control.settings.hard, timer)
         self._record = StopRecord(control, cause, signum, _without_time(origin), self._deadline)
         self._actions = ActionRunner(control, self._record, self.say)
-        self.committed = False  # from here on the agent ends the process
-        self.leaving = False  # the program is asked to leave with SystemExit
+        self.committed = False  # the agent ends the process, not the application
+        self.leaving = False  # the program has been asked to exit with SystemExit
         self.stop: Optional[protocol.Stop] = None
         self._notice = origin
         self._application_owns = False
@@ -68,18 +67,18 @@ class Teardown:
         self._left_at = 0.0
 
     def begun_by(self, origin: dict[str, Any]) -> None:
-        """Who was signalled first."""
+        """Set which rank was signalled first."""
         self._record.origin = _without_time(origin)
 
     # -- the two threads ------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Start the threads; on a thread that has nothing else to do, as it is the fallback."""
+        """Start the driver and the deadline thread. If no thread is available, drive on this one."""
         self._deadline.arm(self.exit_code)
         try:
             start_new_thread(self._at_deadline, ())
             start_new_thread(self._drive, ())
-        except RuntimeError:  # no thread to be had
+        except RuntimeError:  # no thread is available
             self._drive()
 
     def _at_deadline(self) -> None:
@@ -108,9 +107,9 @@ class Teardown:
                 except _queue.Empty:
                     event, value = "tick", None
                 self._take(stop, event, value)
-        except native_calls.InterpreterExiting:  # the application has ended by itself
+        except native_calls.InterpreterExiting:  # the application has ended the process by itself
             sleep(_FOR_EVER)
-        except BaseException as error:  # ours: it may cost the teardown, not the exit code
+        except BaseException as error:  # a bug of the agent's may cost the teardown, not the exit code
             problem = f"internal error: {type(error).__name__}: {error}"
             if self.stop is not None:
                 self.stop.why = problem
@@ -132,7 +131,7 @@ class Teardown:
             self._commit(stop)
             if action.do == "leave":
                 self._leave(action.value)
-            elif action.do != "die":  # the driver ends with it, and the process with the driver
+            elif action.do != "die":  # the driver ends the process with its own end
                 if action.do in ("park", "deliver"):
                     self._poller.reset()
                 self._actions.carry_out(action)
@@ -146,14 +145,14 @@ class Teardown:
             self.say(text, event=phase.name, outcome=phase.outcome)
 
     def _look(self, stop: protocol.Stop) -> None:
-        """Notice what sends no event."""
+        """Poll for changes that send no event."""
         for event, value in self._poller.changes(self.committed, stop.state == "drain", self.now):
             if event == "ended" and (
                 event in stop.received or (self._application_owns and not self.committed)
             ):
                 continue
             if event == "saving" and not value and stop.state == "park":
-                self.control.park()  # who was left alone for its sake
+                self.control.park()  # park the thread that was left running to finish its save
             self._take(stop, event, value)
         if self.leaving and self.now > self._left_at + _SWALLOWS:
             self._left_at = self.now
@@ -165,11 +164,11 @@ class Teardown:
             return
         self.committed = committed
         if committed:
-            # The process is sure to end (the fuse burns), and with our exit code, not with that of a communicator's
-            # watchdog. An application that ends by itself may have an abort of its own.
+            # The process is sure to end (the hard deadline is set), and with the agent's exit code instead of a
+            # watchdog's. An application that ends by itself may need its own abort.
             if not self._application_owns:
                 self.control.hold_off_watchdog()
-            # A collection would run finalizers of the program on our threads, and those take locks.
+            # A collection would run finalizers of the program on the agent's threads, and those take locks.
             gc_pause.pause()
             self.control.mark(state="stopping")
         else:
@@ -200,8 +199,8 @@ class Teardown:
         self.control.flush(_FLUSH)
         if not soft:
             return
-        # From here on the program's own code decides how the process ends: it may call os._exit, or free what cannot
-        # be freed. So the report is written before, and the fuse made shorter.
+        # From here on the program's own code decides how the process ends: it may call os._exit, or free what cannot be
+        # freed. So the report is written first, and the hard deadline is moved forward.
         final_report.write(self.outcome(), self.control, _LAST_WORDS, final=False)
         latest = self.now + self.control.settings.exit_timeout + _LONG_LAST_WORDS + _LAST_WORDS
         self._deadline.arm(self.exit_code, latest)
@@ -212,30 +211,33 @@ class Teardown:
 
     @property
     def exit_code(self) -> int:
-        """The contract's, whichever way the process ends."""
+        """What the process exits with, whichever way it ends."""
         return self._record.exit_code
 
     def also_signalled(self, signum: int, sure: bool = False) -> None:
-        """A peer's notice was faster than this rank's own signal: it still is a rank that got the signal.
+        """This rank's own signal came after a peer's notice: the rank counts as signalled all the same.
 
-        Unless a peer has left by then: launchers send SIGTERM to the others when one of their ranks has. `sure`: it has
-        come to the application's own handler.
+        Not if a peer has left by then: launchers send SIGTERM to the other ranks when one has exited.
+
+        Args:
+            signum: the signal.
+            sure: the signal has reached the application's own handler.
         """
         stop = self.stop
         if stop is not None and not sure and any(phase.name == "yield" for phase in stop.phases):
-            return  # the application may have sent it to itself, as uvicorn does when it has shut down
+            return  # the application may have sent it to itself, as uvicorn does after its shutdown
         if self._record.signum is None and (stop is None or "departed" not in stop.received):
             self._record.signum = signum
             self._deadline.arm(self.exit_code)
             self._actions.start(None, self._shorten)
 
     def ended(self) -> None:
-        """On the main thread, last of all atexit callbacks, when the program is over."""
+        """On the main thread, in the last atexit callback: the program is over."""
         exit_callbacks.run_earlier()
         self._finish()
 
     def _finish(self, patience: Optional[float] = None) -> None:
-        """End the process. Whoever comes first does it; the others wait for the end, but for the deadline."""
+        """End the process. The first caller does it; all others wait for the end, except the deadline."""
         if not self._finishing.acquire(False) and patience is None:
             sleep(_FOR_EVER)
         try:
@@ -255,12 +257,12 @@ class Teardown:
             end(lambda: self.exit_code)
 
     def outcome(self, final: bool = False) -> Outcome:
-        """What this stop has come to."""
+        """What this stop has come to so far."""
         return self._record.outcome(self.stop, self._application_owns, self.now, final)
 
     @fail_open
     def say(self, text: str, event: str = "message", outcome: Optional[str] = None) -> None:
-        """One line on stderr."""
+        """Write one line to stderr."""
         self.control.log.line(text, self.now, event=event, outcome=outcome)
 
 
@@ -269,7 +271,7 @@ def _without_time(origin: dict[str, Any]) -> dict[str, Any]:
 
 
 def end(code: Callable[[], int]) -> NoReturn:
-    """End the process now, whatever comes of asking for the code."""
+    """End the process now, even if `code` fails."""
     try:
         os._exit(code())
     finally:

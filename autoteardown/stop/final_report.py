@@ -1,4 +1,4 @@
-"""What a finished stop leaves behind: the JSON report, the termination log, its entry in the registry."""
+"""Writes what outlives the process: the JSON report, the termination log, and the end of its registry entry."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from autoteardown.stop.outcome import Outcome
 
 
 def write(outcome: Outcome, control: RankControl, seconds: float, final: bool) -> None:
-    """Leave everything behind that outlives the process, or what can be left in so many seconds.
+    """Write all of it, or what can be written in so many seconds.
 
     Args:
-        story: what to tell.
-        hands: where it goes.
+        outcome: what to write.
+        control: the armed rank, whose settings say where.
         seconds: how long to wait for a dead disk or a full pipe.
-        final: the process ends now; else the program's own way out is still ahead.
+        final: the process ends now; otherwise the program's own exit comes first.
 
     Raises:
-        RuntimeError: no thread to be had.
+        RuntimeError: no thread is available.
     """
 
     def run() -> None:
@@ -31,15 +31,15 @@ def write(outcome: Outcome, control: RankControl, seconds: float, final: bool) -
                 if stream is not None:
                     stream.flush()
         except BaseException as error:
-            control.log.line(f"last words failed: {type(error).__name__}: {error}", outcome.seconds)
+            control.log.line(f"the report was not written: {type(error).__name__}: {error}", outcome.seconds)
 
     run_bounded(run, seconds)
 
 
 def write_evidence(outcome: Outcome, control: RankControl, seconds: float) -> None:
-    """Last of all: what the communicators have recorded, next to the report.
+    """Write the flight recorders' entries next to the report, as the very last thing.
 
-    torch reads it with the GIL held, and asks a driver that may be stuck: nothing may depend on its end.
+    torch reads them with the GIL held, and asks a driver that may be stuck: nothing may wait for this to return.
     """
     folder = control.settings.report_dir
     if not folder:
@@ -52,7 +52,7 @@ def write_evidence(outcome: Outcome, control: RankControl, seconds: float) -> No
                 control.evidence(path.rpartition(".json")[0], outcome.collective)
                 and outcome.collective is not None
             ):
-                _write_report(outcome, control)  # which operation it was is known by now
+                _write_report(outcome, control)  # the report now names the operation
         except BaseException as error:
             control.log.line(f"no evidence: {type(error).__name__}: {error}", outcome.seconds)
 

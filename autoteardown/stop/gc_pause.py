@@ -1,4 +1,4 @@
-"""Garbage collection in a teardown: off, for it would run finalizers of the program on threads of ours."""
+"""Pauses garbage collection in a teardown: it would run finalizers of the program on the agent's threads."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _paused = False
 
 
 def pause() -> None:
-    """No more collections in this process."""
+    """Pause collections in this process."""
     global _paused
     if gc.isenabled():
         gc.disable()
@@ -17,11 +17,11 @@ def pause() -> None:
 
 
 def resume() -> None:
-    """As before, if it was us."""
+    """Resume them, if the agent has paused them."""
     global _paused
     if _paused:
         gc.enable()
         _paused = False
 
 
-os.register_at_fork(after_in_child=resume)  # a child is a process like any other
+os.register_at_fork(after_in_child=resume)  # a forked child collects as usual

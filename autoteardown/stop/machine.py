@@ -1,6 +1,6 @@
-"""What every state of a stop works with: what was heard, what is to be done, the clock, the phases of the report.
+"""Base of the protocol's state machine: events received, actions, the clock, and the phases of the report.
 
-`protocol.py` has the states, and says how the machine moves.
+`protocol.py` has the states.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from typing import Any, Optional
 
 from autoteardown.stop.types import Action, Facts, Limits, Phase
 
-_FROM_THE_COUNCIL = ("notice", "plan", "aligned", "halt", "quiet", "all_left")
-_LATEST = ("saving", "busy", "stalled", "progress", "stopped", "down")  # of these, what was heard last counts
+_FROM_COORDINATOR = ("notice", "plan", "aligned", "halt", "quiet", "all_left")
+# of these events, the last value counts
+_LATEST = ("saving", "busy", "stalled", "progress", "stopped", "down")
 
 
 class Machine:
@@ -23,19 +24,19 @@ class Machine:
         self.state = "new"
         self.phases: list[Phase] = []
         self.received: dict[str, Any] = {}
-        self.wedged = False  # something does not end: to be aborted, or dropped with the process
-        self.blocked = False  # the training thread cannot be asked to leave
+        self.wedged = False  # something does not end: abort it, or drop it with the process
+        self.blocked = False  # the training thread cannot be asked to exit
         self.forced = False
         self.why = ""  # what keeps this stop from being clean
-        self.floor = limits.hard  # by then every rank that heard the notice has drained or aborted
+        self.floor = limits.hard  # by then every rank that got the notice has drained or aborted
         self.wake = limits.hard
         self._deadline = limits.hard
-        self._clock = 0.0  # of the last tick
+        self._clock = 0.0  # time of the last tick
         self._agree_by = inf  # half-way between the notice and the end of the time for a step
         self._down_at = inf
-        self._settled = 0.0  # until then peers may be on their way to the agreed iteration
+        self._settled = 0.0  # until then, peers may be on their way to the agreed iteration
         self._held = False  # the training thread may be waiting at the end of an iteration
-        self._round = 0  # of the council's `more`
+        self._round = 0  # of the coordinator's last `advance`
         self._once: set[str] = set()
         self._latest: dict[str, bool] = {}
         self._out: list[Action] = []
@@ -44,21 +45,21 @@ class Machine:
 
     @property
     def outcome(self) -> str:
-        """As it is in the report."""
+        """The `outcome` of the report."""
         if self.forced:
             return "forced"
         return "aborted" if self.wedged else "partial" if self.why else "clean"
 
     @property
     def reason(self) -> str:
-        """Why it is not clean, in words."""
+        """Why the outcome is not `clean`, in words."""
         if self.outcome == "clean":
             return ""
         return self.why or ("a phase timed out" if not self.forced else "the hard deadline")
 
     @property
     def steps(self) -> Optional[dict[str, Optional[int]]]:
-        """As it is in the report; None if this rank does not step."""
+        """The `steps` of the report; None if this rank does not step."""
         completed = self.received.get("steps", (None, False))[0]
         if completed is None:
             return None
@@ -68,7 +69,7 @@ class Machine:
     # -- the machine ------------------------------------------------------------------------------------------
 
     def on(self, event: str, value: Any, now: float) -> list[Action]:
-        """Take one event in and return what is to be done, in order."""
+        """Take one event in, and return the actions that follow, in order."""
         self._out = []
         if event == "tick":
             self._clock = now
@@ -78,7 +79,7 @@ class Machine:
             self._fault(value)
         else:
             if not value and (event == "busy" or (event == "saving" and self.state == "park")):
-                self._settled = max(self._settled, now)  # the thread has its time to park again
+                self._settled = max(self._settled, now)  # the thread gets its time to park again
             if event == "halt" and event not in self.received:
                 self._settled = min(self._settled, now)
             if event == "down":
@@ -104,7 +105,7 @@ class Machine:
             self._emit(do, value)
 
     def _post(self, do: str, value: Any = None) -> None:
-        """To the council, if it can be reached."""
+        """Post to the coordinator, once, if there is a channel."""
         if self.facts.channel:
             self._emit_once(do, value)
 
@@ -113,13 +114,13 @@ class Machine:
 
     @property
     def _group(self) -> bool:
-        """Peers exist and can be heard."""
+        """Whether there are peers, and the hub can be reached."""
         return self.facts.channel and not self.received.get("down")
 
     @property
     def _group_informed(self) -> bool:
-        """The group knows of the stop. In one that is a few seconds old this rank may still be connecting."""
-        return "tell" not in self._once or any(event in self.received for event in _FROM_THE_COUNCIL)
+        """Whether the group knows of the stop: in a new group, this rank may still be connecting."""
+        return "tell" not in self._once or any(event in self.received for event in _FROM_COORDINATOR)
 
     @property
     def _timed_out(self) -> bool:
@@ -127,7 +128,7 @@ class Machine:
 
     @property
     def _can_exit_normally(self) -> bool:
-        """The program can be asked to leave by itself."""
+        """Whether the program can be asked to exit by itself."""
         return not (self.wedged or self.blocked)
 
     @property

@@ -1,7 +1,7 @@
-"""What a rank is told by its group, and in which shape. Pure.
+"""Validates the messages that a rank receives from the hub. Pure.
 
-Whoever has the group's token could say anything, and another version of this package something else: what is no word
-of the council's, or not in its shape, is not heard. So nobody else can make an event of this rank's own ("drained").
+Another version of this package, or anyone with the group's token, could send anything. A message of an unknown kind,
+or not in the shape of its kind, is ignored; so no peer can fake an event of this rank's own ("drained").
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ MOST = 1000
 
 
 def understood(kind: str, value: Any) -> bool:
-    """Whether a rank may believe its ears."""
+    """Whether a message has a known kind and the shape of that kind."""
     shape = _SHAPES.get(kind)
     return shape is not None and shape(value)
 
@@ -39,7 +39,7 @@ def _why(value: Any) -> bool:
 
 
 def _notice(value: Any) -> bool:
-    return isinstance(value, dict)  # what is in it has its own reader
+    return isinstance(value, dict)  # the fields are validated where they are read
 
 
 def _plan(value: Any) -> bool:
@@ -73,7 +73,7 @@ _SHAPES: dict[str, Callable[[Any], bool]] = {
     "departed": _number,
     "lost": _number,
     "all_left": _nothing,
-    # of the line to the hub
+    # about the connection to the hub
     "back": _number,
     "up": _nothing,
     "down": _why,

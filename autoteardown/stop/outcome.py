@@ -1,4 +1,4 @@
-"""What a stop came to, as a value: the driver makes it, the last words write it down."""
+"""The outcome of a stop as a value, and its forms: JSON report, summary line, termination log."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ class Outcome(NamedTuple):
         }
 
     def summary(self) -> str:
-        """The last line: `done: clean, stopped at step 1201, exit 0`."""
+        """The last log line: `done: clean, stopped at step 1201, exit 0`."""
         why = f" ({self.why})" if self.why else ""
         stopped = self.steps["stopped_at"] if self.steps else None
         where = f"stopped at step {stopped}, " if stopped else ""
         return f"done: {self.outcome}{why}, {where}exit {self.exit_code}"
 
     def text(self) -> str:
-        """The same in lines, for a reader of `kubectl describe pod`."""
+        """The text of the termination log, for a reader of `kubectl describe pod`."""
         place = f"rank {self.identity['rank']} of {self.identity['world_size']}"
         lines = [f"autoteardown: {place}, {self.opening}"]
         for phase in self.phases:
@@ -67,7 +67,7 @@ class Outcome(NamedTuple):
 
 
 def signal_name(signum: int) -> str:
-    """SIGTERM for 15; a real-time signal by its distance from the first one, as SIGRTMIN+3."""
+    """SIGTERM for 15; for a real-time signal the distance from the first one: SIGRTMIN+3."""
     try:
         return signal.Signals(signum).name
     except ValueError:

@@ -1,4 +1,4 @@
-"""What a stop has to look at again and again, because nothing tells it."""
+"""Polls the state of a rank that sends no events, and turns changes into events."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from autoteardown.stop.control import RankControl
 
 
 class Poller:
-    """Of one stop; on the driver's thread.
+    """Polls during one stop, on the driver's thread.
 
     Args:
-        hands: the armed rank.
+        control: the armed rank.
     """
 
     def __init__(self, control: RankControl) -> None:
@@ -22,15 +22,15 @@ class Poller:
         self._progress: Any = None
 
     def reset(self) -> None:
-        """The thread was let go, or is to stop: whether it waits is looked at anew."""
+        """The training thread was let go, or is to stop: whether it is stalled is decided anew."""
         self._shown["stalled"] = False
 
     def changes(self, stopping: bool, draining: bool, now: float) -> Iterator[tuple[str, Any]]:
-        """What is new, as events of the protocol.
+        """What has changed, as events of the protocol.
 
         Args:
             stopping: the agent ends this process.
-            draining: the stop waits for devices; their progress counts from here on.
+            draining: the stop waits for devices: their progress counts from now on.
             now: seconds since the signal.
         """
         shown = native_calls.call(lambda: self._control.snapshot(stopping))

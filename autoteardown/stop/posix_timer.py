@@ -45,13 +45,13 @@ _libc = _load()
 
 
 class HardDeadlineTimer:
-    """Ends the process when it has burnt down. Does nothing where there are no such timers (macOS)."""
+    """Ends the process when it expires. Does nothing where there are no POSIX timers (macOS)."""
 
     def __init__(self) -> None:
         self._timer: Optional[ctypes.c_void_p] = None
 
     def arm(self, seconds: float, code: int) -> None:
-        """End the process with `code` in so many seconds; replaces what was lit before. Never raises."""
+        """End the process with `code` in so many seconds; replaces an earlier deadline. Never raises."""
         try:
             if _libc is None:
                 return
@@ -66,5 +66,5 @@ class HardDeadlineTimer:
             old, self._timer = self._timer, timer
             if old is not None:
                 _libc.timer_delete(old)
-        except Exception:  # the Python deadline is still there
+        except Exception:  # the deadline thread in Python remains
             pass

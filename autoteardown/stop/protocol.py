@@ -1,15 +1,15 @@
 """The stop of one rank as a pure state machine: events and a clock in, actions out.
 
-No I/O, no threads, no torch, no clock of its own: `driver.py` does what the actions say and reports what came of it,
-`coordinator.py` is what the ranks decide together, and `tests/simulation` runs thousands of these machines against one
-another.
+1. No I/O, no threads, no torch, no clock of its own. `driver.py` carries out the actions and reports the results;
+   `coordinator.py` is what the ranks decide together; `tests/simulation` runs thousands of these machines against
+   one another.
+2. The machine is level-triggered. An event only adds to what has been received; then the machine moves as far as
+   everything received so far allows. So a late, early or repeated message is never an error, and there is no order
+   of arrival to get wrong.
+3. Time-outs happen at a `tick` only, which comes when no event is waiting: after a process was frozen or starved,
+   the answer that had been waiting counts, and not the time.
 
-The machine is level-triggered. An event only adds to what has been *heard*; then the machine moves as far as
-everything heard so far allows. So a late, early or repeated message is never an error, and there is no order of
-arrival to get wrong. Nothing times out but at a `tick`, which comes when nothing is left to hear: after a process was
-frozen or starved, the answer that had been waiting counts, and not the time.
-
-Times are seconds since this rank's own signal, or since it heard of a peer's.
+Times are seconds since this rank's own signal, or since it received a peer's notice.
 """
 
 from __future__ import annotations
@@ -20,33 +20,37 @@ from typing import Any, Optional
 from autoteardown.stop.machine import Machine
 from autoteardown.stop.types import Phase
 
-# A rank that knows nothing of its peers, and no accelerator whose memory they could touch, gives them this long.
+# Seconds that a rank gives its peers if it knows nothing of them and uses no accelerator whose memory they could touch.
 COURTESY = 1.0
-# Ranks that are signalled together get their signals this far apart (1.1 s were seen on one node, ai2cm/ace#1398).
+# Seconds between the signals of ranks that are signalled together (1.1 were seen on one node, ai2cm/ace#1398).
 SKEW = 3.0
-# A rank of a group that is a few seconds old may need as long to connect to the hub.
+# Seconds that a rank of a new group may need to connect to the hub.
 CONNECTING = 10.0
-RECONNECTING = 5.0  # seconds that a line to the group which has dropped, or is not there yet, is waited for
-# The part of the drain's time in which a rank whose thread is blocked finds out whether its device is idle.
+RECONNECTING = 5.0  # seconds to wait for a connection that has dropped, or is not there yet
+# The part of the drain's time in which a rank with a blocked thread finds out whether its device is idle.
 LOOK = 0.2
 
 
 class Stop(Machine):
-    """One rank's way from the signal to its exit.
+    """The stop of one rank, from the signal to the exit.
 
-    Events for `on` (`value` in brackets): `begin`; `steps` (`(completed or None, cannot)`); from the council `notice`
-    (origin, with what `tell` said as `left`; before `begin` if that is why this rank stops), `plan` (see there),
-    `more`, `even`, `halt`, `busy` (whether somebody saves), `rest`, `abort`, `quiet` (clean), `departed`, `gone`; from
-    the channel `down` (why it is, or None); from the application `released` (it has put its handler away), `leaves` (it
-    has destroyed its group, or ended), `exits` (it runs its last exit callbacks); from the training thread `stopped`
-    (iteration), `parked`, `ended`, `swallowed`; `saving`, `still` (bools), `progress` (when the device last made some);
-    from the workers `drained`, `unwaitable`
-    (which devices), `called`, `destroyed`, `aborted` (None, or what went wrong); `fault` (what went wrong elsewhere);
-    `tick`, when `wake` has come and no event is waiting.
+    Events for `on` (`value` in brackets):
+
+    - `begin`; `steps` (`(completed or None, cannot)`); `tick`: `wake` has come and no event is waiting;
+    - from the coordinator: `notice` (origin, with the seconds that `tell` gave as `left`; before `begin` if it is
+      why this rank stops), `plan` (see coordinator), `advance`, `aligned`, `halt`, `busy` (whether any rank saves),
+      `owners_done`, `abort`, `quiet` (whether clean), `departed`, `all_left`;
+    - from the channel: `down` (why, or None);
+    - from the application: `released` (it has removed its handler), `leaves` (it has destroyed its group, or ended),
+      `exits` (it runs its last exit callbacks);
+    - from the training thread: `stopped` (iteration), `parked`, `ended`, `swallowed`; and about it: `saving`,
+      `stalled` (bools), `progress` (when its device last made some);
+    - from the agent's worker threads: `drained`, `unwaitable` (which devices), `called`, `destroyed`, `aborted`
+      (None, or what went wrong), `fault` (what went wrong elsewhere).
     """
 
     def _advance(self, more: dict[str, Any]) -> None:
-        """This rank waits for others, or they for it: one iteration more brings them together."""
+        """This rank waits for others, or they for it: one more iteration brings them together."""
         if self.state == "step" and "plan" in self.received and more["round"] > self._round:
             self._round = more["round"]
             self.received.pop("stopped", None)
@@ -62,21 +66,22 @@ class Stop(Machine):
         if "begin" not in self.received:
             return False
         if self.facts.unwaitable:
-            self._fault(f"nobody can wait for this device: {self.facts.unwaitable}")
+            self._fault(f"this device cannot be waited for: {self.facts.unwaitable}")
         if self.facts.application_owns and self.facts.cause != "lost" and self.limits.yield_ > now:
             if not self.facts.together and self.facts.cause == "signal":
                 return self._enter("yield", now, self.limits.yield_ - now)
             if self.facts.together and not (self.facts.joined and self.facts.channel):
-                return self._enter_yield(now)  # nobody to do it together with: it acts at once, as without us
+                # no peers to act together with: it acts at once, as without the agent
+                return self._enter_yield(now)
         return self._enter_step(now)
 
     def _enter_step(self, now: float) -> bool:
         if not self.facts.joined:
-            # In rendezvous, or in a half-built world: nothing to drain, nobody to tell, a moment to park.
+            # In rendezvous, or before init has returned: nothing to drain, no peers to tell, a moment to park.
             self._settled = now
             self._emit("park")
             return self._enter("park", now, 0.0)
-        # The time that its own yield has taken, or that of the rank which tells, is not there any more.
+        # Time that this rank's own yield has taken, or the yield of the rank that tells, is not left any more.
         left = self.limits.hard - now
         if "notice" in self.received:
             left = min(left, self.received["notice"].get("left", left))
@@ -113,7 +118,7 @@ class Stop(Machine):
         if "saving" in self.received:
             self._post_latest("saving", bool(self.received["saving"]))
         if self.received.get("saving") or self.received.get("busy"):
-            # A checkpoint counts more than the time for a step.
+            # A checkpoint is more important than the time for a step.
             self._until(max(self._deadline, self._save_until() - 2 * self._look))
         if "stopped" in self.received:
             self._post("at", (self.received["stopped"], self._round))
@@ -132,7 +137,7 @@ class Stop(Machine):
             return self._follow_plan(completed, now)
         if self._clock >= self._down_at + RECONNECTING:
             return self._step_over("error", now, f"the group cannot be reached: {self.received['down']}")
-        # A peer's answer is missing: it is dead or frozen. Half the time is left for a plan without it.
+        # A peer's answer is missing: it is dead or frozen. Half of the time is left for a plan without it.
         if self._group_informed:
             self._agree_by = min(self._agree_by, (now + self._deadline) / 2)
         if self._clock >= self._agree_by:
@@ -150,7 +155,7 @@ class Stop(Machine):
         self._emit_once("stop_at", plan["stop"])
         if "stopped" not in self.received:
             self._post_latest("stalled", bool(self.received.get("stalled")), self._round)
-        # One that never steps may still be needed by those that do: it goes on until they are there (`halt`).
+        # A rank that never steps may still be needed by those that do: it runs on until they have arrived (`halt`).
         if not self._timed_out:
             return False
         self._post("halt")
@@ -160,15 +165,15 @@ class Stop(Machine):
         )
 
     def _post_latest(self, what: str, value: bool, *more: Any) -> None:
-        """Say it anew whenever it has changed."""
+        """Post the value whenever it has changed."""
         if value != self._latest.get(what, False):
             self._latest[what] = value
             if self.facts.channel:
                 self._emit(what, (value, *more) if more else value)
 
     def _step_over(self, outcome: str, now: float, detail: str) -> bool:
-        # Peers have until the end of this phase, or `halt`, to get to the agreed iteration: a device that waits until
-        # then for their part of a collective is not stuck.
+        # Peers have until the end of this phase, or until `halt`, to reach the agreed iteration: a device that waits
+        # until then for their part of a collective is not stuck.
         expects = outcome == "ok" and self._group and self.facts.world > 1 and "aligned" not in self.received
         self._settled = self._deadline if expects else now
         self._end(outcome, now, detail)
@@ -176,7 +181,7 @@ class Stop(Machine):
             self._fault("AUTOTEARDOWN_STOP_AT is now")
         elif (outcome != "ok" and self.steps is not None) or outcome in ("timeout", "error"):
             self._fault(detail)
-        self.received.pop("stalled", None)  # a thread that waits for its peers may still be one that can park
+        self.received.pop("stalled", None)  # a thread that waits for its peers may still be able to park
         owned = self.facts.application_owns or self.received.get("plan", {}).get("owned")
         if owned and self.facts.together and self.facts.cause != "lost":
             return self._enter_yield(now)
@@ -184,31 +189,31 @@ class Stop(Machine):
         return self._enter("park", now, 0.0)
 
     def _enter_yield(self, now: float) -> bool:
-        """The application ends by itself, on this rank or on another: everybody runs on until it has."""
+        """The application ends by itself, on this rank or on another: every rank runs on until it has."""
         if self.limits.yield_ <= now or "owners_done" in self.received:
             self._emit("park")
             return self._enter("park", now, 0.0)
-        self.received.pop("stopped", None)  # it runs on from there
+        self.received.pop("stopped", None)  # the thread runs on
         self._emit("deliver")
         return self._enter("yield", now, self.limits.yield_ - now)
 
     def _in_yield(self, now: float) -> bool:
         delivered = self.facts.together or self._held
         if not delivered and "notice" in self.received and "answer" not in self._once:
-            # If its own time is about to end they were signalled together, and stop together.
+            # If the application's time is about to end, the ranks were signalled together, and stop together.
             if self._deadline - now <= min(SKEW, self.limits.yield_ / 2):
                 self._end("ok", now, "the group stops")
                 return self._enter_step(now)
-            # The application has its time; the group need not wait for it.
+            # The application keeps its time; the group need not wait for it.
             self._post("answer", (None, False, False))
         if "released" in self.received:
             self._end("ok", now, "the application has put its handler away")
         elif delivered and "owners_done" in self.received and "leaves" not in self.received:
             self._end("ok", now, "those that end by themselves have left")
         elif delivered and not self.facts.application_owns and self._clock >= self._down_at + RECONNECTING:
-            self._end("ok", now, "the hub has left, and nobody says who else has")
+            self._end("ok", now, "the hub has left, so it is unknown who else has")
         elif "exits" in self.received:
-            # With its own exit code; it stays a moment for the others if it is the hub.
+            # The process exits with its own code; the hub stays a moment for the others.
             self.wake = self.limits.hard
             return False
         elif self._timed_out:
@@ -236,11 +241,11 @@ class Stop(Machine):
         return self.limits.drain * LOOK if self.facts.accelerator and self.facts.joined else 0.0
 
     def _save_until(self) -> float:
-        """No checkpoint is cut in half while time is left."""
+        """No checkpoint is cut while time is left."""
         return self.limits.hard - self.limits.abort - self.limits.exit
 
     def _drain_until(self, kept: float) -> None:
-        """Parking and draining have one budget."""
+        """Parking and draining share one budget."""
         budget = self.limits.drain if self.facts.joined else min(self.limits.drain, COURTESY / 2)
         saving = self.state == "park" and self.received.get("saving")
         latest = self._save_until()
@@ -293,7 +298,7 @@ class Stop(Machine):
             self._skip("abort", now, "the device is idle: left to the exit")
             return self._abort_over(now, stopped=True)
         if "stopped" in self.received and self.steps is not None and "halt" not in self.received:
-            # Not before: ranks that never step may have to launch their part of what this device was waiting for.
+            # Not earlier: ranks that never step may have to launch their part of what this device was waiting for.
             self._post("arrived")
         budget = max(0.0, self._save_until() - now)
         if self.facts.callbacks:
@@ -304,7 +309,7 @@ class Stop(Machine):
 
     def _in_callbacks(self, now: float) -> bool:
         if "called" not in self.received and not self._timed_out:
-            if self.received.get("saving"):  # in the background: it may need the others
+            if self.received.get("saving"):  # in the background: the save may need the other ranks
                 self._post_latest("saving", True)
             return False
         problem = self.received.get("called", "an on_teardown callback did not return in time")
@@ -318,7 +323,7 @@ class Stop(Machine):
     def _in_quiet(self, now: float) -> bool:
         alone = self.facts.world == 1 or (not self.facts.channel and not self.facts.accelerator)
         if alone:
-            # Nobody to wait for, or (gloo) nobody who minds: its destroy is not collective.
+            # No peers to wait for, or gloo, whose destroy is not collective.
             self._end("skipped", now, "no peers" if self.facts.world == 1 else "peers are not asked")
             return self._release(now, everyone=True)
         if "quiet" in self.received and not (self.facts.unwaitable or "unwaitable" in self.received):
@@ -327,7 +332,7 @@ class Stop(Machine):
             if not clean:
                 self._fault("a peer was wedged or lost")
             return self._release(now, everyone=clean)
-        if self.received.get("busy"):  # peers that save on their way: they may need this one
+        if self.received.get("busy"):  # peers that are still saving may need this rank
             self._settled = max(self._settled, now)
             self._until(self._save_until())
         else:
@@ -346,8 +351,8 @@ class Stop(Machine):
         if everyone:
             self._emit("destroy")
             return self._enter("destroy", now, min(self.limits.destroy, self._exit_by - now))
-        # Destroy would wait for peers that may never come, and an abort frees buffers which their kernels may
-        # still poll (ai2cm/ace#1438): the exit releases it.
+        # Destroy would wait for peers that may never come, and an abort frees buffers which their kernels may still
+        # poll (ai2cm/ace#1438): the exit releases the group.
         self._skip("destroy", now, "left to the exit")
         return self._enter_exit(now)
 
@@ -382,7 +387,7 @@ class Stop(Machine):
 
     def _in_wedged(self, now: float) -> bool:
         if "drained" in self.received and not self.received["drained"]:
-            # What it was waiting for has come after all: it is not to be aborted any more (F9).
+            # What the device was waiting for has come after all: it must not be aborted any more (ai2cm/ace#1438).
             self._end("skipped", now, "the device became idle")
             return self._abort_over(now, stopped=True)
         if "abort" not in self.received and self._group and not self._timed_out:
@@ -417,7 +422,8 @@ class Stop(Machine):
         return self._enter("exit", now, min(wait, left))
 
     def _in_exit(self, now: float) -> bool:
-        # Peers that lose the hub go alone: its host leaves last. And nobody leaves who was not heard yet.
+        # Peers that lose the hub stop without it, so its process exits last. And no rank exits before the group knows
+        # of its stop.
         waits = self._group and (
             "all_left" not in self.received if self.facts.hub else not self._group_informed
         )
@@ -425,7 +431,7 @@ class Stop(Machine):
             waits = True
             self._until(self._exit_by)
         if self.blocked and not self.facts.accelerator and self.facts.joined:
-            # gloo releases it when the peer that it waits for is gone; then it can leave as a program does.
+            # gloo releases the thread when the peer that it waits for has exited; then the program can exit normally.
             if "parked" in self.received:
                 self.blocked = self.wedged = False
             elif self._clock < self.phases[-1].start + COURTESY:
@@ -442,7 +448,7 @@ class Stop(Machine):
             self._fault("the program has caught the exit, and was stopped again")
         elif self._can_exit_normally:
             if self.received.get("saving"):
-                # Lightning saves on any exception, the one that it leaves with included.
+                # Lightning saves on any exception, the agent's SystemExit included.
                 self._until(now + self.limits.exit)
             if not self._timed_out:
                 return False

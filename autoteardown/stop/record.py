@@ -1,4 +1,4 @@
-"""What is gathered during a stop for those who will ask what happened."""
+"""Collects during a stop what its report needs: stacks, the stuck collective, who was signalled first."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from autoteardown.thread_stacks import PACKAGE
 
 
 class StopRecord:
-    """Of one stop of one rank.
+    """The record of one stop of one rank.
 
     Args:
-        hands: the armed rank.
+        control: the armed rank.
         cause: `signal`, `peer` or `lost`.
         signum: the eviction signal, if this rank got one.
         origin: rank, host and pid of the rank that was signalled first.
@@ -39,11 +39,11 @@ class StopRecord:
         self._deadline = deadline
         self._received_at = datetime.now(timezone.utc).isoformat()
         self._stuck: list[dict[str, Any]] = []
-        self._collective: Optional[dict[str, Any]] = None  # the one that does not end
+        self._collective: Optional[dict[str, Any]] = None  # the collective that does not end
 
     @property
     def exit_code(self) -> int:
-        """The contract's, whichever way the process ends."""
+        """What the settings promise, whichever way the process ends."""
         return self._control.settings.exit_code_for(self.signum)
 
     @property
@@ -57,7 +57,7 @@ class StopRecord:
         return round(deadline.hard + 1.0, 2) if deadline.shortened else self._control.settings.grace
 
     def opening(self, application_owns: bool) -> str:
-        """Why this is happening, in words; `application_owns`: the application may end by itself."""
+        """Why this rank stops, in words; `application_owns`: the application may end by itself."""
         settings = self._control.settings
         rank = self.origin.get("rank")
         if self.cause == "peer":
@@ -70,20 +70,20 @@ class StopRecord:
         return f"{name}: tearing down, hard deadline at {round(self._deadline.hard, 1):g}s"
 
     def take_stacks(self, when: str) -> None:
-        """Keep what the program's threads are doing."""
+        """Record the stacks of the program's threads."""
         for entry in report.stacks():
             if not entry["frames"][-1].startswith(PACKAGE):
                 self._stuck.append({"when": when, **entry})
 
     def find_collective(self) -> None:
-        """Keep which collective it is that does not end. May block."""
+        """Record which collective does not end. May block."""
         self._collective = self._collective or self._control.stuck_collective()
 
     def outcome(self, stop: Optional[Stop], application_owns: bool, now: float, final: bool) -> Outcome:
-        """What it has come to.
+        """What the stop has come to.
 
         Args:
-            stop: how far it has got; None: it has not begun.
+            stop: the protocol's state; None: it has not begun.
             application_owns: see `opening`.
             now: seconds since the signal.
             final: the process ends now.
@@ -93,7 +93,7 @@ class StopRecord:
             last = phases[-1]
             if last["end"] is None:
                 last["outcome"] = "timeout" if stop is not None and stop.forced else "ok"
-            last["end"] = now  # the program's own way out was part of it
+            last["end"] = now  # the program's own exit was part of this phase
         return Outcome(
             identity=self._control.identity(),
             opening=self.opening(application_owns),

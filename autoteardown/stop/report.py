@@ -1,8 +1,8 @@
-"""What a teardown leaves behind: log lines, a JSON report, the termination log.
+"""Writes log lines, the JSON report and the termination log, whatever state the process is in.
 
-Runs while the main thread may be frozen at any bytecode and the disk or the terminal may be dead. So: no `logging`, no
-`print`, no lock, nothing that raises. A line that stderr cannot take at once is dropped: a full pipe that nobody reads
-would block the writer for ever.
+The main thread may be frozen between any two bytecodes, and the disk or the terminal may be dead. So there is no
+`logging`, no `print`, no lock, and nothing raises. A line that stderr cannot take at once is dropped: a full pipe
+that is never read would block the writer for ever.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from autoteardown import stderr
 from autoteardown.node import safe_folder
 from autoteardown.node.entry import printable
 
-TERMINATION_LOG_BYTES = 4096  # what Kubernetes keeps of it
+TERMINATION_LOG_BYTES = 4096  # bytes that Kubernetes keeps
 _MOST_OF_A_NAME = 20
 
 
@@ -34,7 +34,7 @@ class Log:
 
     def __init__(self, level: str, host: str, job: Optional[str] = None, form: str = "text") -> None:
         self.level = level
-        self.host = printable(host).replace(" ", "?")  # one field
+        self.host = printable(host).replace(" ", "?")  # one field of the line
         self.job = job
         self.form = form
         self.rank: Optional[int] = None
@@ -43,7 +43,9 @@ class Log:
         self._stderr = stderr.identity(2)
 
     def first(self, text: str, seconds: float = 0.0) -> None:
-        """Say the first thing of a stop: in text, too, with the wall clock and the job, to find it by in other logs."""
+        """Write the first line of a stop: in text form with wall clock and job, so that it can be found from other
+        logs.
+        """
         if self.form == "text":
             text += f" ({_wall_clock()}{f', job {self.job}' if self.job else ''})"
         self.line(text, seconds, event="signal")
@@ -56,12 +58,12 @@ class Log:
         event: str = "message",
         outcome: Optional[str] = None,
     ) -> None:
-        """Say one thing.
+        """Write one line.
 
         Args:
-            text: in plain words.
+            text: the message.
             seconds: since the signal.
-            level: from which level on it is said.
+            level: written from this log level on.
             event: for those who filter JSON lines: a phase's name, `signal`, `done`, or `message`.
             outcome: of the phase, or, with `done`, of the stop.
         """
@@ -91,8 +93,8 @@ class Log:
             "message": text,
         }
         line = json.dumps(fields)
-        # No longer than a pipe takes in one piece, and still JSON: it is the words that give way. A letter takes up to
-        # 12 bytes (a surrogate pair).
+        # No longer than a pipe takes in one piece, and still JSON: the message is cut. A letter takes up to 12 bytes (a
+        # surrogate pair).
         while len(line) >= select.PIPE_BUF and fields["message"]:
             fields["message"] = fields["message"][: -(len(line) - select.PIPE_BUF) // 12 - 1]
             line = json.dumps(fields)
@@ -106,7 +108,7 @@ def _wall_clock() -> str:
 
 
 def stacks() -> list[dict[str, Any]]:
-    """Where every thread stands. No `traceback`, which reads source files from a disk that may hang."""
+    """The stack of every thread. No `traceback`, which reads source files from a disk that may hang."""
     found = []
     for ident, frame in sys._current_frames().items():
         lines: list[str] = []
@@ -123,10 +125,10 @@ def write_report(directory: str, name: str, report: dict[str, Any]) -> Optional[
     """Write the JSON report, whole or not at all, and never over another process's.
 
     Args:
-        directory: where; made if it is missing.
-        name: `<host>-<pid>.json`. The time of the signal is put into it, for a restarted pod often has the host
-            name and the process ids of the one before; and a number, if there is a file of that name all the same.
-        report: what this process knows by now. The next one replaces it.
+        directory: created if it is missing.
+        name: `<host>-<pid>.json`. The time of the signal is added to it, since a restarted pod often has the host
+            name and process ids of the one before; and a number, if there is a file of that name all the same.
+        report: what is known so far. A later call replaces it.
 
     Returns:
         What went wrong, or None.
@@ -146,7 +148,7 @@ def write_report(directory: str, name: str, report: dict[str, Any]) -> Optional[
 
 
 def taken(directory: str, name: str, report: dict[str, Any]) -> str:
-    """The file name that this process's report of that name has, or would have."""
+    """The file name that this process's report has, or would have."""
     wanted = _wanted(name, report)
     return _own.get((directory, wanted), wanted)
 
@@ -165,7 +167,7 @@ def stamped(name: str, report: dict[str, Any]) -> str:
 
 _own: dict[
     tuple[str, str], str
-] = {}  # the reports that this process has written: folder and name wanted, name taken
+] = {}  # reports that this process has written: folder and name wanted, name taken
 
 
 def _write_own(descriptor: int, wanted: tuple[str, str], data: bytes) -> None:
@@ -185,12 +187,12 @@ def _write_own(descriptor: int, wanted: tuple[str, str], data: bytes) -> None:
 
 
 def write_termination_log(path: str, text: str) -> None:
-    """Kubernetes mounts the file: where there is none, there is nobody to read it."""
+    """Write the termination log, if the file exists: Kubernetes mounts it."""
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
-            os.ftruncate(descriptor, 0)  # fails where it is no plain file
-            # Not cut in the middle of a letter: the kubelet takes UTF-8 only.
+            os.ftruncate(descriptor, 0)  # fails if it is not a plain file
+            # Not cut inside a letter: the kubelet takes UTF-8 only.
             data = text.encode("utf-8", "backslashreplace")[:TERMINATION_LOG_BYTES]
             os.write(descriptor, data.decode("utf-8", "ignore").encode())
         finally:

@@ -1,4 +1,4 @@
-"""The terms in which the protocol and the driver of a stop speak to each other."""
+"""Types that the protocol and the driver of a stop exchange: limits, facts, actions, phases."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Optional
 
 
 class Limits(NamedTuple):
-    """Time budgets in seconds, already scaled to fit the grace period (see `settings.py`)."""
+    """Time budgets in seconds, scaled to fit the grace period (see `settings.py`)."""
 
     hard: float = 24.0
     yield_: float = 0.0
@@ -17,7 +17,7 @@ class Limits(NamedTuple):
     exit: float = 3.0
 
     def within(self, seconds: float) -> Limits:
-        """These, made shorter together where they do not fit into so many seconds."""
+        """These limits, shortened in proportion where they do not fit into so many seconds."""
         total = self.step + self.drain + self.destroy + self.abort + self.exit
         scale = min(1.0, max(0.0, seconds) / total) if total else 1.0
         return Limits(self.hard, self.yield_, *(limit * scale for limit in self[2:]))
@@ -29,28 +29,32 @@ class Facts(NamedTuple):
     cause: str = "signal"  # or "peer", "lost"
     joined: bool = True  # init has returned: there is a process group
     world: int = 1
-    channel: bool = False  # this rank can speak to its peers
-    accelerator: bool = False  # this process has initialised one
+    channel: bool = False  # there is a channel to the peers
+    accelerator: bool = False  # this process uses one
     can_abort: bool = False  # its communicators can be aborted
-    hub: bool = False  # its peers speak to one another through this process
+    hub: bool = False  # its peers are connected through this process
     step: bool = True  # AUTOTEARDOWN_STOP_AT is `step`
     application_owns: bool = (
-        False  # the application ends by itself: it has a handler of its own, or polls `stop_requested()`
+        # the application ends the process by itself: it has a handler of its own, or polls `stop_requested()`
+        False
     )
     together: bool = True  # AUTOTEARDOWN_HANDLERS is `together`
     iterates: bool = False  # this rank steps or polls
-    callbacks: bool = False  # `on_teardown` has been given some
-    unwaitable: str = ""  # the devices in use that nobody can wait for
+    callbacks: bool = False  # `on_teardown` callbacks are registered
+    unwaitable: str = ""  # the devices in use that cannot be waited for
 
 
 class Action(NamedTuple):
-    """Something for the shell to do. `do` is one of:
+    """Something for the driver to do. `do` is one of:
 
-    tell (seconds until this rank is gone), answer, plan_now, at, still, ready, saving, arrived, halt, over, wedged,
-    quiet, left: to the council; hold: raise the hold flag, then report `steps`; stop_at: let the training thread run
-    to that iteration; go_on: let it run to the end of its next one; deliver: let it run on, with the application's
-    handler called first; park, drain, callbacks, destroy, abort: start it, report when it is over; stacks: record the
-    stacks of the threads in the way; leave: end the process, gently; die: end it now.
+    - to the coordinator: tell (seconds until this rank exits), answer, plan_now, at, stalled, ready, saving,
+      arrived, halt, yield_expired, wedged, quiet, left;
+    - to the training thread: hold: set the hold flag, then report `steps`; stop_at: run to the end of that
+      iteration; advance: run to the end of the next one; deliver: run on, after the application's handler has been
+      called;
+    - park, drain, callbacks, destroy, abort: start it, and report when it has returned;
+    - stacks: record the stacks of the threads that are in the way; leave: ask the program to exit; die: end the
+      process now.
     """
 
     do: str
@@ -58,7 +62,7 @@ class Action(NamedTuple):
 
 
 class Phase:
-    """One line of the report."""
+    """One phase of the report."""
 
     __slots__ = ("detail", "end", "name", "outcome", "start")
 
@@ -70,5 +74,5 @@ class Phase:
         self.detail = ""
 
     def as_dict(self) -> dict[str, object]:
-        """As it is in the report."""
+        """The phase in the JSON report."""
         return {key: getattr(self, key) for key in ("name", "start", "end", "outcome", "detail")}

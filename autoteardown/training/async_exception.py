@@ -1,7 +1,7 @@
-"""Parks a thread that is not the main one, at its next bytecode.
+"""Parks a thread that is not the main thread, before its next bytecode.
 
-A signal handler can only run on the main thread. An asynchronous exception reaches any thread, and Python makes the
-instance on that thread before any handler of the program's sees it: so the constructor is where it parks.
+Signal handlers run on the main thread only. An asynchronous exception reaches any thread, and Python creates the
+exception instance on that thread before any handler of the program sees it: so the constructor parks the thread.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from autoteardown.unpatched import get_ident
 
 
 def park_thread(ident: int) -> None:
-    """Have that thread park at its next bytecode."""
+    """Have that thread park before its next bytecode."""
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), ctypes.py_object(_Parks))
 
 
 class _Parks(BaseException):
-    """Raised into the thread (PyThreadState_SetAsyncExc)."""
+    """The exception that is raised in the thread (PyThreadState_SetAsyncExc)."""
 
     def __init__(self) -> None:
         super().__init__()
         gate, ident = _gate.gate, get_ident()
-        if ident in gate.waits.inside or ident in gate.held:  # it looks for itself
+        if ident in gate.waits.inside or ident in gate.held:  # it waits already, and checks by itself
             return
         parking = gate.parking
-        if parking.left(ident) and parking.on_way_out():  # asked twice, and on its way already
+        if parking.left(ident) and parking.on_way_out():  # raised twice, and the thread is exiting already
             parking.leave()
         gate.park()

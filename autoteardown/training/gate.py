@@ -1,9 +1,8 @@
-"""Where the program's own threads stop: at the end of an iteration, in our signal handler, or when a save is over.
+"""Stops the program's own threads: at the end of an iteration, in the agent's signal handler, or at the end of a save.
 
-Where they stop for good, and how they leave from there, is the `parking`.
-
-Everything here runs on threads of the program, on its hot path or at any of its bytecodes. So: no lock that another
-thread may hold while it is frozen, and nothing raised but the SystemExit that ends a parked thread.
+1. `parking.py` has what a stopped thread does, and how it exits.
+2. Everything here runs on threads of the program, on the hot path or between any two bytecodes. So there is no lock
+   that another, frozen thread may hold, and nothing is raised but the SystemExit with which a parked thread exits.
 """
 
 from __future__ import annotations
@@ -23,16 +22,17 @@ from autoteardown.unpatched import get_ident, monotonic
 
 
 class Gate:
-    """The training side of one armed process.
+    """The threads of one armed process, and whether they may run on.
 
-    The hold flag and the count make the agreement on an iteration safe without a lock: the hook counts first and looks
-    at the flag afterwards; the guard raises the flag first and reads the count afterwards. An iteration that the guard
-    did not count therefore finds the flag up and waits until it is known which is the last.
+    The hold flag and the iteration count make the agreement on an iteration safe without a lock: the hook counts
+    first and reads the flag afterwards; the guard sets the flag first and reads the count afterwards. So an
+    iteration that the guard has not counted finds the flag set, and its thread waits until the last iteration is
+    known.
 
     Args:
-        tell: called with an event and its value; must be safe at any bytecode (`SimpleQueue.put` is).
-        numbers: the sequence numbers of the groups' collectives.
-        devices: which device of each kind is the current one of the calling thread.
+        tell: called with an event and its value, between any two bytecodes (`SimpleQueue.put` is safe there).
+        numbers: returns the sequence numbers of the groups' collectives.
+        devices: returns the calling thread's current device of each kind.
     """
 
     def __init__(
@@ -42,13 +42,13 @@ class Gate:
         devices: Callable[[], dict[str, int]] = dict,
     ) -> None:
         self.clock = IterationCounter()
-        self.polls = 0  # of `stop_requested()`: the clock of a program that polls
+        self.polls = 0  # calls of `stop_requested()`: they count the iterations of a program that polls
         self.step_times = StepTimes()
         self.waits = ThreadWaits()
         self.parking = Parking(self.waits, tell)
-        self.devices: dict[str, int] = {}  # the current ones of the training thread when it stopped
+        self.devices: dict[str, int] = {}  # the current devices of the training thread when it stopped
         self.training = TrainingThread()
-        # Nobody has held, resumed or closed it: all that a poll in a healthy program looks at.
+        # Never held, resumed or closed: all that a poll in a healthy program looks at.
         self.calm = True
         self.holding = False
         self.closed = False
@@ -63,7 +63,7 @@ class Gate:
         self._resumed = False
 
     def begin(self, thread: int) -> None:
-        """A new world: every rank of it counts from nought."""
+        """Start counting anew for a new process group, which this thread joins."""
         self.training.set_from_init(thread)
         self.saves.does_more()
         self.clock = IterationCounter()
@@ -72,19 +72,19 @@ class Gate:
 
     @property
     def thread(self) -> Optional[int]:
-        """The one that trains."""
+        """The identity of the training thread."""
         return self.training.ident
 
     # -- asked by the guard ---------------------------------------------------------------------------------------
 
     @property
     def count(self) -> int:
-        """Iterations that are over."""
+        """Completed iterations."""
         return self.polls or self.clock.count
 
     @property
     def begun(self) -> bool:
-        """Whether this rank has stepped, or polled."""
+        """Whether this rank has taken an optimizer step, or polled."""
         return self.polls > 0 or self.clock.begun
 
     @property
@@ -93,27 +93,32 @@ class Gate:
         return self.saves.going_on(self._may_save())
 
     def _may_save(self) -> set[int]:
-        # A thread that is stopped at the end of an iteration has none in hand.
+        # A thread that is stopped at the end of an iteration is not in a save.
         watched = {ident for ident in (self.thread, thread_stacks.main_ident()) if ident is not None}
         return watched - self.parking.stopped - self.held
 
     def hold(self) -> None:
-        """From now on, whoever comes to the end of an iteration waits there."""
+        """From now on, a thread that completes an iteration waits."""
         self.clock.frozen = True
         self.holding, self.calm = True, False
 
     def let_run_to(self, count: int) -> None:
-        """The last iteration is known: threads that wait go on, up to its end."""
+        """The last iteration is known: waiting threads run on, up to the end of it."""
         self._last = count
         self.waits.wake()
 
     def advance(self, until: dict[str, int]) -> None:
-        """To the end of the next iteration that has joined so many of each group's collectives."""
+        """Run to the end of the next iteration that has launched that many of each group's collectives."""
         self._until = until
         self.let_run_to(self.count + 1)
 
     def resume(self, delivery: Optional[Callable[[], object]], requested: bool) -> None:
-        """The application ends by itself: everybody runs on, after `delivery` has been called on the main thread."""
+        """Let all threads run on: the application ends the process by itself.
+
+        Args:
+            delivery: calls the application's handler; run on the main thread first.
+            requested: what `stop_requested()` returns from now on.
+        """
         if delivery is not None:
             self.delivery.put(delivery)
         self.requested = requested
@@ -122,40 +127,40 @@ class Gate:
         self.waits.wake()
 
     def close(self) -> None:
-        """Whoever comes to a stopping place from now on is parked there."""
+        """From now on, a thread that reaches a stopping point is parked."""
         self.closed, self.calm = True, False
         self.waits.wake()
 
     def to_park(self) -> list[int]:
-        """The threads that train, or may: those that nobody has stopped yet."""
+        """The threads that train, or may train, and are not stopped yet."""
         self.find_thread()
         stopped = self.parking.stopped | self.held
         return [i for i in self.training.candidates() if i not in stopped and not self.shielded(i)]
 
     def shielded(self, ident: int) -> bool:
-        """Whether that thread writes a checkpoint, of which a file may be only a part."""
+        """Whether that thread is writing a checkpoint, of which one file may be only a part."""
         return ident not in self.parking and self.saves.shields(ident)
 
     def find_thread(self) -> None:
-        """Look which it is that trains."""
+        """Find out which thread trains."""
         self.training.find(self.begun)
 
     # -- on the program's threads ---------------------------------------------------------------------------------
 
     def end_of_iteration(self) -> None:
-        """In the hook, after the iteration was counted. A program that polls stops in its polls."""
+        """In the optimizer hook, after an iteration was counted. A program that polls stops in its polls instead."""
         self.step_times.ends.append(monotonic())
         self.training.ident = ident = get_ident()
         if (self.holding or self.closed) and not self.polls:
             self._stop_here(ident)
 
     def before_step(self) -> None:
-        """Before an optimizer's step, once the gate is closed: no step begins after the stop."""
+        """Before an optimizer step, once the gate is closed: no step begins after the stop."""
         if get_ident() not in self.saves.open:
             self.park()
 
     def end_of_poll(self) -> None:
-        """In a poll, once the hold flag is up."""
+        """In a poll, once the hold flag is set."""
         self.training.ident = ident = get_ident()
         self._stop_here(ident)
 
@@ -192,16 +197,16 @@ class Gate:
             self.waits.wait(ident)
 
     def park(self) -> None:
-        """Stop this thread until the exit, which it leaves towards with SystemExit."""
+        """Stop this thread until the process exits; it then raises SystemExit."""
         self.parking.park(lambda ident: ident == self.thread or not self.training.is_known(self.begun))
 
     def wait_for_plan(self, limit: float, ends: bool = False) -> None:
-        """Wait until it is known whether this thread is to run on, at most `limit` seconds.
+        """Wait until it is known whether this thread runs on, at most `limit` seconds.
 
         Args:
-            limit: of patience.
-            ends: the program has ended itself here. It runs on for the last iteration, if it is this thread that
-                trains, and no further.
+            limit: seconds.
+            ends: the program has ended itself here (it has raised the signal under the default action). Only the
+                training thread runs on from here, and only to the end of the last iteration.
         """
         ident, until = get_ident(), monotonic() + limit
         while not self.closed and monotonic() < until:
@@ -213,8 +218,8 @@ class Gate:
     def enter_save(self, collective: bool = False) -> None:
         """A save begins on this thread; `collective`: it needs the other ranks."""
         ident = get_ident()
-        # Once it has left, its group may be gone: a rank that saves alone then overwrites a good checkpoint with its
-        # own part. What a program saves for itself on its way out is left alone.
+        # After the stop the group may be released: a rank that then saves alone overwrites a good checkpoint with its
+        # own part. A save that needs no other rank, on the program's way out, is allowed.
         legitimate = self.parking.left(ident) and not collective and self.parking.on_way_out()
         if self.closed and not legitimate and not self.shielded(ident):
             self.park()
@@ -230,7 +235,7 @@ def _reached(numbers: dict[str, int], until: dict[str, int]) -> bool:
 
 
 gate = Gate(lambda event: None)
-"""The process's gate; replaced when the process is armed, and in a forked child."""
+"""The gate of this process; replaced when the process is armed, and in a forked child."""
 
 
 def renew(
@@ -238,7 +243,7 @@ def renew(
     numbers: Callable[[], dict[str, int]] = dict,
     devices: Callable[[], dict[str, int]] = dict,
 ) -> Gate:
-    """Start again with a gate that has seen nothing."""
+    """Replace the gate with one that has seen nothing."""
     global gate
     gate = Gate(tell, numbers, devices)
     return gate

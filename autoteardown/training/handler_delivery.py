@@ -1,8 +1,8 @@
-"""The application's own handler, called on the main thread at the agreed iteration, while the training waits for it.
+"""Calls the application's signal handler on the main thread at the agreed iteration, while the training thread waits.
 
-A handler on the main thread beside training on another has to be over before the next iteration begins: else a rank
-whose threads are slower sees its flag an iteration later than its peers. An event loop's is called by the loop, some
-turns after the signal.
+1. If the main thread is not the training thread, the handler has to return before the next iteration begins:
+   otherwise a slower rank sees the handler's flag one iteration later than its peers.
+2. An event loop calls its handlers itself, some turns after the signal.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from typing import Any, Callable, Optional
 from autoteardown.fail_open import report_failure
 from autoteardown.unpatched import monotonic
 
-_COMING = 5.0  # seconds that the training thread waits for the main thread to come by
-_HANDLING = 1.0  # and for the handler: it may in turn wait for the training thread (`thread.join()`)
-_TURNS = 8  # of an event loop: by then it has called its callback, and a task that waits for that has seen it
+_COMING = 5.0  # seconds that the training thread waits for the main thread to run bytecode
+_HANDLING = 1.0  # seconds for the handler, which may itself wait for the training thread (`thread.join()`)
+# turns of an event loop, after which its callback has run and a task that waits for the callback has resumed
+_TURNS = 8
 
 
 class HandlerDelivery:
-    """Of one eviction to one process.
+    """One call of the handler, for one eviction.
 
     Args:
         wake: called when the training thread need not wait any longer.
@@ -27,23 +28,23 @@ class HandlerDelivery:
 
     def __init__(self, wake: Callable[[], object]) -> None:
         self.raised: Optional[BaseException] = None
-        """What the handler has raised: the application's, and not ours to catch."""
+        """What the handler has raised: the application's, which the agent must not catch."""
         self._wake = wake
         self._calls: list[Callable[[], object]] = []
         self._until = 0.0
 
     def put(self, handler: Callable[[], object]) -> None:
-        """To be called."""
+        """Set what is called."""
         self._until = monotonic() + _COMING
         self._calls.append(handler)
 
     @property
     def awaited(self) -> bool:
-        """Whether the training has to wait for it."""
+        """Whether the training thread has to wait."""
         return monotonic() < self._until
 
     def call(self) -> None:
-        """On the main thread: call it, unless that has been done."""
+        """On the main thread: call the handler, unless it has been called."""
         try:
             handler = self._calls.pop()
         except IndexError:
@@ -67,7 +68,7 @@ class HandlerDelivery:
 
 
 def in_turns(function: Callable[[], object], turns: int) -> None:
-    """Call it when the event loop that runs on this thread has turned so often; at once, if none does."""
+    """Call `function` when the event loop of this thread has made that many turns; at once if none runs."""
     call_soon = _running_loop()
 
     def turn() -> None:
@@ -77,7 +78,7 @@ def in_turns(function: Callable[[], object], turns: int) -> None:
             if call_soon is not None and turns >= 0:
                 call_soon(turn)
                 return
-        except RuntimeError:  # it has ended
+        except RuntimeError:  # the loop has ended
             pass
         function()
 
@@ -85,12 +86,14 @@ def in_turns(function: Callable[[], object], turns: int) -> None:
 
 
 def _running_loop() -> Any:
-    """What has it call a function in its next turn, from a signal handler or wherever; None: no loop runs here."""
+    """A function that has the running event loop call another in its next turn, safe in a signal handler; None: no loop
+    runs here.
+    """
     asyncio: Any = sys.modules.get("asyncio")
     trio: Any = sys.modules.get("trio.lowlevel")
     try:
         return asyncio.get_running_loop().call_soon_threadsafe
-    except (AttributeError, RuntimeError):  # not imported, or being so; or none on this thread
+    except (AttributeError, RuntimeError):  # asyncio is not imported yet, or no loop runs on this thread
         pass
     try:
         return trio.current_trio_token().run_sync_soon

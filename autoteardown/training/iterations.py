@@ -1,17 +1,19 @@
-"""The group's clock: which of a program's optimizer steps ends an iteration.
+"""Counts iterations: decides which of a program's optimizer steps ends one.
 
-`Optimizer.step` calls are no common clock (F19): a pipeline's first stage steps two optimizers where the others step
-one, a GAN steps D and G, some step one optimizer a parameter inside backward. An iteration is over when everything that
-steps in it has stepped, and at that moment nothing tells whether another step follows. So the clock learns the cycle
-that the last iterations went through, and says of a step whether it is the last of its cycle.
+Calls of `Optimizer.step` are no common clock for the ranks: the first stage of a pipeline steps two optimizers where
+the others step one, a GAN steps two in turn, some programs step one optimizer for each parameter inside backward. An
+iteration is over when everything that steps in it has stepped, and nothing says at that moment whether another step
+follows. So the counter learns the cycle that the last iterations went through, and says of a step whether it is the
+last of its cycle.
 
-* The *anchor* is the optimizer that steps most rarely, hence once a cycle; the first one, where several do.
-* A cycle begins with the *origin*, the optimizer that stepped first of all: where D steps five times before each G, an
-  iteration ends with G; where the first step is G's, it ends with the fifth D.
-* No cycle ends between two steps with no forward pass between them. That finds the phase of an optimizer that joins in
-  late, and keeps a ZeroRedundancyOptimizer together with the local one that it steps.
+1. The *anchor* is the optimizer that steps least often, hence once in a cycle; the first such one if there are
+   several.
+2. A cycle begins with the *origin*, the optimizer that stepped first of all: where D steps five times before each G,
+   an iteration ends with G; where G's step is first, it ends with the fifth D.
+3. No cycle ends between two steps with no forward pass between them. That finds the phase of an optimizer that joins
+   late, and keeps a ZeroRedundancyOptimizer together with the local one that it steps.
 
-Pure: steps in, boundaries out. `stepping.py` says what a step is; docs/how-it-works.md what was rejected.
+Pure: steps in, boundaries out. `optimizer_hooks.py` says what a step is; docs/how-it-works.md what was rejected.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ _LONGEST = 32  # steps in a cycle; an optimizer that is rarer (every hundredth i
 
 
 class IterationCounter:
-    """Counts the iterations of one rank. Used by the program's own threads, one at a time."""
+    """Counts the iterations of one rank. Called by the program's own threads, one at a time."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -43,18 +45,18 @@ class IterationCounter:
 
     @property
     def begun(self) -> bool:
-        """Whether anything has stepped yet."""
+        """Whether any optimizer has stepped."""
         return self._index > 0
 
     def step(self, who: object, fresh: bool = True) -> bool:
-        """One step is over.
+        """Count one optimizer step that has returned.
 
         Args:
             who: tells the optimizers apart.
             fresh: whether a forward pass lies between the last step and this one.
 
         Returns:
-            Whether it ends an iteration.
+            Whether the step ends an iteration.
         """
         index, self._index = self._index, self._index + 1
         if who == self._anchor and self._period == 1 and not self._since and self.learned:
@@ -89,7 +91,7 @@ class IterationCounter:
         self._since, self._ended, self.learned = [], False, True
 
     def _last_of_cycle(self, following: list[tuple[object, bool]]) -> int:
-        """How many steps after the anchor's the cycle ended, judged by the steps that followed it up to its next."""
+        """How many steps after the anchor's the cycle ended, by the steps that followed it up to its next one."""
         period = len(following)
         after = next((place for place, step in enumerate(following) if step[0] == self._origin), period - 1)
         for place in range(after, after + period):
@@ -98,7 +100,7 @@ class IterationCounter:
         return after  # no forward pass at all: nothing to learn from
 
     def _elect(self, who: object, gap: int) -> None:
-        """Make this optimizer the anchor if it is rarer, or if the anchor steps no more (it has been frozen)."""
+        """Make this optimizer the anchor if it steps less often, or if the anchor steps no more (it is frozen)."""
         if self.learned and self._period < gap <= _LONGEST:
             self.count = self._base[who] + 1
             following = self._since[-gap:]

@@ -1,8 +1,8 @@
-"""The hooks on optimizers, which feed the clock: what a step is, and whether a forward pass came before it.
+"""Hooks on torch's optimizers: feed the iteration counter with steps, and with whether a forward pass came before each.
 
-A step inside backward (one optimizer a parameter, `register_post_accumulate_grad_hook`) may run on autograd's own
-thread, in any order, hundreds of times an iteration. All of one backward pass are one step, and it ends where that pass
-returns to the program, on the program's own thread.
+A step inside backward (one optimizer for each parameter, `register_post_accumulate_grad_hook`) may run on autograd's
+own thread, in any order, hundreds of times in an iteration. All steps of one backward pass count as one, which ends
+where that pass returns to the program, on the program's own thread.
 """
 
 from __future__ import annotations
@@ -16,22 +16,23 @@ from autoteardown.training import gate
 from autoteardown.unpatched import get_ident
 
 _BACKWARD = "backward"
-_LOOKS = 0x1FF  # so many iterations, and one, between two looks at what seldom changes
-_FIRST = 2  # the count when the clock first knows that an iteration is over
+_LOOKS = 0x1FF  # a mask: something is done at every 512th iteration
+_FIRST = 2  # the count at which the counter first knows that an iteration is over
 
-_graph_task: Callable[[], int] = lambda: -1  # noqa: E731  replaced by torch's own, which tells who is in backward
-_sequence: Optional[Callable[[], int]] = None  # counts the autograd nodes that this thread has made
-_before: tuple[int, int] = (0, -1)  # the thread, and what its count was, at the last step
-_passes = 0  # backward passes that are under way
+_graph_task: Callable[[], int] = lambda: -1  # noqa: E731  torch's own: not -1 on a thread that is in backward
+# torch's own: counts the autograd nodes that this thread has created
+_sequence: Optional[Callable[[], int]] = None
+_before: tuple[int, int] = (0, -1)  # the thread and its count at the last step
+_passes = 0  # backward passes in progress
 _stepped_in_one = False
 _now_and_then: Callable[[], object] = lambda: None  # noqa: E731
 
 
 class OptimizerHooks:
-    """On every optimizer of the process, of a torch that is imported; taken off again with `remove`.
+    """Hooks every optimizer of the process, now and later; `remove` takes the hooks off.
 
     Args:
-        now_and_then: called at the end of some iterations.
+        now_and_then: called at the end of every 512th iteration.
     """
 
     def __init__(self, now_and_then: Callable[[], object]) -> None:
@@ -47,13 +48,13 @@ class OptimizerHooks:
             self._handles.append(before(_before_step))
 
     def remove(self) -> None:
-        """Off again."""
+        """Take the hooks off."""
         for handle in self._handles:
             handle.remove()
 
 
 def any_optimizer() -> bool:
-    """Whether this process has made an optimizer: then it is going to step, even if it has not yet."""
+    """Whether this process has created an optimizer, and so is going to step even if it has not yet."""
     optimizer = sys.modules.get("torch.optim.optimizer")
     kinds = [optimizer.Optimizer] if optimizer is not None else []
     while kinds:
@@ -99,13 +100,13 @@ def _step(who: object, fresh: bool) -> None:
             _now_and_then()
 
 
-# As `torch.compiler.disable` would, which would import the compiler: a compiled step calls the hooks, untraced.
+# What `torch.compiler.disable` does, without importing the compiler: a compiled step calls the hooks untraced.
 _before_step._torchdynamo_disable = True  # type: ignore[attr-defined]
 _after_step._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
 def _watch_backward() -> None:
-    """From here on: only where optimizers step inside backward does anybody need to know where it ends."""
+    """Find out when a backward pass ends. Only done where optimizers step inside backward."""
     autograd = sys.modules["torch.autograd"]
     real = autograd.backward
     if hasattr(real, "_autoteardown_wrapped"):
@@ -114,7 +115,7 @@ def _watch_backward() -> None:
     @functools.wraps(real)
     def backward(*args: Any, **kwargs: Any) -> Any:
         global _passes
-        _passes += 1  # activation checkpointing starts passes inside a pass, on whichever thread
+        _passes += 1  # activation checkpointing starts a pass inside a pass, on any thread
         try:
             result = real(*args, **kwargs)
         finally:

@@ -1,7 +1,7 @@
-"""Whether a rank that has not arrived yet still makes progress, or waits for something that does not come.
+"""Decides whether a rank that has not reached the agreed iteration still makes progress.
 
-Seen from outside the thread, on no more evidence than there is: that it executes bytecode, that the process computes,
-or would if it had a processor, that its device or its collectives advance.
+Seen from outside the training thread, by the evidence there is: the thread runs bytecode; the process computes, or
+would if it had a processor; its device or its collectives advance.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ _COMPUTES = 0.3
 
 
 class ProgressMonitor:
-    """Of one rank during its stop.
+    """Watches one rank during its stop.
 
     Args:
-        gate: its threads.
-        progress: of its device and collectives: anything that differs when they have advanced; must not wait.
-        accelerator: whether it has one; a thread that waits for a device may burn a whole core.
+        gate: the rank's threads.
+        progress: returns a value that differs when the device or the collectives have advanced; must not wait.
+        accelerator: whether the process uses one. A thread that waits for a device may use a whole core.
     """
 
     def __init__(self, gate: Gate, progress: Callable[[], Any], accelerator: bool) -> None:
@@ -40,11 +40,11 @@ class ProgressMonitor:
         self._looked = self._computed = 0.0
 
     def reset(self) -> None:
-        """It has been asked to stop where it is: what it did before does not count."""
+        """The rank has been asked to stop where it is: evidence from before does not count."""
         self._since = None
 
     def stalled(self) -> bool:
-        """Whether the training thread waits without a sign of life, for longer than it usually would."""
+        """Whether the training thread has shown no progress for longer than it usually would."""
         gate, now = self._gate, monotonic()
         if gate.thread in gate.held or gate.thread in gate.parking:
             self._since = None

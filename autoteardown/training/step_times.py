@@ -1,4 +1,4 @@
-"""How fast a program iterates. Pure but for the clock; written in the hook, so one append and no more."""
+"""Measures how long the program's iterations take. Written to in the optimizer hook, so it costs one append."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from autoteardown.unpatched import monotonic
 
 
 class StepTimes:
-    """Of the last few iterations."""
+    """The ends of the last few iterations."""
 
     def __init__(self) -> None:
         self.ends: deque[float] = deque(maxlen=9)  # monotonic times
@@ -19,14 +19,14 @@ class StepTimes:
         return [later - earlier for earlier, later in zip(ends, ends[1:])]
 
     def usual(self) -> Optional[float]:
-        """Median seconds of an iteration; None before there were two."""
+        """Median seconds of an iteration; None before two have ended."""
         gaps = sorted(self._gaps())
         return gaps[len(gaps) // 2] if gaps else None
 
     def longest(self) -> float:
-        """Seconds of the longest of them."""
+        """Seconds of the longest of these iterations."""
         return max(self._gaps(), default=0.0)
 
     def idle(self) -> float:
-        """Seconds since the last end of an iteration; 0 before the first."""
+        """Seconds since the last iteration ended; 0 before the first."""
         return monotonic() - self.ends[-1] if self.ends else 0.0

@@ -1,4 +1,4 @@
-"""Which of a program's threads is the one that trains, and the event loop that it may wait in."""
+"""Finds the training thread of the program, and the event loop that it may wait in."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from autoteardown import thread_stacks
 
 
 class TrainingThread:
-    """Of one process: the thread that steps, and until one has, the one that called init."""
+    """The thread that steps; until one has, the thread that called init."""
 
     def __init__(self) -> None:
         self.ident: Optional[int] = None
@@ -17,14 +17,14 @@ class TrainingThread:
         """The event loop that ran on it when it called init, if any."""
 
     def set_from_init(self, ident: int) -> None:
-        """On that thread, which is the calling one."""
+        """Called on the thread that calls init."""
         self.ident, self.loop = ident, _running_loop()
 
     def find(self, begun: bool) -> None:
-        """Without an iteration to tell (it has not `begun`), the thread that waits in a collective is the one.
+        """Before any iteration (`begun` is false), take the thread that waits in a collective.
 
-        The threads of a pool take turns (Ray's threaded actors), and init may be called on one, the training function
-        on another (Ray Train).
+        The threads of a pool take turns (Ray's threaded actors), and init may be called on another thread than the
+        training function (Ray Train).
         """
         if not begun or not thread_stacks.alive(self.ident):
             waiting = thread_stacks.in_collective()
@@ -32,7 +32,7 @@ class TrainingThread:
                 self.ident = waiting[0]
 
     def is_known(self, begun: bool) -> bool:
-        """Whether it is there, and does train: that another thread has stopped says nothing of it then.
+        """Whether the thread is alive and trains, so that another thread's parking means nothing.
 
         The main thread of a Ray actor has nothing to do, and parks at once.
         """
@@ -41,10 +41,10 @@ class TrainingThread:
         return begun or thread_stacks.place(self.ident) == "peers"
 
     def candidates(self) -> list[int]:
-        """Those that may train.
+        """The threads that may train.
 
-        Nobody waits for the threads of a pool that come after the training thread's end, but they keep a Ray actor from
-        its exit.
+        Threads of a pool that outlive the training thread are waited for by no one, but keep a Ray actor from its
+        exit.
         """
         return (
             [self.ident]
@@ -53,10 +53,10 @@ class TrainingThread:
         )
 
     def wake_loop(self) -> None:
-        """An event loop with nothing to do waits in C (Ray's async actors do): have it come to a bytecode."""
+        """Have the event loop run bytecode: with nothing to do, it waits in C (Ray's async actors do)."""
         try:
             self.loop.call_soon_threadsafe(_nothing)
-        except (AttributeError, RuntimeError):  # none, or closed
+        except (AttributeError, RuntimeError):  # no loop, or it is closed
             pass
 
 
@@ -64,7 +64,7 @@ def _running_loop() -> Any:
     asyncio = sys.modules.get("asyncio")
     try:
         return asyncio.get_running_loop() if asyncio is not None else None
-    except (AttributeError, RuntimeError):  # still being imported, or no loop on this thread
+    except (AttributeError, RuntimeError):  # asyncio is still being imported, or no loop runs on this thread
         return None
 
 
