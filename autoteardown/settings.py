@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 __all__ = ["SWITCH", "VARIABLES", "Settings", "known", "load", "signal_name", "switch"]
 
 _PREFIX = "AUTOTEARDOWN_"
+_AUTO_SHARE = (
+    11 / 24
+)  # the part of the time that drain, abort and exit get at most under AUTOTEARDOWN_STEP_TIMEOUT=auto
 _SAVING = 6.0  # seconds that `AUTOTEARDOWN_YIELD=auto` keeps back for our own work
 _TIMEOUTS = ("STEP", "DRAIN", "DESTROY", "ABORT", "EXIT")
 _ATTRIBUTES = {"YIELD": "yield_seconds"}  # where it is not the variable in lower case
@@ -47,6 +50,7 @@ class Settings:
         "scaled",
         "signals",
         "sources",
+        "step_auto",
         "step_timeout",
         "stop_at",
         "termination_log",
@@ -65,6 +69,7 @@ class Settings:
     on_teardown: tuple[tuple[str, str], ...]  # module and function
     checkpoint: bool
     step_timeout: float
+    step_auto: bool  # the time-out is what the grace period leaves
     drain_timeout: float
     destroy_timeout: float
     abort_timeout: float
@@ -120,6 +125,21 @@ def load(environ: Mapping[str, str]) -> tuple[Settings, list[str]]:
     return found, problems
 
 
+def automatic_step(seconds: float, drain: float, abort: float, exit_: float) -> tuple[float, float]:
+    """How long an iteration is waited for under `AUTOTEARDOWN_STEP_TIMEOUT=auto`.
+
+    Args:
+        seconds: what is left until the hard deadline.
+        drain, abort, exit_: the time-outs of the phases that follow.
+
+    Returns:
+        Seconds for the iteration, and by what the time-outs are multiplied to fit.
+    """
+    others = drain + abort + exit_
+    scale = min(1.0, seconds * _AUTO_SHARE / others) if others else 1.0
+    return max(0.0, seconds - others * scale), scale
+
+
 def known(variable: str) -> bool:
     """Whether an environment variable is one of ours, settings and switches alike."""
     return variable in (SWITCH, "AUTOTEARDOWN_SKIP") or variable[len(_PREFIX) :] in variables.TABLE
@@ -132,6 +152,18 @@ def signal_name(number: int) -> str:
 
 def _scale(found: Settings) -> None:
     """Shrink the time-outs together until they fit; a single one counts for no more than all the time there is."""
+    found.step_auto = found.step_timeout < 0
+    if found.step_auto:
+        drain, abort, exit_ = (
+            min(each, found.hard) for each in (found.drain_timeout, found.abort_timeout, found.exit_timeout)
+        )
+        found.step_timeout, found.scaled = automatic_step(found.hard, drain, abort, exit_)
+        for name in _TIMEOUTS[1:]:
+            seconds = min(getattr(found, f"{name.lower()}_timeout"), found.hard) * found.scaled
+            setattr(found, f"{name.lower()}_timeout", seconds)
+            _record(found, f"{name}_TIMEOUT", seconds)
+        _record(found, "STEP_TIMEOUT", found.step_timeout)
+        return
     wanted = {name: min(getattr(found, f"{name.lower()}_timeout"), found.hard) for name in _TIMEOUTS}
     total = sum(wanted.values())
     found.scaled = min(1.0, found.hard / total) if total else 1.0

@@ -64,6 +64,10 @@ def _read_yield(text: str) -> float:
     return {"auto": -1.0, "off": 0.0}[word] if word in ("auto", "off") else _read_seconds(text)
 
 
+def _read_step(text: str) -> float:
+    return -1.0 if text.lower() == "auto" else _read_seconds(text)
+
+
 def _read_code(text: str) -> int:
     code = int(text)
     if not 0 <= code <= 255:
@@ -189,7 +193,14 @@ TABLE: dict[str, tuple[str, Callable[[str], object], str, str]] = {
         "on or off",
         "`on`: the framework's own checkpoint is written at the agreed iteration (HF Trainer, Lightning, Accelerate)",
     ),
-    "STEP_TIMEOUT": ("8", _read_seconds, _SECONDS, "longest wait for that step"),
+    "STEP_TIMEOUT": (
+        "auto",
+        _read_step,
+        f"{_SECONDS}, or auto",
+        "longest wait for the agreed iteration; `auto`: as long as the grace period leaves time for drain, abort and "
+        "exit (13 s of 25, 98 of 110), less a third of that, at most 30 s, where a callback is registered or the "
+        "application has its own handler",
+    ),
     "DRAIN_TIMEOUT": (
         "5",
         _read_seconds,

@@ -36,26 +36,40 @@ def sequence_numbers(comparable: bool = False) -> dict[str, int]:
     different numbers are a hint, not a proof, where gloo ranks send to single peers. Groups whose backend does not
     count (MPI, UCC, most others) are left out.
     """
+    found = {}
+    for name, count in launch_counters(comparable).items():
+        try:
+            found[name] = count()
+        except Exception:  # the program has destroyed the group
+            continue
+    return found
+
+
+def launch_counters(comparable: bool = False) -> dict[str, Callable[[], int]]:
+    """Functions that return the numbers of `sequence_numbers`; each costs 0.2 us, and raises when its group is gone."""
     c10d = sys.modules["torch.distributed.distributed_c10d"]
-    found: dict[str, int] = {}
+    found: dict[str, Callable[[], int]] = {}
     for group, name in list(dict(c10d._world.pg_names).items()):
         if comparable and custom_groups.known(group):
             continue
         parts = str(c10d._world.pg_backend_config.get(group, "")).split(",")
         kinds = {kind: backend for kind, colon, backend in (part.partition(":") for part in parts) if colon}
         # The group's own method raises for backends that torch does not know, and that is slow.
-        numbers = ((kind, number) for kind in kinds if (number := devices.launches(group, kind)) is not None)
+        counters = (
+            (kind, count) for kind in kinds if (count := devices.launch_counter(group, kind)) is not None
+        )
         if len(set(kinds.values())) > 1:
-            found.update({f"{name}/{kind}": number for kind, number in numbers})
+            found.update({f"{name}/{kind}": count for kind, count in counters})
         elif kinds:
-            for _, number in numbers:
-                found[str(name)] = number
+            for _, count in counters:
+                found[str(name)] = count
                 break  # one backend for all devices
         else:  # configured by the backend's name alone
             try:
-                found[str(name)] = int(group._get_sequence_number_for_group())
+                group._get_sequence_number_for_group()
             except Exception:
                 continue
+            found[str(name)] = group._get_sequence_number_for_group
     return found
 
 

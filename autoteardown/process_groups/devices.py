@@ -128,11 +128,20 @@ def bound_devices() -> dict[str, set[Optional[int]]]:
 
 def launches(group: Any, device: str) -> Optional[int]:
     """How many collectives a group has launched on one kind of device; None if unknown."""
+    count = launch_counter(group, device)
+    return None if count is None else int(count())
+
+
+def launch_counter(group: Any, device: str) -> Optional[Callable[[], int]]:
+    """A function that returns this number; None if it is unknown."""
     try:
-        backend = group._get_backend(sys.modules["torch"].device(device))
-        return int(backend._get_sequence_number_for_group())
+        count: Callable[[], int] = group._get_backend(
+            sys.modules["torch"].device(device)
+        )._get_sequence_number_for_group
+        count()
     except Exception:  # no such backend, or it does not count
         return None
+    return count
 
 
 def line(error: BaseException) -> str:

@@ -14,6 +14,7 @@ from typing import Any, Callable, NamedTuple
 from autoteardown.process_groups.collectives import (
     comparable_numbers,
     evidence,
+    launch_counters,
     progress,
     sequence_numbers,
     stuck_collective,
@@ -40,6 +41,7 @@ __all__ = [
     "drain",
     "evidence",
     "groups",
+    "launch_counters",
     "progress",
     "sequence_numbers",
     "stuck_collective",

@@ -87,8 +87,14 @@ class LocalRankControl:
         channel = self._armed.channel
         if channel is not None:
             if kind in ("at", "stalled"):
-                value = (*value, operations.comparable_numbers() if operations.accelerators() else {})
+                value = (*value, self._launched(stopped=kind == "at" and not self._gate.polls))
             channel.post(kind, value)
+
+    def _launched(self, stopped: bool) -> dict[str, Optional[int]]:
+        """Where hosts run ahead of devices: how many of each group's collectives this rank has launched."""
+        if not operations.accelerators():
+            return {}
+        return self._gate.launches.regular(operations.comparable_numbers(), stopped)
 
     def flush(self, seconds: float) -> None:
         """See `stop.control.RankControl`."""

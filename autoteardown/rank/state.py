@@ -16,6 +16,10 @@ from autoteardown.stop.driver import Teardown
 from autoteardown.training import gate
 
 
+def _launch_counters() -> dict[str, Callable[[], int]]:
+    return operations.launch_counters(comparable=True) if operations.accelerators() else {}
+
+
 class RankState:
     """The state of one process, whose rank may come and go with each init and destroy.
 
@@ -36,7 +40,9 @@ class RankState:
         self.teardown: Optional[Teardown] = None
         self.channel: Optional[Channel] = None
         self.events: _queue.SimpleQueue[tuple[str, Any]] = _queue.SimpleQueue()
-        self.gate = gate.renew(self.events.put, operations.comparable_numbers, operations.current_devices)
+        self.gate = gate.renew(
+            self.events.put, operations.comparable_numbers, operations.current_devices, _launch_counters
+        )
         self.signum: Optional[int] = None  # the eviction signal, if this rank got one
 
     @property

@@ -34,7 +34,7 @@ class AlignmentCheck:
         self._settled = 0.0  # when a rank last reported
         self._at: set[int] = set()
         self._stalled: set[int] = set()
-        self._numbers: dict[int, dict[str, int]] = {}
+        self._numbers: dict[int, dict[str, Optional[int]]] = {}
         # the current round of each rank; reports of an earlier round do not count
         self._round: dict[int, int] = {}
         self._rounds = 0
@@ -47,14 +47,14 @@ class AlignmentCheck:
             self._settled = now
             self._stalled.discard(rank)
             self._at.add(rank)
-            self._numbers[rank] = _whole_numbers(numbers)
+            self._numbers[rank] = _numbers(numbers)
 
     def stalled(self, rank: int, waits: bool, number: int, numbers: Any, now: float) -> None:
         """The rank waits without progress, or does not any more."""
         if number == self._round.get(rank, 0):
             self._settled = now
             (self._stalled.add if waits else self._stalled.discard)(rank)
-            self._numbers[rank] = _whole_numbers(numbers)
+            self._numbers[rank] = _numbers(numbers)
 
     def ready(self, rank: int, number: int) -> None:
         """The rank knows where to stop in that round."""
@@ -123,11 +123,16 @@ class AlignmentCheck:
         return [(rank, "advance", more) for rank, more in released.items()]
 
     def _most(self, steppers: set[int]) -> dict[str, int]:
+        """The highest number of each group whose collectives follow the iterations on all its ranks."""
         most: dict[str, int] = {}
+        irregular: set[str] = set()
         for rank in steppers:
             for group, number in self._numbers[rank].items():
-                most[group] = max(most.get(group, 0), number)
-        return most
+                if number is None:
+                    irregular.add(group)
+                else:
+                    most[group] = max(most.get(group, 0), number)
+        return {group: number for group, number in most.items() if group not in irregular}
 
     def _behind(self, steppers: set[int]) -> set[int]:
         """The ranks that have launched fewer of a group's collectives than another: hosts run ahead of devices, and do
@@ -137,7 +142,7 @@ class AlignmentCheck:
         return {
             rank
             for rank in steppers
-            if any(number < most[group] for group, number in self._numbers[rank].items())
+            if any((self._numbers[rank].get(group) or number) < number for group, number in most.items())
         }
 
 
@@ -148,5 +153,6 @@ def whole(value: Any) -> int:
     return value
 
 
-def _whole_numbers(value: Any) -> dict[str, int]:
-    return {str(group): whole(number) for group, number in value.items()}
+def _numbers(value: Any) -> dict[str, Optional[int]]:
+    """Sequence numbers by group; None: other threads than the training thread launch collectives there."""
+    return {str(group): None if number is None else whole(number) for group, number in value.items()}

@@ -10,8 +10,9 @@ A rank posts:
 - `at` (`[iteration, round, numbers]`), `stalled` (`[whether it waits without progress, round, numbers]`), `ready`
   (round: it knows where to stop); `numbers` are the sequence numbers of the groups' collectives where hosts run
   ahead of devices, else empty;
-- `saving` (whether it saves), `arrived` (its device is idle at the agreed iteration), `halt`, `yield_expired` (its
-  application's time is over), `wedged`, `quiet` (whether clean), `left`.
+- `saving` (whether it saves), `callback_failed` (why: what the group saves is incomplete);
+- `arrived` (its device is idle at the agreed iteration), `halt`, `yield_expired` (its application's time is over),
+  `wedged`, `quiet` (whether clean), `left`.
 
 Its connection adds `joined`, `lost` (whether it is known to be dead; again when that is known), `back`, `bye`,
 `closed` (after `left`); the clock adds `tick`, when `wake` has come.
@@ -21,6 +22,7 @@ The ranks are told:
 - `notice`; `plan` (`{"stop": iteration or None, "owned": bool, "why": words}`);
 - `advance` (`{"round": n, "until": numbers}`: stop at the end of the next iteration that has reached these numbers),
   `aligned` (all are at the same iteration), `halt`, `busy` (whether any rank saves);
+- `callback_failed` (`{"rank": rank, "why": words}`, the first one);
 - `owners_done` (the ranks whose applications end by themselves have left), `abort`, `quiet` (whether clean);
 - `departed` (the first rank that left), `lost` (a rank), `back` (a rank that was lost), `all_left` (all but the
   hub).
@@ -32,6 +34,7 @@ from math import inf
 from typing import Any, Optional
 
 from autoteardown.stop.alignment import AlignmentCheck, whole
+from autoteardown.stop.message_types import MOST
 
 Messages = list[tuple[Optional[int], str, Any]]
 
@@ -158,6 +161,9 @@ class Coordinator:
 
     def _on_yield_expired(self, rank: int, _: Any) -> None:
         self._over.add(rank)
+
+    def _on_callback_failed(self, rank: int, why: Any) -> None:
+        self._announce("callback_failed", {"rank": rank, "why": str(why)[:MOST]})
 
     def _on_wedged(self, rank: int, _: Any) -> None:
         self._wedged.add(rank)

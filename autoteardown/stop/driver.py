@@ -95,7 +95,7 @@ class Teardown:
             self._shorten()
             facts = native_calls.call(lambda: self.control.facts(self._record.cause))
             self._application_owns = facts.application_owns
-            stop = self.stop = protocol.Stop(self._limits(), facts)
+            stop = self.stop = protocol.Stop(self._limits(facts), facts)
             self._open()
             if self._record.cause == "peer":
                 self._take(stop, "notice", self._notice)
@@ -175,7 +175,7 @@ class Teardown:
             gc_pause.resume()
             self.control.mark(state="yielding")
 
-    def _limits(self) -> types.Limits:
+    def _limits(self, facts: types.Facts) -> types.Limits:
         s = self.control.settings
         return types.Limits(
             hard=self._deadline.hard - _LAST_WORDS - 0.1,
@@ -185,6 +185,8 @@ class Teardown:
             destroy=s.destroy_timeout,
             abort=s.abort_timeout,
             exit=s.exit_timeout,
+            auto=s.step_auto,
+            saves=facts.callbacks or facts.application_owns,
         )
 
     def _open(self) -> None:

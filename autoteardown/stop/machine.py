@@ -28,6 +28,9 @@ class Machine:
         self.blocked = False  # the training thread cannot be asked to exit
         self.forced = False
         self.why = ""  # what keeps this stop from being clean
+        self.lost_callback = (
+            ""  # whose callback failed or was skipped: a checkpoint of the group is incomplete
+        )
         self.floor = limits.hard  # by then every rank that got the notice has drained or aborted
         self.wake = limits.hard
         self._deadline = limits.hard
@@ -48,13 +51,15 @@ class Machine:
         """The `outcome` of the report."""
         if self.forced:
             return "forced"
-        return "aborted" if self.wedged else "partial" if self.why else "clean"
+        return "aborted" if self.wedged else "partial" if self.why or self.lost_callback else "clean"
 
     @property
     def reason(self) -> str:
         """Why the outcome is not `clean`, in words."""
         if self.outcome == "clean":
             return ""
+        if self.lost_callback:
+            return self.lost_callback + (f"; {self.why}" if self.why else "")
         return self.why or ("a phase timed out" if not self.forced else "the hard deadline")
 
     @property
@@ -77,6 +82,8 @@ class Machine:
             self._advance(value)
         elif event == "fault":
             self._fault(value)
+        elif event == "callback_failed":
+            self.lost_callback = self.lost_callback or f"rank {value['rank']}: {value['why']}"
         else:
             if not value and (event == "busy" or (event == "saving" and self.state == "park")):
                 self._settled = max(self._settled, now)  # the thread gets its time to park again
@@ -111,6 +118,12 @@ class Machine:
 
     def _fault(self, why: str) -> None:
         self.why = self.why or why
+
+    def _callback_failed(self, why: str) -> None:
+        """Every rank has to know: what the others have saved is a part of a checkpoint."""
+        self._post("callback_failed", why)
+        if not self.facts.channel:
+            self.lost_callback = self.lost_callback or why
 
     @property
     def _group(self) -> bool:

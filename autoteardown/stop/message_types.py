@@ -51,6 +51,10 @@ def _plan(value: Any) -> bool:
     )
 
 
+def _callback_failed(value: Any) -> bool:
+    return _has(value, "rank", "why") and _number(value["rank"]) and _words(value["why"])
+
+
 def _more(value: Any) -> bool:
     until: Optional[Any] = value["until"] if _has(value, "round", "until") else None
     return isinstance(until, dict) and _number(value["round"]) and all(map(_number, until.values()))
@@ -69,6 +73,7 @@ _SHAPES: dict[str, Callable[[Any], bool]] = {
     "busy": _flag,
     "owners_done": _nothing,
     "abort": _nothing,
+    "callback_failed": _callback_failed,
     "quiet": _flag,
     "departed": _number,
     "lost": _number,

@@ -27,6 +27,10 @@ SKEW = 3.0
 # Seconds that a rank of a new group may need to connect to the hub.
 CONNECTING = 10.0
 RECONNECTING = 5.0  # seconds to wait for a connection that has dropped, or is not there yet
+# Seconds that a rank which cannot be reached may run on, after the others have stopped at the agreed iteration.
+STRAGGLER = 8.0
+# Seconds for every rank's answer; one that is missing then is dead or frozen.
+ANSWERS = 10.0
 # The part of the drain's time in which a rank with a blocked thread finds out whether its device is idle.
 LOOK = 0.2
 
@@ -106,6 +110,11 @@ class Stop(Machine):
         limits = self.limits
         self.floor = min(now + limits.step + limits.drain + limits.abort + SKEW, self._exit_by)
 
+    def _lower_floor(self, now: float) -> None:
+        """The ranks have stopped, or have been told to: none runs on for a whole iteration."""
+        limits = self.limits
+        self.floor = min(self.floor, now + min(limits.step, STRAGGLER) + limits.drain + limits.abort + SKEW)
+
     def _in_step(self, now: float) -> bool:
         if "steps" not in self.received:
             return self._step_over("error", now, "no answer") if self._timed_out else False
@@ -139,7 +148,7 @@ class Stop(Machine):
             return self._step_over("error", now, f"the group cannot be reached: {self.received['down']}")
         # A peer's answer is missing: it is dead or frozen. Half of the time is left for a plan without it.
         if self._group_informed:
-            self._agree_by = min(self._agree_by, (now + self._deadline) / 2)
+            self._agree_by = min(self._agree_by, (now + self._deadline) / 2, now + ANSWERS)
         if self._clock >= self._agree_by:
             self._post("plan_now")
         waits = self._agree_by if self._clock < self._agree_by else inf
@@ -177,6 +186,7 @@ class Stop(Machine):
         expects = outcome == "ok" and self._group and self.facts.world > 1 and "aligned" not in self.received
         self._settled = self._deadline if expects else now
         self._end(outcome, now, detail)
+        self._lower_floor(now)
         if outcome != "ok" and self.steps is not None and not self.facts.step:
             self._fault("AUTOTEARDOWN_STOP_AT is now")
         elif (outcome != "ok" and self.steps is not None) or outcome in ("timeout", "error"):
@@ -264,6 +274,8 @@ class Stop(Machine):
         if not (self._timed_out or (self.received.get("stalled") and not saving and now >= self._settled)):
             return False
         self.blocked = True
+        if self.facts.callbacks and self.facts.joined:
+            self._callback_failed("the on_teardown callback was skipped")
         if not self.facts.joined:
             self._end("timeout", now, "blocked in init_process_group")
             self._fault("blocked in init_process_group")
@@ -314,7 +326,7 @@ class Stop(Machine):
             return False
         problem = self.received.get("called", "an on_teardown callback did not return in time")
         if problem:
-            self._fault(problem)
+            self._callback_failed(problem)
         self._post_latest("saving", False)
         self._post("quiet", True)
         self._settled = max(self._settled, now)
@@ -337,7 +349,9 @@ class Stop(Machine):
             self._until(self._save_until())
         else:
             courtesy = max(self.phases[-1].start, self._settled) + (SKEW if self._group else COURTESY)
-            self._until(self.floor if self.facts.accelerator else min(self.floor, courtesy))
+            # A callback may have taken longer than the floor: the peers get their time from its end.
+            floor = min(max(self.floor, self._settled + SKEW), self._exit_by)
+            self._until(floor if self.facts.accelerator else min(floor, courtesy))
         if not self._timed_out and (self._group or self.facts.accelerator):
             return False
         why = "not every rank has said that it is quiet"
@@ -375,6 +389,8 @@ class Stop(Machine):
     def _enter_wedged(self, now: float) -> bool:
         self.wedged = True
         self._fault(self.phases[-1].detail)
+        if self.facts.callbacks:
+            self._callback_failed("the on_teardown callback was skipped")
         if "halt" not in self.received:
             self._post("halt")
         if not self.facts.can_abort:

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, Optional
 
+from autoteardown.settings import automatic_step
+
+_SAVE_SHARE = 1 / 3  # the part of the time for an iteration that a callback or the application's handler gets
+_SAVE_SECONDS = 30.0  # at most
+
 
 class Limits(NamedTuple):
     """Time budgets in seconds, scaled to fit the grace period (see `settings.py`)."""
@@ -15,12 +20,22 @@ class Limits(NamedTuple):
     destroy: float = 5.0
     abort: float = 3.0
     exit: float = 3.0
+    auto: bool = False  # `step` is what the grace period leaves
+    saves: bool = False  # callbacks or the application's handler need a share of it
 
     def within(self, seconds: float) -> Limits:
-        """These limits, shortened in proportion where they do not fit into so many seconds."""
-        total = self.step + self.drain + self.destroy + self.abort + self.exit
-        scale = min(1.0, max(0.0, seconds) / total) if total else 1.0
-        return Limits(self.hard, self.yield_, *(limit * scale for limit in self[2:]))
+        """These limits, made to fit into so many seconds: all in proportion, or `step` as what is left (`auto`)."""
+        step, drain, destroy, abort, exit_ = self.step, self.drain, self.destroy, self.abort, self.exit
+        if self.auto:
+            step, scale = automatic_step(max(0.0, seconds), drain, abort, exit_)
+            step -= min(_SAVE_SECONDS, step * _SAVE_SHARE) if self.saves else 0.0
+        else:
+            total = step + drain + destroy + abort + exit_
+            scale = min(1.0, max(0.0, seconds) / total) if total else 1.0
+            step *= scale
+        return self._replace(
+            step=step, drain=drain * scale, destroy=destroy * scale, abort=abort * scale, exit=exit_ * scale
+        )
 
 
 class Facts(NamedTuple):

@@ -15,6 +15,7 @@ from autoteardown.checkpoints import in_progress
 from autoteardown.fail_open import fail_open
 from autoteardown.training.handler_delivery import HandlerDelivery
 from autoteardown.training.iterations import IterationCounter
+from autoteardown.training.launch_history import LaunchHistory
 from autoteardown.training.parking import Parking, ThreadWaits
 from autoteardown.training.step_times import StepTimes
 from autoteardown.training.thread import TrainingThread
@@ -33,6 +34,8 @@ class Gate:
         tell: called with an event and its value, between any two bytecodes (`SimpleQueue.put` is safe there).
         numbers: returns the sequence numbers of the groups' collectives.
         devices: returns the calling thread's current device of each kind.
+        launch_counters: returns functions that count launched collectives, by group; none where no host runs ahead of
+            a device.
     """
 
     def __init__(
@@ -40,6 +43,7 @@ class Gate:
         tell: Callable[[tuple[str, Any]], None],
         numbers: Callable[[], dict[str, int]] = dict,
         devices: Callable[[], dict[str, int]] = dict,
+        launch_counters: Callable[[], dict[str, Callable[[], int]]] = dict,
     ) -> None:
         self.clock = IterationCounter()
         self.polls = 0  # calls of `stop_requested()`: they count the iterations of a program that polls
@@ -57,7 +61,8 @@ class Gate:
         self.delivery = HandlerDelivery(self.waits.wake)
         self.saves = in_progress.SavesInProgress()
         self._tell = tell
-        self._numbers, self._devices = numbers, devices
+        self.launches = LaunchHistory()
+        self._numbers, self._devices, self._launch_counters = numbers, devices, launch_counters
         self._last: Optional[int] = None
         self._until: dict[str, int] = {}
         self._resumed = False
@@ -69,6 +74,7 @@ class Gate:
         self.clock = IterationCounter()
         self.polls = 0
         self.step_times = StepTimes()
+        self.launches = LaunchHistory()
 
     @property
     def thread(self) -> Optional[int]:
@@ -150,9 +156,15 @@ class Gate:
     def end_of_iteration(self) -> None:
         """In the optimizer hook, after an iteration was counted. A program that polls stops in its polls instead."""
         self.step_times.ends.append(monotonic())
+        self.launches.iteration_ended()
         self.training.ident = ident = get_ident()
         if (self.holding or self.closed) and not self.polls:
             self._stop_here(ident)
+
+    def look_around(self) -> None:
+        """At the end of some iterations: notice what seldom changes."""
+        self.saves.does_more()
+        self.launches.watch(self._launch_counters())
 
     def before_step(self) -> None:
         """Before an optimizer step, once the gate is closed: no step begins after the stop."""
@@ -242,10 +254,11 @@ def renew(
     tell: Callable[[tuple[str, Any]], None] = lambda event: None,
     numbers: Callable[[], dict[str, int]] = dict,
     devices: Callable[[], dict[str, int]] = dict,
+    launch_counters: Callable[[], dict[str, Callable[[], int]]] = dict,
 ) -> Gate:
     """Replace the gate with one that has seen nothing."""
     global gate
-    gate = Gate(tell, numbers, devices)
+    gate = Gate(tell, numbers, devices, launch_counters)
     return gate
 
 

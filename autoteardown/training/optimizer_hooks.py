@@ -96,7 +96,7 @@ def _step(who: object, fresh: bool) -> None:
     if g.clock.step(who, fresh):
         g.end_of_iteration()
         if g.clock.count & _LOOKS == _FIRST:
-            g.saves.does_more()
+            g.look_around()
             _now_and_then()
 
 

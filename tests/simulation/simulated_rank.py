@@ -19,7 +19,18 @@ if TYPE_CHECKING:
     from simulation import World
 
 ONCE = frozenset(
-    {"tell", "answer", "plan_now", "arrived", "halt", "yield_expired", "wedged", "quiet", "left"}
+    {
+        "tell",
+        "answer",
+        "plan_now",
+        "arrived",
+        "halt",
+        "yield_expired",
+        "wedged",
+        "callback_failed",
+        "quiet",
+        "left",
+    }
 )
 POSTS = ONCE | {"at", "stalled", "ready", "saving"}
 STILL = 0.5  # seconds without progress after which a thread that is blocked in C is said to wait

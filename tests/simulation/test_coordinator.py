@@ -122,6 +122,31 @@ def test_a_host_that_is_ahead_of_its_device_waits_for_nothing_and_is_seen_all_th
     assert group(0, "at", [10, 1, {"dp": 44}]) == ["aligned"]
 
 
+def test_collectives_of_other_threads_make_no_rank_behind():
+    """A checkpoint writer's thread, on one rank, has launched one collective more on its own group."""
+    group = Group(2)
+    group.agreed(8, 8)
+    group(0, "at", [9, 0, {"dp": 40, "save": 3}])
+    assert group(1, "at", [9, 0, {"dp": 40, "save": None}]) == ["aligned"]
+
+
+def test_they_do_not_hide_a_rank_that_is_behind():
+    group = Group(2)
+    group.agreed(8, 7)
+    group(0, "at", [9, 0, {"dp": 40, "save": None}])
+    told = group.values(1, "at", [9, 0, {"dp": 44, "save": 3}])
+    assert told == [(0, "advance", {"round": 1, "until": {"dp": 44}})]
+
+
+def test_a_callback_that_failed_is_told_to_all_once():
+    group = Group()
+    group(0, "tell", {})
+    assert group.values(2, "callback_failed", "disk full") == [
+        (None, "callback_failed", {"rank": 2, "why": "disk full"})
+    ]
+    assert group(1, "callback_failed", "too") == []
+
+
 def test_no_rank_is_sent_on_for_ever():
     group = uneven()
     for number in (1, 2):

@@ -6,7 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autoteardown.stop.protocol import CONNECTING, COURTESY, LOOK, RECONNECTING, SKEW, Stop
+from autoteardown.stop.protocol import (
+    ANSWERS,
+    CONNECTING,
+    COURTESY,
+    LOOK,
+    RECONNECTING,
+    SKEW,
+    STRAGGLER,
+    Stop,
+)
 from autoteardown.stop.types import Facts, Limits
 
 LIMITS = Limits()  # 8 s for the step, 5 drain, 5 destroy, 3 abort, 3 exit: 24 in all
@@ -449,8 +458,81 @@ def test_what_was_heard_counts_before_what_time_it_is():
 def test_callbacks_have_the_time_that_is_left():
     on = Script(GPU).to("drain")
     assert on(2.0, "drained")[-1] == ("callbacks", 24.0 - 3.0 - 3.0 - 2.0)
-    assert on(18.0, "tick") == [("quiet", True)]
-    assert on.stop.why
+    failed = ("callback_failed", "an on_teardown callback did not return in time")
+    assert on(18.0, "tick") == [failed, ("quiet", True)]
+    on(18.1, "callback_failed", {"rank": 2, "why": failed[1]})
+    assert on.stop.reason == f"rank 2: {failed[1]}"
+    assert on.stop.outcome == "partial"
+
+
+def test_a_callback_that_a_blocked_thread_prevents_is_known_to_all():
+    on = Script(PEERS._replace(callbacks=True)).to("step")
+    on(1.0, "steps", (7, False))
+    on(1.0, "plan", None)
+    done = on(1.0 + 5.0, "tick")
+    assert ("callback_failed", "the on_teardown callback was skipped") in done
+    assert done.index(("callback_failed", "the on_teardown callback was skipped")) < done.index("left")
+
+
+@pytest.mark.parametrize("facts", [PEERS, GPU])
+def test_a_callback_that_takes_longer_than_the_floor_is_clean(facts):
+    on = Script(facts._replace(callbacks=True), LIMITS._replace(hard=44.0)).to("callbacks")
+    assert on(22.0, "called") == [("saving", False), ("quiet", True)]
+    assert on(22.5, "tick") == []  # peers may be a moment later
+    assert on(24.0, "quiet", True) == ["destroy"]
+    assert on(24.1, "destroyed") == ["left", ("leave", True)]
+    assert on.stop.outcome == "clean"
+
+
+def test_ranks_that_save_longer_than_this_one_are_waited_for_from_their_end():
+    on = Script(GPU._replace(callbacks=True), LIMITS._replace(hard=44.0)).to("callbacks")
+    on(2.0, "called")
+    on(2.0, "busy", True)
+    assert on(20.0, "tick") == []
+    on(30.0, "busy", False)
+    assert on(30.5, "tick") == []
+    assert on(31.0, "quiet", True) == ["destroy"]
+
+
+AUTO = Limits(hard=109.0, step=98.0, auto=True)
+
+
+def test_an_iteration_is_waited_for_as_long_as_the_grace_period_leaves():
+    on = Script(PEERS, AUTO)
+    on(0.0, "begin")
+    assert on.stop.wake == 98.0
+    on(0.1, "steps", (7, False))
+    on(0.1, "plan", 9)
+    assert on(90.0, "tick") == []
+    on(95.0, "stopped", 9)
+    assert on(95.0, "aligned") == ["park", "drain"]
+
+
+@pytest.mark.parametrize(("hard", "step"), [(24.0, 13.0 * 2 / 3), (109.0, 98.0 - 30.0)])
+def test_a_callback_gets_its_share_of_the_time_for_an_iteration(hard, step):
+    on = Script(PEERS, Limits(hard=hard, step=hard - 11.0, auto=True, saves=True))
+    on(0.0, "begin")
+    assert on.stop.wake == pytest.approx(step)
+
+
+def test_an_answer_that_is_missing_is_not_waited_for_as_long_as_an_iteration():
+    on = Script(PEERS, AUTO)
+    on(0.0, "begin")
+    on(0.1, "steps", (7, False))
+    on(0.1, "notice", {})
+    assert on.stop.wake == 0.1 + ANSWERS
+    assert on(0.1 + ANSWERS, "tick") == ["plan_now"]
+
+
+def test_the_floor_counts_from_the_end_of_a_long_iteration():
+    on = Script(GPU, AUTO)
+    on(0.0, "begin")
+    assert on.stop.floor == 106.0
+    on(0.1, "steps", (7, False))
+    on(0.1, "plan", 9)
+    on(2.0, "stopped", 9)
+    on(2.0, "aligned")
+    assert on.stop.floor == 2.0 + STRAGGLER + 5.0 + 3.0 + SKEW
 
 
 def test_nobody_leaves_before_all_are_quiet_or_the_floor_has_passed():

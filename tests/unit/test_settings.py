@@ -41,7 +41,7 @@ def test_an_empty_environment_gives_the_defaults_of_the_contract():
     assert (found.grace, found.hard) == (25.0, 24.0)
     assert (found.exit_code, found.peer_exit_code) == (0, 143)
     assert (found.peers, found.stop_at) == (True, "step")
-    assert [getattr(found, name) for name in TIMEOUTS] == [8.0, 5.0, 5.0, 3.0, 3.0]
+    assert [getattr(found, name) for name in TIMEOUTS] == [13.0, 5.0, 5.0, 3.0, 3.0]
     assert found.scaled == 1.0
     assert found.yield_seconds == 18.0
     assert (found.log, found.report_dir) == ("info", None)
@@ -200,10 +200,22 @@ def test_yield(text, grace, seconds):
 
 
 def test_time_outs_are_scaled_down_together_to_fit_the_grace_period():
-    found = fine(GRACE="13")
+    found = fine(GRACE="13", STEP_TIMEOUT="8")
     assert found.scaled == 0.5
     assert [getattr(found, name) for name in TIMEOUTS] == [4.0, 2.5, 2.5, 1.5, 1.5]
-    assert found.sources["AUTOTEARDOWN_STEP_TIMEOUT"] == (None, 4.0)
+    assert found.sources["AUTOTEARDOWN_STEP_TIMEOUT"] == ("8", 4.0)
+
+
+@pytest.mark.parametrize(
+    ("grace", "step", "scaled"), [("25", 13.0, 1.0), ("60", 48.0, 1.0), ("110", 98.0, 1.0), ("13", 6.5, 0.5)]
+)
+def test_an_iteration_has_what_the_grace_period_leaves(grace, step, scaled):
+    found = fine(GRACE=grace)
+    assert (found.step_auto, found.scaled) == (True, scaled)
+    assert found.step_timeout == pytest.approx(step)
+    assert found.drain_timeout == pytest.approx(5.0 * scaled)
+    assert found.sources["AUTOTEARDOWN_STEP_TIMEOUT"] == (None, found.step_timeout)
+    assert fine(GRACE=grace, STEP_TIMEOUT="AUTO").step_timeout == found.step_timeout
 
 
 def test_one_endless_time_out_does_not_starve_the_others():
@@ -245,7 +257,9 @@ def test_whatever_the_environment_says_the_result_is_usable(environ):
     assert all("\n" not in line for line in problems)
     assert 2 <= found.grace <= 86400
     assert found.hard == found.grace - 1
-    assert sum(getattr(found, name) for name in TIMEOUTS) <= found.hard * (1 + 1e-9)
+    # Under `auto` the time for an iteration counts on either a destroy or an abort.
+    names = [name for name in TIMEOUTS if not (found.step_auto and name == "destroy_timeout")]
+    assert sum(getattr(found, name) for name in names) <= found.hard * (1 + 1e-9)
     assert all(getattr(found, name) >= 0 for name in TIMEOUTS)
     assert 0 <= found.yield_seconds <= found.hard
     assert 0 <= found.exit_code_for(15) <= 255
