@@ -15,7 +15,8 @@ def status() -> dict[str, Any]:
     Returns:
         `active` (the switch is on here), `state` (`off`, `idle`, `armed`, `stopping`), and for an armed rank `rank`,
         `world_size`, `backend`, `connected` (whether its peers would be told of an eviction now), `alone` (why not, in
-        words) and `steps`, the iterations counted so far.
+        words) `steps`, the iterations counted so far, and `exit_code` and `peer_exit_code`, with which
+        this rank exits after its own signal, or after a peer's.
     """
     return _status() or {"active": False, "state": "off", "reason": "the agent has failed"}
 
@@ -39,6 +40,8 @@ def _status() -> dict[str, Any]:
         "connected": guard.channel is not None and guard.channel.connected,
         "alone": guard.alone if guard.identity.world_size != 1 else "",
         "steps": gate.gate.count,
+        "exit_code": guard.settings.exit_code_for(guard.settings.signals[0]),
+        "peer_exit_code": guard.settings.peer_exit_code,
     }
 
 

@@ -90,6 +90,11 @@ class Settings:
             return self.peer_exit_code
         return 128 + signum if self.exit_code is None else self.exit_code
 
+    def exit_code_is_set(self, signum: int | None) -> bool:
+        """Whether the environment says what that code is: then it also replaces a program's own 0."""
+        variable = "PEER_EXIT_CODE" if signum is None else "EXIT_CODE"
+        return bool((self.sources[_PREFIX + variable][0] or "").strip())
+
     def yield_within(self, hard: float) -> float:
         """`yield_seconds`, where the process has to be gone in `hard` seconds and that is less than usual."""
         return min(self.yield_seconds, max(0.0, hard - _SAVING)) if hard < self.hard else self.yield_seconds

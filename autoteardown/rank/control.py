@@ -78,7 +78,7 @@ class LocalRankControl:
         """See `stop.control.RankControl`."""
         return self._armed.identity.time_left()
 
-    def unregister(self, outcome: str, exit_code: int) -> None:
+    def unregister(self, outcome: str, exit_code: Optional[int]) -> None:
         """See `stop.control.RankControl`."""
         self._armed.identity.unregister(outcome, exit_code)
 

@@ -10,13 +10,12 @@ from autoteardown import settings
 from autoteardown.checkpoints import callbacks
 from autoteardown.fail_open import fail_open
 from autoteardown.frameworks import accelerate, lightning, transformers
+from autoteardown.rank.partial_imports import when_imported
 from autoteardown.training import gate
 
 
 def register() -> None:
     """Register the hooks, if the setting is on."""
-    import wrapt
-
     if not settings.load(os.environ)[0].checkpoint:
         return
     for name, patch in (
@@ -27,7 +26,7 @@ def register() -> None:
         ("pytorch_lightning.trainer.connectors.checkpoint_connector", lightning.patch_resume),
         ("accelerate.accelerator", _patch_accelerate),
     ):
-        wrapt.register_post_import_hook(fail_open(patch), name)
+        when_imported(name, fail_open(patch))
 
 
 def _patch_transformers(module: ModuleType) -> None:

@@ -7,6 +7,7 @@ The world is known, and the channel to the other ranks is opened, when that has 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from typing import Any, Callable, Optional
 
@@ -21,6 +22,7 @@ from autoteardown.rank.control import LocalRankControl
 from autoteardown.rank.eviction_owner import EvictionOwner
 from autoteardown.rank.lost_peer import LostPeerTimer
 from autoteardown.rank.main_thread import MainThread
+from autoteardown.rank.repeated_signals import RepeatedSignals
 from autoteardown.rank.state import RankState
 from autoteardown.stop.coordinator import Coordinator
 from autoteardown.stop.driver import Teardown, end
@@ -40,7 +42,8 @@ class Guard(RankState):
     def __init__(self, real_destroy: Callable[[], object]) -> None:
         super().__init__(real_destroy)
         self._owner = EvictionOwner(self)
-        self.main = MainThread(self, self._owner)
+        self._repeats = RepeatedSignals()
+        self.main = MainThread(self, self._owner, self._repeats)
         self._begun = allocate_lock()
         self._all_left = allocate_lock()  # released when all other ranks have left
         self._all_left.acquire()
@@ -170,14 +173,22 @@ class Guard(RankState):
         if self._begun.acquire(False):
             self._begin("lost", None, {"rank": rank, "host": None, "pid": None})
 
-    def _on_signal(self, signum: int) -> bool:
-        """On the loop thread. Returns whether the application's handler is called later, and not now."""
+    def _on_signal(self, signum: int, arrived: bool) -> bool:
+        """On the loop thread. Returns whether the application's handler is called later, or not for this signal.
+
+        Args:
+            signum: the signal.
+            arrived: the kernel has just delivered it; else the Python-level handler has been called for it.
+        """
         try:
+            repeated = arrived and self._repeats.arrived()
             first, self._signalled = not self._signalled, True
             if self.teardown is not None:
                 ray.call_abort_off()
                 self.teardown.also_signalled(signum)
-                return first and self._owner.is_deferred(signum)  # a peer's notice was faster
+                if not first:
+                    return repeated or not arrived
+                return self._owner.is_deferred(signum)  # a peer's notice was faster
             if self._begun.acquire(False):
                 # Before anything else: on a starved machine, this thread may not get the GIL again for long.
                 self._timer.arm(self.settings.hard, self.settings.exit_code_for(signum))
@@ -216,9 +227,21 @@ class Guard(RankState):
             self.events.put(("exits", None))
         self._close_channel()  # which may take a while, and a stop may begin meanwhile
         self._leave_to_the_stop()
+        if self.teardown is not None:
+            self._ignore_signals()
+            self.teardown.application_ends()
         self.identity.unregister()
         channels.close_all()
         native_calls.wait_for_running(_NATIVE_CALLS)
+
+    def _ignore_signals(self) -> None:
+        """A launcher signals the other ranks when one has exited: the interpreter's shutdown must not die of that."""
+        set_handler = self.interceptor.originals[0]
+        for signum in self.settings.signals:
+            try:
+                set_handler(signum, signal.SIG_IGN)
+            except ValueError:  # not on the main thread
+                pass
 
     def _leave_to_the_stop(self) -> None:
         teardown = self.teardown

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from types import FrameType
 from typing import Callable, Optional
 
 from autoteardown import thread_stacks
 from autoteardown.rank.eviction_owner import EvictionOwner
+from autoteardown.rank.repeated_signals import RepeatedSignals
 from autoteardown.rank.state import RankState
 from autoteardown.unpatched import get_ident
 
@@ -15,8 +17,8 @@ _PLAN_WAIT = 2.0  # seconds that the main thread waits, in the signal handler, t
 class MainThread:
     """The main thread of one armed rank."""
 
-    def __init__(self, armed: RankState, owner: EvictionOwner) -> None:
-        self._armed, self._owner = armed, owner
+    def __init__(self, armed: RankState, owner: EvictionOwner, repeats: RepeatedSignals) -> None:
+        self._armed, self._owner, self._repeats = armed, owner, repeats
         self._seen = 0  # signals for which Python's handler was called
         self._waits = False
         self.over = False  # it has nothing left to run but the agent's own atexit callback
@@ -33,12 +35,15 @@ class MainThread:
         signum = self._armed.signum or self._armed.settings.signals[0]
         return None if self.handed else lambda: self.deliver(signum)
 
-    def on_signal(self, signum: int) -> bool:
+    def on_signal(self, signum: int, frame: Optional[FrameType] = None) -> bool:
         """The Python-level handler of an eviction signal, on the main thread. Returns whether the agent handles it."""
         armed = self._armed
         teardown, handed = armed.teardown, self.handed
         ends = False
         self._seen += 1
+        if self._repeats.handled(frame):
+            self.stop()
+            return True
         if self._seen == 1 and handed and armed.signum is not None and self._not_over():
             return True  # the driver was faster than Python's handler: the delivery was for this signal
         if not (teardown is not None and teardown.committed and self.handed) and self._owner.application_owns(

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import ctypes
+import signal
 from typing import Callable, Optional
 
 from autoteardown import unpatched
@@ -87,17 +88,26 @@ _run_errands = _Pending(_do_errands)  # kept alive: C has its address
 def run_saved(signum: int, disposition: bytes, ours: int) -> None:
     """Run a saved handler on a new thread; then put the handler `ours` back.
 
+    faulthandler's may chain: it puts back what it has replaced, which may be the default action, and raises the signal
+    again. While the process is armed, that is the agent's to decide. So faulthandler's is called as a function, on a
+    thread on which the signal is blocked: what it raises for that thread ends with the thread.
+
     Raises:
         RuntimeError: no thread is available.
     """
 
     def run() -> None:
         restore(signum, disposition)
+        handler = handler_of(signum)
         try:
-            # Raised for this thread: the handler has run when the call returns. faulthandler's reads the frames of all
-            # threads and crashes if they run on meanwhile, so it is called with the GIL held. If it then blocks, the
-            # POSIX timer ends the process.
-            (_raise_with_the_gil if _is_pythons(handler_of(signum)) else _raise)(signum)
+            if _is_pythons(handler):
+                # It reads the frames of all threads and crashes if they run on meanwhile, so it is called with the GIL
+                # held. If it then blocks, the POSIX timer ends the process.
+                set_handler(signum, ours)
+                signal.pthread_sigmask(signal.SIG_BLOCK, (signum,))
+                _Handler(handler)(signum)
+            else:
+                _raise(signum)  # for this thread: the handler has run when the call returns
         finally:
             set_handler(signum, ours)
 
@@ -130,4 +140,4 @@ class _Symbol(ctypes.Structure):  # struct Dl_info
 
 _dladdr = getattr(ctypes.CDLL(None), "dladdr", None)
 _raise = ctypes.CDLL(None)["raise"]
-_raise_with_the_gil = ctypes.PyDLL(None)["raise"]
+_Handler = ctypes.PYFUNCTYPE(None, ctypes.c_int)  # called with the GIL held

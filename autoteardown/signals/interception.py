@@ -170,7 +170,7 @@ class SignalInterceptor:
     def _on_main_thread(self, signum: int, frame: "FrameType | None") -> object:
         """The trampoline: the Python-level handler of every eviction signal."""
         try:
-            if self._listener is not None and self._listener.on_python_handler(signum):
+            if self._listener is not None and self._listener.on_python_handler(signum, frame):
                 return None
         except Exception as error:
             _failed("signal handler", error)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import _thread
 import sys
+from types import FrameType
 from typing import Any, Callable, Optional, Protocol
 
 from autoteardown.event_loop.loop import Loop
@@ -48,8 +49,8 @@ class Listener:
         self.ownership = ownership
         self._loop: Optional[Loop] = None
         self._forks: Optional[ForkHooks] = None
-        self._on_signal: Callable[[int], object] = lambda signum: None
-        self.on_main_thread: Callable[[int], bool] = lambda signum: False
+        self._on_signal: Callable[[int, bool], object] = lambda signum, arrived: None
+        self.on_main_thread: Callable[[int, Optional[FrameType]], bool] = lambda signum, frame: False
         """Called by the trampoline: see `arm`."""
 
     @property
@@ -75,17 +76,18 @@ class Listener:
 
     def arm(
         self,
-        on_signal: Callable[[int], object],
-        on_main_thread: Callable[[int], bool],
+        on_signal: Callable[[int, bool], object],
+        on_main_thread: Callable[[int, Optional[FrameType]], bool],
         on_quiet: Callable[[], object],
     ) -> None:
         """Listen from now on. May be called on any thread.
 
         Args:
-            on_signal: called on the loop thread with the number of each eviction signal; must not raise. Returns
-                whether the application's handler is called later, through `deliver`, and not now.
-            on_main_thread: called on the main thread, between two bytecodes; returns whether the agent deals with the
-                signal.
+            on_signal: called on the loop thread with the number of each eviction signal, and whether the kernel has
+                just delivered it (else the Python-level handler has been called for it); must not raise. Returns
+                whether the application does not get the signal now: it gets it later, through `deliver`, or not at all.
+            on_main_thread: called on the main thread, between two bytecodes, with the number and the frame that is
+                interrupted; returns whether the agent deals with the signal.
             on_quiet: called on the loop thread after each day without a signal.
 
         Raises:
@@ -141,8 +143,11 @@ class Listener:
         application, ownership = self._application, self.ownership
         signums = bytes(byte for byte in data if not byte & OWN and byte != ownership.interrupt.number)
         deferred = set()
-        for signum in {byte & ~OWN for byte in data} & application.signals if self.armed else ():
-            if self._on_signal(signum):
+        for byte in dict.fromkeys(data) if self.armed else ():
+            signum = byte & ~OWN
+            if signum not in application.signals:
+                continue
+            if self._on_signal(signum, not byte & OWN):
                 deferred.add(signum)
             elif application.application_owns(signum):
                 ownership.chain(signum)
@@ -153,7 +158,7 @@ class Listener:
         report_failure("listener", error)
         self.disarm()
 
-    def on_python_handler(self, signum: int) -> bool:
+    def on_python_handler(self, signum: int, frame: Optional[FrameType]) -> bool:
         """Called by the trampoline. Returns whether the agent deals with the signal.
 
         An event loop may have had the wake-up fd when the signal came. So the loop thread is told with a byte of the
@@ -163,7 +168,7 @@ class Listener:
         if loop is None:
             return False
         loop.write(signum | OWN)
-        return self.on_main_thread(signum)
+        return self.on_main_thread(signum, frame)
 
     def deliver(self, signum: int) -> None:
         """On the main thread: have the application handle the signal as if it had come now."""

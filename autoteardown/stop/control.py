@@ -56,7 +56,7 @@ class RankControl(Protocol):
     def time_left(self) -> Optional[float]:
         """Seconds until a drain of this node kills the process, or None. Reads a file or two."""
 
-    def unregister(self, outcome: str, exit_code: int) -> None:
+    def unregister(self, outcome: str, exit_code: Optional[int]) -> None:
         """Remove this rank's entry from the node's registry."""
 
     def post(self, kind: str, value: Any) -> None:

@@ -14,7 +14,7 @@ from typing import Any, Callable, NoReturn, Optional
 
 from autoteardown import exit_callbacks, native_calls
 from autoteardown.fail_open import fail_open
-from autoteardown.stop import final_report, gc_pause, protocol, types
+from autoteardown.stop import exit_status, final_report, gc_pause, protocol, types
 from autoteardown.stop.actions import ActionRunner
 from autoteardown.stop.control import RankControl
 from autoteardown.stop.deadline import Deadline
@@ -75,6 +75,7 @@ class Teardown:
     def begin(self) -> None:
         """Start the driver and the deadline thread. If no thread is available, drive on this one."""
         self._deadline.arm(self.exit_code)
+        exit_status.watch()
         try:
             start_new_thread(self._at_deadline, ())
             start_new_thread(self._drive, ())
@@ -237,6 +238,23 @@ class Teardown:
         """On the main thread, in the last atexit callback: the program is over."""
         exit_callbacks.run_earlier()
         self._finish()
+
+    def application_ends(self) -> None:
+        """On the main thread, in the last atexit callback: the application ends the process, and not the agent.
+
+        Written here, since the interpreter's own exit may be slow. Returns if the process keeps its own exit code.
+        """
+        code = exit_status.status()
+        replaces = code == 0 and self._record.replaces_success
+        self._record.own_exit = (self.exit_code if replaces else code,)
+        if self._finishing.acquire(False):
+            outcome = self.outcome(final=True)
+            self.say(outcome.summary(), event="done", outcome=outcome.outcome)
+            final_report.write(outcome, self.control, _LONG_LAST_WORDS, final=True)
+            if replaces:
+                exit_callbacks.run_earlier()
+                end(lambda: self.exit_code)
+            self._finishing.release()
 
     def _finish(self, patience: Optional[float] = None) -> None:
         """End the process. The first caller does it; all others wait for the end, except the deadline."""

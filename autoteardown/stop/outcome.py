@@ -24,7 +24,9 @@ class Outcome(NamedTuple):
     collective: Optional[dict[str, Any]]  # which one did not end
     outcome: str
     why: str
-    exit_code: int
+    lost_callback: str  # which rank's callback failed or was skipped, and why
+    ended_by: str  # "agent" or "application"
+    exit_code: Optional[int]  # None: the application's own, and unknown
     seconds: float  # since the signal
 
     def as_dict(self) -> dict[str, Any]:
@@ -42,6 +44,7 @@ class Outcome(NamedTuple):
             "stuck": self.stuck,
             "outcome": self.outcome,
             **{key: value for key, value in optional.items() if value is not None},
+            "ended_by": self.ended_by,
             "exit_code": self.exit_code,
         }
 
@@ -50,12 +53,15 @@ class Outcome(NamedTuple):
         why = f" ({self.why})" if self.why else ""
         stopped = self.steps["stopped_at"] if self.steps else None
         where = f"stopped at step {stopped}, " if stopped else ""
-        return f"done: {self.outcome}{why}, {where}exit {self.exit_code}"
+        code = "with a code of its own" if self.exit_code is None else self.exit_code
+        ended = "the application has ended the process, " if self.ended_by == "application" else ""
+        return f"done: {self.outcome}{why}, {ended}{where}exit {code}"
 
     def text(self) -> str:
         """The text of the termination log, for a reader of `kubectl describe pod`."""
         place = f"rank {self.identity['rank']} of {self.identity['world_size']}"
-        lines = [f"autoteardown: {place}, {self.opening}"]
+        lost = f"; checkpoint incomplete: {self.lost_callback}" if self.lost_callback else ""
+        lines = [f"autoteardown: {place}, {self.opening}{lost}"]
         for phase in self.phases:
             lines.append(
                 f"+{phase['start']:.2f}s {phase['name']}: {phase['outcome']} {phase['detail']}".rstrip()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime, timezone
 from typing import Any, Optional
 
-from autoteardown.stop import report
+from autoteardown.stop import exit_status, report
 from autoteardown.stop.control import RankControl
 from autoteardown.stop.deadline import Deadline
 from autoteardown.stop.outcome import Outcome, signal_name
@@ -39,12 +39,19 @@ class StopRecord:
         self._deadline = deadline
         self._received_at = datetime.now(timezone.utc).isoformat()
         self._stuck: list[dict[str, Any]] = []
+        self.own_exit: Optional[tuple[Optional[int]]] = None
+        """Set once the application ends the process by itself: its code, None if unknown."""
         self._collective: Optional[dict[str, Any]] = None  # the collective that does not end
 
     @property
     def exit_code(self) -> int:
-        """What the settings promise, whichever way the process ends."""
-        return self._control.settings.exit_code_for(self.signum)
+        """What the settings promise, whichever way the process ends; not 0 if the program has failed."""
+        return self._control.settings.exit_code_for(self.signum) or int(exit_status.failed())
+
+    @property
+    def replaces_success(self) -> bool:
+        """Whether the code is set, so that it also replaces the program's own 0: a half-trained job is not done."""
+        return self._control.settings.exit_code_is_set(self.signum)
 
     @property
     def yields(self) -> float:
@@ -106,8 +113,10 @@ class StopRecord:
             steps=stop.steps if stop is not None else None,
             stuck=list(self._stuck),
             collective=self._collective,
-            outcome=stop.outcome if stop is not None else "forced",
-            why=stop.reason if stop is not None else "it ended before it could begin",
-            exit_code=self.exit_code,
+            outcome=stop.outcome if stop is not None else "partial" if self.own_exit else "forced",
+            why=stop.reason if stop is not None else "the process ended before the stop could begin",
+            lost_callback=stop.lost_callback if stop is not None else "",
+            ended_by="application" if self.own_exit else "agent",
+            exit_code=self.own_exit[0] if self.own_exit else self.exit_code,
             seconds=now,
         )

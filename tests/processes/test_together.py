@@ -141,6 +141,7 @@ def test_once_more_while_it_saves(job):
     ranks = started(job, "slow-save")
     ranks[1].signal()
     ranks[1].wait_for("^saving$")
+    time.sleep(2.2)  # sooner, it is a repetition of the first
     ranks[1].signal()
     ranks[1].wait_for(r"(?s)handler at .*handler at")
     saved_together(job, ranks)

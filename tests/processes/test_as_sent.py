@@ -1,0 +1,120 @@
+"""Signals as platforms really send them: twice, to slow jobs, past handlers in C; and programs that end by themselves."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+ROOMY = {"AUTOTEARDOWN_GRACE": 30}
+
+
+def started(job, style, seconds=0.01, iteration=10, **settings):
+    """Two ranks that have made some iterations."""
+    saved = job.folder / "saved"
+    saved.mkdir()
+    ranks = job.world("as_sent.py", 2, args=[style, seconds], SAVED=saved, **{**ROOMY, **settings})
+    for rank in ranks:
+        rank.wait_for(rf"^iteration {iteration}$")
+    return ranks
+
+
+def saved(job):
+    """The iterations after which each rank has saved."""
+    return {path.name: path.read_text().split() for path in (job.folder / "saved").iterdir()}
+
+
+def assert_saved_together(job, *ranks):
+    found = saved(job)
+    assert found.keys() == {"0", "1"}, "\n".join(rank.story() for rank in ranks)
+    assert found["0"] == found["1"] and len(found["0"]) == 1, found
+
+
+@pytest.mark.parametrize("style", ["flag", "polls", "callback"])
+def test_every_rank_is_signalled_twice(job, style):
+    """SLURM's time limit, with one rank an iteration ahead of the other."""
+    ranks = started(job, style, 0.3)
+    for _ in range(2):
+        for rank in ranks:
+            rank.signal()
+        time.sleep(0.02)
+    codes = [rank.outlast(25) for rank in ranks]
+    assert codes == [0, 0], "\n".join(rank.story() for rank in ranks)
+    assert_saved_together(job, *ranks)
+    if style == "flag":
+        assert all("signals 1\n" in rank.stdout for rank in ranks)
+
+
+@pytest.mark.parametrize("style", ["flag", "polls", "callback"])
+def test_iterations_longer_than_eight_seconds(job, style):
+    ranks = started(job, style, 9.0, iteration=3, AUTOTEARDOWN_GRACE=60)
+    ranks[1].signal()
+    for rank, code in zip(ranks, (143, 0) if style == "callback" else (0, 0)):
+        assert rank.outlast(60) == code, rank.story()
+    assert_saved_together(job, *ranks)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_handler_in_c_that_chains(job, when):
+    """It chains to the default action, or to the agent's: the stop goes on."""
+    ranks = started(job, "callback", CHAIN=when)
+    ranks[0].signal()
+    assert [rank.outlast(28) for rank in ranks] == [0, 143], ranks[0].story()
+    assert "as_sent.py" in ranks[0].stderr, "no stacks"
+    assert ranks[0].report()["outcome"] in ("clean", "partial")
+
+
+@pytest.mark.parametrize("style", ["flag", "polls"])
+def test_a_program_that_ends_by_itself_leaves_a_report(job, style):
+    ranks = started(job, style)
+    ranks[0].signal()
+    for rank in ranks:
+        assert rank.outlast(25) == 0, rank.story()
+        report = rank.report()
+        assert (report["ended_by"], report["exit_code"], report["outcome"]) == ("application", 0, "clean")
+    assert_saved_together(job, *ranks)
+
+
+@pytest.mark.parametrize(("style", "code"), [("flag", 143), ("polls", 143), ("raises", 1)])
+def test_a_half_trained_job_is_not_completed(job, style, code):
+    """With an exit code set, a program that ends by itself with 0 exits with it; its own other code stays."""
+    ranks = started(job, style, AUTOTEARDOWN_EXIT_CODE="signal", AUTOTEARDOWN_PEER_EXIT_CODE="143")
+    ranks[0].signal()
+    codes = {rank.outlast(25) for rank in ranks}
+    assert codes == {code}, ranks[0].story()
+
+
+def test_an_uncaught_exception_is_no_success(job):
+    ranks = started(job, "raises")
+    ranks[0].signal()
+    assert all(rank.outlast(25) != 0 for rank in ranks), ranks[0].story()
+
+
+def test_a_failed_callback_is_known_to_every_rank(job):
+    log = [job.folder / f"termination-{rank}" for rank in range(2)]
+    for path in log:
+        path.touch()
+    each = {rank: {"AUTOTEARDOWN_TERMINATION_LOG": path} for rank, path in enumerate(log)}
+    (job.folder / "saved").mkdir()
+    ranks = job.world(
+        "as_sent.py", 2, each=each, args=["callback", 0.01], SAVED=job.folder / "saved", FAILS=1, **ROOMY
+    )
+    for rank in ranks:
+        rank.wait_for("^iteration 10$")
+    ranks[0].signal()
+    for rank, path in zip(ranks, log):
+        rank.outlast(25)
+        why = "rank 1: on_teardown callback failed: OSError: disk full"
+        assert f"done: partial ({why}" in rank.stderr, rank.story()
+        assert why in path.read_text().splitlines()[0]
+        assert rank.report()["outcome"] == "partial"
+
+
+def test_a_long_callback_is_clean(job):
+    """Longer than the others need to drain and abort."""
+    ranks = started(job, "callback", AUTOTEARDOWN_GRACE=45, CALLBACK=22)
+    ranks[0].signal()
+    for rank in ranks:
+        rank.outlast(45)
+        assert rank.report()["outcome"] == "clean", rank.story()
+    assert_saved_together(job, *ranks)
