@@ -8,6 +8,7 @@ the `_shutdown` of that backend, which is an abort (2.4 and 2.5).
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import Any, Callable, NamedTuple
 
@@ -49,7 +50,7 @@ __all__ = [
     "world",
 ]
 
-from autoteardown import unpatched
+from autoteardown import spare_threads, unpatched
 from autoteardown.process_groups import after_release, custom_groups
 
 # Backends whose abort does nothing: a blocked operation stays blocked until the peer's socket closes.
@@ -159,7 +160,8 @@ def abort(done: Callable[[Problem], object]) -> None:
     if not aborts:
         done(None)
     for function in aborts:
-        unpatched.start_new_thread(run, (function,))
+        if not spare_threads.start(functools.partial(run, function)):
+            run(function)
 
 
 def destroy(real: Callable[[], object]) -> Problem:
@@ -208,7 +210,8 @@ def _shut_down(custom: list[Any]) -> None:
         over.append(group)
 
     for group in custom:
-        unpatched.start_new_thread(run, (group,))
+        if not spare_threads.start(functools.partial(run, group)):
+            over.append(group)  # left to the exit
     until = unpatched.monotonic() + _CUSTOM
     while len(over) < len(custom) and unpatched.monotonic() < until:
         unpatched.sleep(0.01)

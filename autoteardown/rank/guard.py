@@ -11,7 +11,7 @@ import signal
 import sys
 from typing import Any, Callable, Optional
 
-from autoteardown import native_calls
+from autoteardown import native_calls, spare_threads
 from autoteardown.channel import channel as channels
 from autoteardown.checkpoints import callbacks
 from autoteardown.fail_open import fail_open, report_failure
@@ -60,6 +60,7 @@ class Guard(RankState):
         self.gate.begin(get_ident())
         # systemd-tmpfiles removes files from /tmp that were not written to for 10 days: the entry is rewritten daily.
         self.listener.arm(self._on_signal, self.main.on_signal, self.identity.mark)
+        spare_threads.keep()
         self._finalize_multiprocessing()
         self.identity.joining()
         if self.listener.main_thread_pending:
@@ -117,6 +118,7 @@ class Guard(RankState):
         # In an eviction begun by a peer, this rank's own signal may still come, and must not kill it.
         if self.teardown is None:
             self.listener.disarm()
+            spare_threads.release()
         if self._hooks is not None:
             self._hooks.remove()
             self._hooks = None

@@ -7,7 +7,7 @@ import socket
 import sys
 from typing import Any, Callable, Optional
 
-from autoteardown import unpatched
+from autoteardown import spare_threads
 from autoteardown.fail_open import fail_open
 from autoteardown.node import registration
 from autoteardown.process_groups.operations import World
@@ -85,9 +85,7 @@ class Identity:
 
 def _soon(function: Callable[[], object]) -> None:
     """Run it on a thread of its own: neither init nor the loop thread, which hears signals, may wait for a disk."""
-    try:
-        unpatched.start_new_thread(fail_open(function), ())
-    except RuntimeError:  # no thread is available
+    if not spare_threads.start(fail_open(function)):
         function()
 
 

@@ -13,8 +13,8 @@ import ctypes
 import signal
 from typing import Callable, Optional
 
-from autoteardown import unpatched
-from autoteardown.fail_open import report_failure
+from autoteardown import spare_threads
+from autoteardown.fail_open import fail_open, report_failure
 
 DEFAULT, IGNORE = 0, 1  # SIG_DFL and SIG_IGN; any other value is the address of a handler
 _LARGEST = 512  # bytes; struct sigaction has 152 on Linux, and 16 on macOS
@@ -92,8 +92,7 @@ def run_saved(signum: int, disposition: bytes, ours: int) -> None:
     again. While the process is armed, that is the agent's to decide. So faulthandler's is called as a function, on a
     thread on which the signal is blocked: what it raises for that thread ends with the thread.
 
-    Raises:
-        RuntimeError: no thread is available.
+    Without a thread it is not run: it might never return, and the agent's thread has to listen.
     """
 
     def run() -> None:
@@ -111,7 +110,7 @@ def run_saved(signum: int, disposition: bytes, ours: int) -> None:
         finally:
             set_handler(signum, ours)
 
-    unpatched.start_new_thread(run, ())
+    spare_threads.start(fail_open(run))
 
 
 def _is_pythons(handler: int) -> bool:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Callable, Optional
 
+from autoteardown import spare_threads
 from autoteardown.stop.control import RankControl
 from autoteardown.stop.record import StopRecord
 from autoteardown.stop.types import Action
-from autoteardown.unpatched import start_new_thread
 
 
 class ActionRunner:
@@ -82,4 +82,5 @@ class ActionRunner:
             if event is not None:
                 self._control.events.put((event, problem))
 
-        start_new_thread(run, ())
+        if not spare_threads.start(run) and event is not None:
+            run()  # unbounded, on the driver's thread: the hard deadline ends the process in time

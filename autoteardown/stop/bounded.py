@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Callable
 
-from autoteardown.unpatched import allocate_lock, start_new_thread
+from autoteardown import spare_threads
+from autoteardown.unpatched import allocate_lock
 
 
-def run_bounded(function: Callable[[], object], seconds: float) -> None:
-    """Call `function` on a new thread, and wait until it has returned or so many seconds have passed.
+def run_bounded(function: Callable[[], object], seconds: float) -> bool:
+    """Call `function` on another thread, and wait until it has returned or so many seconds have passed.
 
-    Raises:
-        RuntimeError: no thread is available.
+    Returns:
+        False if no thread is available: then `function` has not been called.
     """
     over = allocate_lock()
     over.acquire()
@@ -22,5 +23,7 @@ def run_bounded(function: Callable[[], object], seconds: float) -> None:
         finally:
             over.release()
 
-    start_new_thread(run, ())
+    if not spare_threads.start(run):
+        return False
     over.acquire(timeout=seconds)
+    return True

@@ -12,7 +12,7 @@ import _queue
 import os
 from typing import Any, Callable, NoReturn, Optional
 
-from autoteardown import exit_callbacks, native_calls
+from autoteardown import exit_callbacks, native_calls, spare_threads
 from autoteardown.fail_open import fail_open
 from autoteardown.stop import exit_status, final_report, gc_pause, protocol, types
 from autoteardown.stop.actions import ActionRunner
@@ -22,7 +22,7 @@ from autoteardown.stop.outcome import Outcome
 from autoteardown.stop.polling import Poller
 from autoteardown.stop.posix_timer import HardDeadlineTimer
 from autoteardown.stop.record import StopRecord
-from autoteardown.unpatched import allocate_lock, sleep, start_new_thread
+from autoteardown.unpatched import allocate_lock, sleep
 
 _POLL = 0.02  # seconds between two polls of what sends no event
 _FLUSH = 0.2  # seconds for the last posts to reach the hub
@@ -76,10 +76,8 @@ class Teardown:
         """Start the driver and the deadline thread. If no thread is available, drive on this one."""
         self._deadline.arm(self.exit_code)
         exit_status.watch()
-        try:
-            start_new_thread(self._at_deadline, ())
-            start_new_thread(self._drive, ())
-        except RuntimeError:  # no thread is available
+        spare_threads.start(self._at_deadline)  # without it, the timer ends the process at the deadline
+        if not spare_threads.start(self._drive):
             self._drive()
 
     def _at_deadline(self) -> None:

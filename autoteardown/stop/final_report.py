@@ -19,9 +19,6 @@ def write(outcome: Outcome, control: RankControl, seconds: float, final: bool) -
         control: the armed rank, whose settings say where.
         seconds: how long to wait for a dead disk or a full pipe.
         final: the process ends now; otherwise the program's own exit comes first.
-
-    Raises:
-        RuntimeError: no thread is available.
     """
 
     def run() -> None:
@@ -33,7 +30,8 @@ def write(outcome: Outcome, control: RankControl, seconds: float, final: bool) -
         except BaseException as error:
             control.log.line(f"the report was not written: {type(error).__name__}: {error}", outcome.seconds)
 
-    run_bounded(run, seconds)
+    if not run_bounded(run, seconds):
+        run()  # unbounded: the hard deadline ends the process in time
 
 
 def write_evidence(outcome: Outcome, control: RankControl, seconds: float) -> None:

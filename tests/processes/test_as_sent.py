@@ -1,10 +1,12 @@
-"""Signals as platforms really send them: twice, to slow jobs, past handlers in C; and programs that end by themselves."""
+"""Signals as platforms really send them (twice, to slow jobs, at a PID limit), and programs that end by themselves."""
 
 from __future__ import annotations
 
+import os
 import time
 
 import pytest
+from harness import PROGRAMS
 
 ROOMY = {"AUTOTEARDOWN_GRACE": 30}
 
@@ -117,4 +119,62 @@ def test_a_long_callback_is_clean(job):
     for rank in ranks:
         rank.outlast(45)
         assert rank.report()["outcome"] == "clean", rank.story()
+    assert_saved_together(job, *ranks)
+
+
+LIMITED = """
+import os, resource, sys, threading
+
+# At the limit of RLIMIT_NPROC once it trains, but for so many threads. It does not bind root, so by then the program is
+# a user of its own, whose threads alone count.
+spare = int(sys.argv[1])
+style = sys.argv[2]
+sys.argv = ["as_sent.py", style, "0.01"]
+source = open(os.environ["PROGRAM"]).read().replace(
+    'print("ready", flush=True)', 'limit(); print("ready", flush=True)'
+)
+
+
+def limit():
+    uid = 20000 + int(os.environ["RANK"])
+    os.setuid(uid)
+    threads = sum(
+        len(os.listdir(f"/proc/{pid}/task"))
+        for pid in filter(str.isdecimal, os.listdir("/proc"))
+        if os.stat(f"/proc/{pid}").st_uid == uid
+    )
+    resource.setrlimit(resource.RLIMIT_NPROC, (threads + spare,) * 2)
+    started = 0
+    try:
+        for _ in range(spare + 1):
+            threading.Thread(target=threading.Event().wait, daemon=True).start()
+            started += 1
+    except RuntimeError:
+        print("limited", flush=True)
+    if not started <= spare:
+        raise SystemExit("no limit here")
+
+
+exec(compile(source, os.environ["PROGRAM"], "exec"))
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a user of its own for each rank: root only")
+@pytest.mark.parametrize("style", ["flag", "polls", "callback"])
+def test_no_thread_can_be_started(job, style):
+    """A container at its PID limit: the application's handler runs, peers are told, all save."""
+    folder = job.folder / "saved"
+    folder.mkdir()
+    for path in (folder, *folder.parents):  # for another user
+        if str(path).startswith("/tmp/"):
+            path.chmod(path.stat().st_mode | (0o777 if path == folder else 0o011))
+    ranks = job.world(
+        LIMITED, 2, 0, style, fresh=True, SAVED=folder, PROGRAM=PROGRAMS / "as_sent.py", **ROOMY
+    )
+    for rank in ranks:
+        rank.wait_for("^limited$")
+        rank.wait_for("^iteration 10$")
+    ranks[0].signal()
+    codes = [rank.outlast(25) for rank in ranks]
+    assert codes == ([0, 143] if style == "callback" else [0, 0]), ranks[0].story()
     assert_saved_together(job, *ranks)
