@@ -85,6 +85,7 @@ mount --make-rprivate /
 mkdir -p /etc/slurm
 mount --bind "$folder/etc" /etc/slurm
 mount --bind "$folder/hosts" /etc/hosts
+mount --bind "$folder/resolv.conf" /etc/resolv.conf
 if [ -d /sys/fs/cgroup/freezer ]; then
     mkdir -p "/sys/fs/cgroup/freezer/$(basename "$folder")"
     mount --bind "/sys/fs/cgroup/freezer/$(basename "$folder")" /sys/fs/cgroup/freezer
@@ -105,7 +106,9 @@ def why_not():
     """Why there can be no SLURM here; None if there can be one."""
     if os.geteuid():
         return "a SLURM of the tests' own needs root"
-    missing = [tool for tool in _TOOLS if not shutil.which(tool, path=os.environ["PATH"] + ":/usr/sbin:/sbin")]
+    missing = [
+        tool for tool in _TOOLS if not shutil.which(tool, path=os.environ["PATH"] + ":/usr/sbin:/sbin")
+    ]
     if missing:
         return f"needs {', '.join(missing)} (`make slurm` installs {' '.join(PACKAGES)} where apt is)"
     probe = subprocess.run(
@@ -118,20 +121,23 @@ def why_not():
 class Cluster:
     """One of them. `proctrack`: cgroup, linuxproc or pgid."""
 
-    def __init__(self, proctrack="linuxproc", kill_wait=KILL_WAIT, grace_time=GRACE_TIME):
+    def __init__(self, proctrack="linuxproc", kill_wait=KILL_WAIT, grace_time=GRACE_TIME, more=""):
         self.proctrack, self.kill_wait, self.grace_time = proctrack, kill_wait, grace_time
         # Not in the folder of the tests: nobody but its owner may go in there.
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
         self.folder.chmod(0o755)
         for name in ("etc", "state", "log", "run", "dev", *(f"spool/{node}" for node in NODES)):
             (self.folder / name).mkdir(parents=True)
-        (self.folder / "hosts").write_text(f"127.0.0.1 localhost slurm {' '.join(NODES)}\n")
+        (self.folder / "hosts").write_text(f"127.0.0.1 localhost slurm {' '.join(NODES)}\n10.77.0.1 slurm\n")
+        (self.folder / "resolv.conf").write_text("")  # no name server can be reached: ask none
         key = self.folder / "munge.key"
         key.write_bytes(os.urandom(1024))
         key.chmod(0o600)
         for number in range(16):
-            os.mknod(self.folder / "dev" / f"gpu{number}", 0o20666, os.makedev(1, 3))  # /dev/null, sixteen times
-        self.write("slurm.conf", _CONFIGURATION.format(**vars(self)))
+            os.mknod(
+                self.folder / "dev" / f"gpu{number}", 0o20666, os.makedev(1, 3)
+            )  # /dev/null, sixteen times
+        self.write("slurm.conf", _CONFIGURATION.format(**vars(self)) + more)
         self.write("gres.conf", f"NodeName=n[1-6] Name=gpu File={self.folder}/dev/gpu[0-15]\n")
         self.write("cgroup.conf", "CgroupPlugin=cgroup/v1\nCgroupMountpoint=/sys/fs/cgroup\n")
         self.write("epilog.sh", "#!/bin/sh\nexit 0\n", 0o755)
@@ -147,7 +153,9 @@ class Cluster:
             assert self._unshare.poll() is None, self.logs()
             children = Path(f"/proc/{self._unshare.pid}/task/{self._unshare.pid}/children")
             (self._first,) = children.read_text().split()
-            wait_until(lambda: set(self.command("sinfo", "-h", "-N", "-o", "%t").split()) == {"idle"}, "nodes", 60)
+            wait_until(
+                lambda: set(self.command("sinfo", "-h", "-N", "-o", "%t").split()) == {"idle"}, "nodes", 60
+            )
         except BaseException:
             print(self.logs())
             self.down()
@@ -176,7 +184,7 @@ class Cluster:
         assert not check or run.returncode == 0, f"{words}: {run.stdout}{run.stderr}"
         return run.stdout
 
-    def submit(self, script, *options, env=None, name="job"):
+    def submit(self, script, *options, env=None, args=(), name="job"):
         """Hand a batch script in; give its job."""
         path = self.folder / f"{name}.sbatch"
         path.write_text(script)
@@ -184,7 +192,7 @@ class Cluster:
         output.touch()
         options = ("--open-mode=append", f"--output={output}", *options)
         env = {"PATH": os.environ["PATH"], "LANG": "C.UTF-8", "HOME": str(self.folder), **(env or {})}
-        said = self.command("sbatch", "--parsable", *options, path, env=env, cwd=self.folder)
+        said = self.command("sbatch", "--parsable", *options, path, *args, env=env, cwd=self.folder)
         return Batch(self, said.split(";")[0].strip(), output)
 
     def down(self):
@@ -229,7 +237,17 @@ class Batch:
 
     def wait_for_state(self, *states, patience=PATIENCE):
         """Wait until it is in one of these states; give it."""
-        return wait_until(lambda: self.state in states and self.state, f"{states}, not {self.state}", patience)
+        return wait_until(
+            lambda: self.state in states and self.state, f"{states}, not {self.state}", patience
+        )
+
+    def pid_of_rank(self, rank):
+        """In the cluster."""
+        return re.findall(rf"^rank {rank} pid (\d+) step", self.output, re.M)[-1]
+
+    def story(self):
+        """Everything known, for a failure message."""
+        return f"{self.state} {self.show('ExitCode')}\n{self.output[-6000:]}"
 
     def __str__(self):
         return self.number

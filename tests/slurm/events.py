@@ -27,7 +27,9 @@ def _end_in_a_minute(cluster, job):
 
 def _somebody_urgent(cluster, job):
     """A job of more priority, that needs the same nodes; it stays until the test is over."""
-    cluster.submit("#!/bin/bash\nsleep 600\n", "--partition=urgent", "--nodes=2", "--exclusive", name="urgent")
+    cluster.submit(
+        "#!/bin/bash\nsleep 600\n", "--partition=urgent", "--nodes=2", "--exclusive", name="urgent"
+    )
 
 
 EVENTS = {

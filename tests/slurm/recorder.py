@@ -19,7 +19,9 @@ signal.pthread_sigmask(signal.SIG_BLOCK, WANTED)
 name = sys.argv[1]
 records = Path(os.environ["RECORDS"])
 try:
-    os.nice(-10)  # two signals of the same number, 20 ms apart, are one to a process that had no turn in between
+    os.nice(
+        -10
+    )  # two signals of the same number, 20 ms apart, are one to a process that had no turn in between
 except OSError:
     pass
 if "family" in sys.argv:

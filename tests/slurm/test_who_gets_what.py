@@ -27,8 +27,15 @@ class Recorded:
         self.folder = cluster.folder / "records"
         self.folder.mkdir(mode=0o777)
         script = SCRIPT.format(options=srun, family=family)
-        self.job = cluster.submit(script, "--ntasks=2", "--time=5", *options, env={"RECORDS": str(self.folder)})
-        names = ("batch", "task0", "task1", *(f"task{n}-{kind}" for n in "01" for kind in ("child", "session") if family))
+        self.job = cluster.submit(
+            script, "--ntasks=2", "--time=5", *options, env={"RECORDS": str(self.folder)}
+        )
+        names = (
+            "batch",
+            "task0",
+            "task1",
+            *(f"task{n}-{kind}" for n in "01" for kind in ("child", "session") if family),
+        )
         self._until(lambda: all(self._alive(name).exists() for name in names), f"{names}")
         self.since = time.time()
 
@@ -94,7 +101,8 @@ QUICK = {"scancel"}
 
 
 @pytest.mark.parametrize(
-    "event", [each if each in QUICK else pytest.param(each, marks=pytest.mark.slurm) for each in ENDS_AFTER_KILL_WAIT]
+    "event",
+    [each if each in QUICK else pytest.param(each, marks=pytest.mark.slurm) for each in ENDS_AFTER_KILL_WAIT],
 )
 def test_sigterm_and_sigkill_after_kill_wait(cluster, event):
     tasks, batch, state = ENDS_AFTER_KILL_WAIT[event]
@@ -218,4 +226,6 @@ def test_processes_of_a_task(cluster_of, proctrack):
     for kind in ("child", "session"):
         recorded.wait(f"task0-{kind}", *(["TERM"] if kind in REACHED[proctrack] else []))
     time.sleep(2)
-    assert [kind for kind in ("child", "session") if recorded.signals(f"task0-{kind}")] == list(REACHED[proctrack])
+    assert [kind for kind in ("child", "session") if recorded.signals(f"task0-{kind}")] == list(
+        REACHED[proctrack]
+    )
