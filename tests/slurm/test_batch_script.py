@@ -1,5 +1,6 @@
 """`docker/slurm/train.sbatch` as it is, on two nodes with a rank each: saved, and put back into the queue or not."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,8 @@ from events import EVENTS
 from harness import wait_until
 from jobs import TRAINING, both_saved, environment, over, saved, trains
 
-SCRIPT = (Path(__file__).parents[2] / "docker" / "slurm" / "train.sbatch").read_text()
+ROOT = Path(__file__).parents[2]
+SCRIPT = (ROOT / "docker" / "slurm" / "train.sbatch").read_text()
 
 
 def submit(cluster, *options, train="callback"):
@@ -101,3 +103,31 @@ def test_requeue_exit_does_without_the_script(cluster_of, event, state):
     EVENTS[event].happen(cluster, job)
     assert over(job) == state, job.story()
     assert both_saved(cluster)
+
+
+@pytest.mark.slurm
+def test_torchrun_in_place_of_the_ranks(cluster_of):
+    """As docs/slurm.md writes it: one torchrun a node, although the script asks for more tasks than that."""
+    (line,) = re.findall(r"^srun [^`]*torchrun[^`]*", (ROOT / "docs" / "slurm.md").read_text(), re.M)
+    line = line.replace("--nproc-per-node=8", "--nproc-per-node=1").replace("train.py", '"$TRAIN" "$@"')
+    before, after = SCRIPT.partition("srun bash")[0], SCRIPT.partition("code=$?")[2]
+    cluster = cluster_of(kill_wait=30)
+    env = environment(cluster, str(TRAINING), 25)
+    options = ("--ntasks-per-node=2", "--gpus-per-node=2", "--time=5", "--signal=CONT@1")
+    job = cluster.submit(f"{before}{line}code=$?{after}", *options, env=env, args=["callback"])
+    trains(job)
+    EVENTS["scancel"].happen(cluster, job)
+    assert over(job) == "CANCELLED"
+    assert both_saved(cluster), job.story()
+
+
+@pytest.mark.slurm
+def test_gpus_per_task_shows_a_rank_one_gpu_alone(cluster):
+    """Which is number 0 to it, whatever its LOCAL_RANK."""
+    script = "#!/bin/bash\nsrun bash -c 'echo rank $SLURM_LOCALID sees $CUDA_VISIBLE_DEVICES.'\n"
+    each, all_of_node = (
+        cluster.submit(script, "--nodes=1", "--ntasks-per-node=2", option, name=name)
+        for name, option in (("each", "--gpus-per-task=1"), ("all", "--gpus-per-node=2"))
+    )
+    each.wait_for(r"rank . sees \d+\.$", times=2)
+    all_of_node.wait_for(r"rank . sees \d+,\d+\.$", times=2)
