@@ -1,4 +1,4 @@
-"""Fixtures: a cluster for each test, since it is up within a second or two and no test is to wait for another's nodes."""
+"""Fixtures: a cluster for each test. It is up within two seconds, and no test waits for the nodes of another."""
 
 import pytest
 from cluster import Cluster, why_not

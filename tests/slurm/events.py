@@ -1,4 +1,4 @@
-"""What can happen to a job: by its name in docs/slurm.md, what brings it about, and the options that the job needs for it."""
+"""What can happen to a job, by its name in docs/slurm.md: how a test brings it about, and the options a job needs."""
 
 from typing import Callable, NamedTuple
 

@@ -1,8 +1,8 @@
 """Writes down each signal that it gets, and goes on. `recorder.py NAME [family]`
 
-`$RECORDS/NAME`: a line for each signal, with seconds since the epoch. `$RECORDS/NAME.alive` is touched as long as the process
-lives, so that its age tells when SIGKILL came. With `family` it has two children that do the same: one in its process
-group, and one in a session of its own.
+`$RECORDS/NAME`: a line for each signal, with seconds since the epoch. `$RECORDS/NAME.alive` is touched as long as the
+process lives, so that its age tells when SIGKILL came. With `family` it has two children that do the same: one in its
+process group, and one in a session of its own.
 """
 
 import os

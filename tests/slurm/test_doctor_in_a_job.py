@@ -46,7 +46,9 @@ def test_a_batch_script_is_told_to_use_srun(cluster_of):
 def test_ps_and_drain_by_a_step_of_their_own(cluster_of):
     cluster = cluster_of(kill_wait=30)
     env = environment(cluster, "callback", 20)
-    job = cluster.submit(f"#!/bin/bash\n{SHAPES['srun']}", "--nodes=2", "--ntasks-per-node=1", "--time=5", env=env)
+    job = cluster.submit(
+        f"#!/bin/bash\n{SHAPES['srun']}", "--nodes=2", "--ntasks-per-node=1", "--time=5", env=env
+    )
     trains(job)
     step = ("srun", f"--jobid={job}", "--overlap", "--nodes=1", "--ntasks=1", BIN / "autoteardown")
     listed = json.loads(cluster.command(*step, "ps", "--json", env=env))

@@ -23,7 +23,9 @@ def epilog(cluster_of):
     def up(program):
         cluster = cluster_of(proctrack="pgid")
         script = EPILOG.replace("autoteardown=/usr/local/bin/autoteardown", f"autoteardown={program}")
-        script = script.replace("export PATH=", f"export AUTOTEARDOWN_RUNTIME_DIR={cluster.folder}/registry PATH=")
+        script = script.replace(
+            "export PATH=", f"export AUTOTEARDOWN_RUNTIME_DIR={cluster.folder}/registry PATH="
+        )
         cluster.write("epilog.sh", script, 0o755)
         # Stands in for syslog, which a container seldom has.
         logger = cluster.folder / "logger"

@@ -122,7 +122,7 @@ def test_suspended_and_resumed_it_trains_on(cluster_of):
 @pytest.mark.slurm
 @pytest.mark.parametrize("kill_on_bad_exit", [False, True])
 def test_a_rank_that_is_killed_frees_its_peer(cluster_of, kill_on_bad_exit):
-    """SLURM leaves the other alone without -K, and with gloo it sees the closed connection; nobody saves a torn step."""
+    """SLURM leaves the other alone without -K, and with gloo it sees the closed connection; nobody saves."""
     cluster = cluster_of(kill_wait=KILL_WAIT)
     job = start(cluster, "srun", "scancel", "polls", SLURM_KILL_BAD_EXIT=str(int(kill_on_bad_exit)))
     cluster.command("kill", "-KILL", job.pid_of_rank(0))
@@ -138,7 +138,7 @@ def test_a_rank_that_is_killed_frees_its_peer(cluster_of, kill_on_bad_exit):
 @pytest.mark.parametrize("event", ["time limit", "preempted"])
 @pytest.mark.xfail(
     strict=False,
-    reason="the second of two SIGTERMs 20 ms apart goes to the application's own handler at once",
+    reason="the second of two SIGTERMs 20 ms apart goes to the application's own handler",
 )
 def test_two_sigterms_are_one_eviction(cluster_of, event):
     cluster = cluster_of(kill_wait=KILL_WAIT)

@@ -1,4 +1,4 @@
-"""What SLURM makes of a task's exit code, by what has happened to the job: the table of docs/slurm.md. No agent, no torch."""
+"""What SLURM makes of a task's exit code, by what has happened: the table of docs/slurm.md. No agent, no torch."""
 
 import pytest
 from events import EVENTS
@@ -32,5 +32,7 @@ def test_the_state_of_the_job(cluster, event, code):
     )
     job.wait_for("^ready$", times=2)
     EVENTS[event].happen(cluster, job)
-    state = job.wait_for_state("PENDING", "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "PREEMPTED", "NODE_FAIL")
+    state = job.wait_for_state(
+        "PENDING", "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "PREEMPTED", "NODE_FAIL"
+    )
     assert state == ROWS[event][code == 143], job.story()

@@ -1,9 +1,10 @@
 """A training job that saves when it is evicted, and goes on there when it is started again. `training.py HOW [WHAT]`
 
-HOW, `polls`: asks `autoteardown.stop_requested()` after each step. `flag`: has a SIGTERM handler that sets a flag. `callback`:
-knows nothing of evictions, a callback of `autoteardown.on_teardown()` saves. `fails`: ends with 3 in step 20.
-WHAT, `workers`: its batches come from two processes. `uneven`: rank 0 is slow between `backward()` and `step()`, so that
-its peers are ahead. `slow`: the save takes 35 s.
+HOW, `polls`: asks `autoteardown.stop_requested()` after each step. `flag`: has a SIGTERM handler that sets a flag.
+`callback`: knows nothing of evictions, a callback of `autoteardown.on_teardown()` saves. `fails`: ends with 3 in
+step 20.
+WHAT, `workers`: its batches come from two processes. `uneven`: rank 0 is slow between `backward()` and `step()`, so
+that its peers are ahead. `slow`: the save takes 35 s.
 Each rank saves the number of its step in a file of its own, `saved/RANK`, and leaves with 0.
 """
 

@@ -37,7 +37,7 @@ esac"""
     [
         (30, 0, 25, "ok", "KillWait is 30 s, of which 25 are used", None),
         (30, 60, 25, "ok", "KillWait is 30 s", None),
-        (30, 20, 25, "problem", "GraceTime of the partition is 20 s: SLURM kills first", "export AUTOTEARDOWN_GRACE=15"),
+        (30, 20, 25, "problem", "GraceTime of the partition is 20 s: SLURM kills", "export AUTOTEARDOWN_GRACE=15"),
         (30, 0, 110, "problem", "AUTOTEARDOWN_GRACE=110, and KillWait is 30 s", "export AUTOTEARDOWN_GRACE=25"),
         (120, 0, 25, "ok", "of which 25 are used", "export AUTOTEARDOWN_GRACE=115 for all of it"),
         (4, 0, 25, "problem", "KillWait is 4 s", "export AUTOTEARDOWN_GRACE=2"),
