@@ -53,14 +53,8 @@ def save():
 
 
 def evicted():
-    """The same answer on all ranks, after the same step."""
-    if how == "polls":
-        return autoteardown.stop_requested()
-    if how != "flag":
-        return False
-    together = torch.tensor([float(bool(flag))])
-    dist.all_reduce(together)
-    return bool(together)
+    """The agent runs the handler of every rank after the same step, so that the flag needs no collective."""
+    return autoteardown.stop_requested() if how == "polls" else bool(flag)
 
 
 dist.init_process_group("gloo")
