@@ -86,7 +86,7 @@ class Recorded:
 
 
 TERMINATED = ["CONT", "TERM"]
-TWICE = ["TERM", "CONT", "TERM"]  # within 20 to 120 ms
+TWICE = ["TERM", "CONT", "TERM"]  # within 2 to 120 ms
 
 # Event: what the tasks get, what the batch script gets, what becomes of the job.
 ENDS_AFTER_KILL_WAIT = {
