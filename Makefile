@@ -11,7 +11,7 @@ JOBS ?= 4
 DRILL ?=
 BENCH ?=
 
-.PHONY: help drill test torch-versions lint format bench unchanged chaos network network-chaos frameworks gpu wheel docs clean
+.PHONY: help drill test torch-versions lint format bench unchanged chaos network network-chaos slurm frameworks gpu wheel docs clean
 
 help:
 	@echo "make drill        evict a rank of a real training job here, and see what happens"
@@ -21,6 +21,7 @@ help:
 	@echo "make bench        what the agent costs   make chaos    long randomized fault injection"
 	@echo "make frameworks   tests with real Ray, Lightning, ...   make gpu   tests that need a GPU"
 	@echo "make network      jobs on several hosts (network namespaces, as root), also with faults   make network-chaos"
+	@echo "make slurm        jobs on a real SLURM of the tests' own (as root; installs Debian's packages where apt is)"
 	@echo "make unchanged    CPython's own tests, with the agent and without"
 	@echo "make wheel        build dist/*.whl       make docs     build site/, the docs as a site"
 	@echo "make clean        remove .venv and caches"
@@ -66,6 +67,14 @@ network: $(VENV)/.has-test
 
 network-chaos: $(VENV)/.has-test
 	$(BIN)/python -m pytest -m chaos tests/network $(TEST)
+
+# Namespaces with a whole SLURM in each: root only, skipped elsewhere. The quick ones are part of the tests.
+SLURM_PACKAGES := slurmd slurmctld slurm-client munge slurm-wlm-basic-plugins
+slurm: $(VENV)/.has-test
+	@command -v slurmctld > /dev/null || ! command -v apt-get > /dev/null || [ "$$(id -u)" != 0 ] || \
+		{ apt-get update -qq && apt-get install -qq -y --no-install-recommends $(SLURM_PACKAGES) > /dev/null; } || \
+		echo "not to be had: $(SLURM_PACKAGES)"
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not frameworks" tests/slurm $(TEST)
 
 # CPython's own tests with and without the agent; the quick ones of them are part of the tests.
 unchanged: $(VENV)/.has-test

@@ -21,7 +21,7 @@ _AUTO_SHARE = (
 _SAVING = 6.0  # seconds that `AUTOTEARDOWN_YIELD=auto` keeps back for our own work
 _TIMEOUTS = ("STEP", "DRAIN", "DESTROY", "ABORT", "EXIT")
 _ATTRIBUTES = {"YIELD": "yield_seconds"}  # where it is not the variable in lower case
-# Who knows what the job is called, the innermost first. torchrun's run id is "none" unless somebody gave it one.
+# Where a launcher has put the job's name, the innermost first.
 _JOB_IDS = ("TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "RAY_JOB_ID")
 
 
@@ -117,9 +117,7 @@ def load(environ: Mapping[str, str]) -> tuple[Settings, list[str]]:
             value = read(default)
         setattr(found, _ATTRIBUTES.get(name, name.lower()), value)
         found.sources[variable] = (raw, value)
-    found.job = found.job or next(
-        (name[: variables.JOB_LENGTH] for name in map(environ.get, _JOB_IDS) if name and name != "none"), None
-    )
+    found.job = found.job or _job(environ)
     _record(found, "JOB", found.job)
     found.hard = found.grace - 1.0
     found.yield_seconds = (
@@ -143,6 +141,19 @@ def automatic_step(seconds: float, drain: float, abort: float, exit_: float) -> 
     others = drain + abort + exit_
     scale = min(1.0, seconds * _AUTO_SHARE / others) if others else 1.0
     return max(0.0, seconds - others * scale), scale
+
+
+def _job(environ: Mapping[str, str]) -> str | None:
+    """The name that the innermost launcher has for the job; one that torchrun has made up only if there is no other.
+
+    torchrun's run id is "none" without `--rdzv-id`, and with `--standalone` a UUID that nobody has chosen and nobody
+    could hand to `drain --job` (torch/distributed/run.py).
+    """
+    names = [name[: variables.JOB_LENGTH] for name in map(environ.get, _JOB_IDS) if name and name != "none"]
+    chosen = [
+        name for name in names if not (len(name) == 36 and [*map(len, name.split("-"))] == [8, 4, 4, 4, 12])
+    ]
+    return next(iter(chosen or names), None)
 
 
 def known(variable: str) -> bool:

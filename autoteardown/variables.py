@@ -238,8 +238,8 @@ TABLE: dict[str, tuple[str, Callable[[str], object], str, str]] = {
         _LAUNCHERS,
         _read_job,
         "text",
-        "names the job in log lines, reports, `ps` and `drain --job`; default: torchrun's run id, `SLURM_JOB_ID` or "
-        "Ray's job id, whichever is there first",
+        "names the job in log lines, reports, `ps` and `drain --job`; default: torchrun's `--rdzv-id`, "
+        "`SLURM_JOB_ID` or Ray's job id, whichever is there first",
     ),
     "REPORT_DIR": ("unset", _read_path, "a path", "folder for one JSON report per torn-down process"),
     "TERMINATION_LOG": (

@@ -385,7 +385,7 @@ def test_the_exit_code_that_fits(machine, variables, code, level, words):
     assert words in only(surrounded(machine("train"), variables, EXIT_CODE=code), "exit code", level)["text"]
 
 
-TORCHRUN_IN_SLURM = {"SLURM_JOB_ID": "1", "TORCHELASTIC_RUN_ID": "x"}
+TORCHRUN_IN_SLURM = {"SLURM_JOB_ID": "1", "SLURM_STEP_ID": "0", "TORCHELASTIC_RUN_ID": "x"}
 
 
 def test_a_signal_that_torchrun_dies_of(machine):
@@ -394,13 +394,6 @@ def test_a_signal_that_torchrun_dies_of(machine):
     found = only(report, "SLURM", "problem")
     assert found["text"].startswith("SIGUSR1 means eviction, and torchrun has no handler for it")
     assert found["advice"] == "export AUTOTEARDOWN_SIGNALS=SIGTERM"
-
-
-@pytest.mark.parametrize("variables", [{"SLURM_JOB_ID": "1"}, TORCHRUN_IN_SLURM])
-def test_nobody_is_told_to_use_usr1(machine, variables):
-    found = only(surrounded(machine("train"), variables), "SLURM", "note")
-    assert "USR1" not in str(found)
-    assert ("--signal=TERM@120" in str(found)) == ("TORCHELASTIC_RUN_ID" not in variables)
 
 
 def test_a_folder_on_a_read_only_file_system(monkeypatch):

@@ -65,6 +65,18 @@ def test_every_variable_is_documented_and_recorded():
         ({"AUTOTEARDOWN_JOB": " ", "SLURM_JOB_ID": "4711"}, "4711"),  # a downward API label that is not there
         ({"TORCHELASTIC_RUN_ID": "run-1", "SLURM_JOB_ID": "4711", "RAY_JOB_ID": "01000000"}, "run-1"),
         ({"TORCHELASTIC_RUN_ID": "none", "SLURM_JOB_ID": "4711"}, "4711"),  # torchrun's default is no name
+        (
+            {"TORCHELASTIC_RUN_ID": "c6f1b1c0-4a25-4f6b-8a44-0c0f0d4a4b11", "SLURM_JOB_ID": "4711"},
+            "4711",
+        ),  # --standalone
+        (
+            {"TORCHELASTIC_RUN_ID": "c6f1b1c0-4a25-4f6b-8a44-0c0f0d4a4b11"},
+            "c6f1b1c0-4a25-4f6b-8a44-0c0f0d4a4b11",
+        ),
+        (
+            {"TORCHELASTIC_RUN_ID": "llama-sft-a-b-c-and-more-of-such-names", "SLURM_JOB_ID": "4711"},
+            "llama-sft-a-b-c-and-more-of-such-names",
+        ),
         ({"RAY_JOB_ID": "01000000"}, "01000000"),
         ({"AUTOTEARDOWN_JOB": "x" * 300}, "x" * 200),
     ],

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from signal import SIGINT, SIGTERM
 
 from autoteardown import settings
+from autoteardown.cli.doctor import slurm
 from autoteardown.cli.doctor.finding import NOTE, OK, PROBLEM, WARNING, Finding
 
 _SHELLS = {"sh", "bash", "dash", "ash", "busybox", "zsh", "ksh"}
@@ -49,7 +49,7 @@ def check(environ: Mapping[str, str], found: settings.Settings, root: Path = Pat
         *_inherited(found, proc),
         *_kubernetes(environ, found),
         *_ray(environ),
-        *_slurm(environ, found, proc),
+        *slurm.check(environ, found, _launcher(environ, proc)),
         *_exit_code(environ, found, proc),
         *_agents(environ),
     ]
@@ -85,6 +85,10 @@ def in_container(environ: Mapping[str, str], root: Path) -> bool:
 def _pid_1(found: settings.Settings, proc: Path, container: bool) -> list[Finding]:
     if not container:
         return [Finding("PID 1", NOTE, "no container recognised here: not looked into")]
+    if slurm.in_step(proc):
+        return [
+            Finding("PID 1", NOTE, "SLURM's step daemon signals the tasks itself: PID 1 has no part in it")
+        ]
     words = _words(proc, "1")
     if not words:
         return [Finding("PID 1", NOTE, "cannot be read: whether it passes signals on is unknown")]
@@ -166,22 +170,6 @@ def _ray(environ: Mapping[str, str]) -> list[Finding]:
             "AUTOTEARDOWN=1 in the container's environment, or a preStop `autoteardown drain`",
         )
     ]
-
-
-def _slurm(environ: Mapping[str, str], found: settings.Settings, proc: Path) -> list[Finding]:
-    if "SLURM_JOB_ID" not in environ:
-        return []
-    torchrun = _launcher(environ, proc) == "torchrun"
-    text = f"KillWait is 30 s by default, of which {found.grace:g} are used"
-    # torchrun gives its workers 30 s whatever SLURM gives: an earlier signal is of no use to it.
-    advice = None if torchrun else "for more: #SBATCH --signal=TERM@120 and export AUTOTEARDOWN_GRACE=110"
-    findings = [Finding("SLURM", NOTE, text, advice)]
-    others = [settings.signal_name(each) for each in found.signals if each not in (SIGTERM, SIGINT)]
-    if torchrun and others:
-        # SLURM signals every process of the step. Of a SIGUSR1 torchrun ends with 138, and its workers are orphans.
-        text = f"{', '.join(others)} means eviction, and torchrun has no handler for it: it dies of it"
-        findings.append(Finding("SLURM", PROBLEM, text, "export AUTOTEARDOWN_SIGNALS=SIGTERM"))
-    return findings
 
 
 def _is_ray(environ: Mapping[str, str]) -> bool:
