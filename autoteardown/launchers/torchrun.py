@@ -116,11 +116,23 @@ class Launcher:
             self.context = context
 
     @guarded
-    def ended(self, failures: Any) -> None:
-        """Some workers have failed, and the others have been stopped for it."""
-        self.evicted = self.were_evicted(failures)
+    def closed(self, context: Any, error: Any) -> None:
+        """`close` is over, while torchrun deals with this exception: its signal, if that was the reason."""
+        if self.signalled is None or not hasattr(error, "sigval"):
+            return
+        codes = {rank: _code(worker) for rank, worker in _workers(context).items()}
+        code, text = self.outcome.of_signal(int(error.sigval), codes)
+        self.outcome.say(text)
+        self.evidence.close()
+        leave_with(code, error)
 
-    def were_evicted(self, failures: Any) -> bool:
+    @guarded
+    def ended(self, failures: Any) -> None:
+        """All workers have ended by themselves; or some have failed, and the others have been stopped for it."""
+        self.evicted = self._were_evicted(failures)
+        self.evidence.close()
+
+    def _were_evicted(self, failures: Any) -> bool:
         """Whether nothing but an eviction is behind these failures."""
         codes = [(failure.pid, failure.exitcode) for failure in failures.values()]
         evicted = [code for pid, code in codes if self.evidence.evicted(pid, code)]
@@ -129,20 +141,9 @@ class Launcher:
         return bool(evicted) and len(evicted) + len(died) == len(codes)
 
     @guarded
-    def conclude_signal(self, agent: Any, error: Any) -> None:
-        """torchrun was signalled, and its workers are out."""
-        if self.signalled is None:  # a signal that means no eviction
-            return
-        workers = _workers(agent._pcontext) if agent._pcontext is not None else {}
-        codes = {rank: _code(worker) for rank, worker in workers.items()}
-        code, text = self.outcome.of_signal(int(error.sigval), codes)
-        self.outcome.say(text)
-        leave_with(code, error)
-
-    @guarded
-    def conclude_failure(self, error: Any) -> None:
-        """Workers have failed, and no restart is left."""
-        if self.were_evicted(error.failures):
+    def gives_up(self, error: Any) -> None:
+        """This ChildFailedError is about to be raised: workers have failed, and no restart is left."""
+        if self.evicted:
             code, text = self.outcome.of_workers([each.exitcode for each in error.failures.values()])
             self.outcome.say(text)
             leave_with(code, error)
@@ -191,6 +192,7 @@ def register() -> None:
 
     for name, patch in (
         (f"{_ELASTIC}.multiprocessing.api", _patch_processes),
+        (f"{_ELASTIC}.multiprocessing.errors", _patch_errors),
         (f"{_ELASTIC}.agent.server.api", _patch_agent),
         ("torch.distributed.launcher.api", _patch_launch),
     ):
@@ -212,14 +214,16 @@ def _patch_processes(module: ModuleType) -> None:
     _wrap(module.PContext, "close", _wrap_close)
 
 
+def _patch_errors(module: ModuleType) -> None:
+    _wrap(module.ChildFailedError, "__init__", _wrap_child_failed)
+
+
 def _patch_agent(module: ModuleType) -> None:
-    _wrap(module.SimpleElasticAgent, "run", functools.partial(_wrap_run, module.SignalException))
     _wrap(module.SimpleElasticAgent, "_restart_workers", _wrap_restart)
 
 
 def _patch_launch(module: ModuleType) -> None:
     _wrap(module.LaunchConfig, "__post_init__", _wrap_config)
-    _wrap(module, "launch_agent", functools.partial(_wrap_launch, module.ChildFailedError))
 
 
 def _wrap_handler(module: ModuleType, real: Callable[..., Any]) -> Callable[..., Any]:
@@ -265,7 +269,7 @@ def _wrap_wait(real: Callable[..., Any]) -> Callable[..., Any]:
             handler = sys.modules[f"{_ELASTIC}.multiprocessing.api"]._terminate_process_handler
             handler(pending, None)
         result = real(self, *args, **kwargs)
-        if launcher is not None and result is not None and result.failures:
+        if launcher is not None and result is not None:
             launcher.ended(result.failures)
         return result
 
@@ -281,21 +285,22 @@ def _wrap_close(real: Callable[..., Any]) -> Callable[..., Any]:
             patience = launcher.patience(asked)
             if patience is not None:
                 args, kwargs = args[:1], {**kwargs, "timeout": patience}
-        return real(self, *args, **kwargs)
+        result = real(self, *args, **kwargs)
+        if launcher is not None:
+            launcher.closed(self, sys.exc_info()[1])
+        return result
 
     return close
 
 
-def _wrap_run(signal_exception: type[Exception], real: Callable[..., Any]) -> Callable[..., Any]:
-    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return real(self, *args, **kwargs)
-        except signal_exception as error:
-            if _launcher is not None:
-                _launcher.conclude_signal(self, error)
-            raise
+def _wrap_child_failed(real: Callable[..., Any]) -> Callable[..., Any]:
+    # Not around what raises it: a frame of this module would be in every traceback of torchrun's.
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        real(self, *args, **kwargs)
+        if _launcher is not None:
+            _launcher.gives_up(self)
 
-    return run
+    return __init__
 
 
 def _wrap_restart(real: Callable[..., Any]) -> Callable[..., Any]:
@@ -317,18 +322,3 @@ def _wrap_config(real: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return __post_init__
-
-
-def _wrap_launch(child_failed: type[Exception], real: Callable[..., Any]) -> Callable[..., Any]:
-    def launch_agent(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return real(*args, **kwargs)
-        except child_failed as error:
-            if _launcher is not None:
-                _launcher.conclude_failure(error)
-            raise
-        finally:
-            if _launcher is not None:
-                guarded(_launcher.evidence.close)()
-
-    return launch_agent
