@@ -32,16 +32,20 @@ class Outcome:
         self.settings, refused = settings.load(os.environ)
         self._refused = {line.partition("=")[0] for line in refused}
 
-    def of_signal(self, signum: int, workers: Mapping[int, int | None]) -> tuple[int, str]:
+    def of_signal(
+        self, signum: int, workers: Mapping[int, int | None], own: int = _OWN, returns: int | None = None
+    ) -> tuple[int, str]:
         """The exit code of a launcher that was signalled, and its line.
 
         Args:
             signum: the signal.
             workers: exit codes by local rank, as `subprocess` has them; None: it runs.
+            own: what the launcher returns without the agent.
+            returns: what a worker returns after a signal, beside what ranks return.
         """
         found = self.settings
-        code = found.exit_code_for(signum) if self._given("AUTOTEARDOWN_EXIT_CODE") else _OWN
-        usual = {0, found.exit_code_for(signum), found.peer_exit_code, 128 + signum, -signum}
+        code = found.exit_code_for(signum) if self._given("AUTOTEARDOWN_EXIT_CODE") else own
+        usual = {0, returns, found.exit_code_for(signum), found.peer_exit_code, 128 + signum, -signum}
         others = [f"{rank} {_ended(each)}" for rank, each in sorted(workers.items()) if each not in usual]
         if others and code == 0:
             code = _OWN
