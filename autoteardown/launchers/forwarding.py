@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any, Callable, Optional
 
 from autoteardown import program
-from autoteardown.fail_open import guarded
+from autoteardown.fail_open import fail_open
 from autoteardown.launchers.outcome import Outcome, leave_with
 from autoteardown.unpatched import on_main_thread
 
@@ -60,7 +60,7 @@ class _Forwarding:
         self._subprocess = _Subprocess(module.subprocess)
         self._handlers: dict[int, Any] = {}
 
-    @guarded
+    @fail_open
     def begin(self) -> None:
         """Install handlers where there are none."""
         if not on_main_thread():
@@ -79,7 +79,7 @@ class _Forwarding:
                 except OSError:
                     pass
 
-    @guarded
+    @fail_open
     def end(self, error: Optional[BaseException] = None) -> Optional[int]:
         """Put everything back. `error` ended the launcher; returns the exit code, None if nothing was signalled."""
         self._module.subprocess = self._subprocess._real
@@ -100,10 +100,10 @@ def register() -> None:
     """Hook the launchers as they are imported."""
     import wrapt
 
-    wrapt.register_post_import_hook(guarded(_patch_accelerate), "accelerate.commands.launch")
-    wrapt.register_post_import_hook(guarded(_patch_deepspeed), "deepspeed.launcher.runner")
+    wrapt.register_post_import_hook(fail_open(_patch_accelerate), "accelerate.commands.launch")
+    wrapt.register_post_import_hook(fail_open(_patch_deepspeed), "deepspeed.launcher.runner")
     if program.parse(program.command_line()) == ("-m", "deepspeed.launcher.launch"):
-        wrapt.register_post_import_hook(guarded(_patch_psutil), "psutil")
+        wrapt.register_post_import_hook(fail_open(_patch_psutil), "psutil")
 
 
 def _patch_accelerate(module: ModuleType) -> None:
@@ -140,7 +140,7 @@ def _wrap(module: Any, function: str, name: str, only: Optional[int], returns: O
     setattr(module, function, launch)
 
 
-@guarded
+@fail_open
 def _begin(name: str, module: Any, only: Optional[int], returns: Optional[int]) -> _Forwarding:
     forwarding = _Forwarding(name, module, only, returns)
     forwarding.begin()
