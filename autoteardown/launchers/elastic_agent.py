@@ -35,6 +35,7 @@ class RealTimeSignal(int):
 
     @property
     def name(self) -> str:
+        """For torchrun's log lines."""
         return str(int(self))
 
 
