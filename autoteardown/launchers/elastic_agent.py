@@ -117,7 +117,7 @@ class Launcher:
         code, text = self.outcome.of_signal(int(error.sigval), codes)
         self.outcome.say(text)
         self.evidence.close()
-        leave_with(code, error)
+        leave_with(code, error, self.outcome.settings.signals)
 
     @fail_open
     def ended(self, failures: Any) -> None:
@@ -139,7 +139,7 @@ class Launcher:
         if self.evicted:
             code, text = self.outcome.of_workers([each.exitcode for each in error.failures.values()])
             self.outcome.say(text)
-            leave_with(code, error)
+            leave_with(code, error, self.outcome.settings.signals)
 
     @fail_open
     def before_restart(self, agent: Any, group: Any) -> None:

@@ -130,7 +130,7 @@ def _wrap(module: Any, function: str, name: str, only: Optional[int], returns: O
                 raise
             if isinstance(error, SystemExit):
                 raise SystemExit(code) from None
-            leave_with(code, error)
+            leave_with(code, error, forwarding.outcome.settings.signals)
             raise
         code = forwarding.end()
         if code:

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
 
@@ -18,7 +19,7 @@ from autoteardown import settings, stderr
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
     from types import TracebackType
 
 _OWN = 1  # what launchers return for every failure of a worker
@@ -90,14 +91,23 @@ def _ended(code: int | None) -> str:
     return f"exited with {code}" if code >= 0 else f"was ended by {settings.signal_name(-code)}"
 
 
-def leave_with(code: int, error: BaseException) -> None:
-    """If nothing catches `error`, the interpreter ends with this code and prints no traceback."""
+def leave_with(code: int, error: BaseException, signals: Iterable[int] = ()) -> None:
+    """If nothing catches `error`, the interpreter ends with this code and prints no traceback.
+
+    Args:
+        code: the exit code.
+        error: what is about to be raised.
+        signals: are ignored from then on. An interpreter that shuts down puts the default action of a signal back that
+            had a handler, and would die of one that comes then: with another exit code.
+    """
     previous = sys.excepthook
 
     def excepthook(
         kind: type[BaseException], value: BaseException, traceback: TracebackType | None
     ) -> object:
         if value is error:
+            for signum in signals:
+                signal.signal(signum, signal.SIG_IGN)
             raise SystemExit(code)
         return previous(kind, value, traceback)
 

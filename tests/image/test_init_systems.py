@@ -55,7 +55,13 @@ def pid_1(tmp_path):
         ("/usr/bin/dumb-init torchrun train.py", "dumb-init", "ok", "every process of the session", None),
         ("runsvdir -P /etc/service", "runsvdir", "warning", "ends at once", "tini or dumb-init"),
         ("s6-svscan /run/service", "s6-svscan", "warning", "gets no signal", "S6_KILL_GRACETIME=65000"),
-        ("/usr/bin/python3 /usr/bin/supervisord -n", "supervisord", "warning", "returns 0", "stopwaitsecs=65"),
+        (
+            "/usr/bin/python3 /usr/bin/supervisord -n",
+            "supervisord",
+            "warning",
+            "returns 0",
+            "stopwaitsecs=65",
+        ),
         ("/sbin/init", "systemd", "warning", "executes itself again", "STOPSIGNAL SIGRTMIN+3"),
         ("/pause", "pause", "note", "shareProcessNamespace", "no shell"),
     ],
@@ -162,7 +168,10 @@ def test_a_real_one(tmp_path, kind, level, done, code):
     if path is None:
         pytest.skip(f"{command[0]} is not installed")
     process = subprocess.Popen(
-        [*in_pid_namespace(), path, *command[1:]], cwd=tmp_path, stdin=subprocess.DEVNULL, start_new_session=True
+        [*in_pid_namespace(), path, *command[1:]],
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
     )
     try:
         wait_until(lambda: (tmp_path / "found").exists() or process.poll() is not None, "what doctor says")

@@ -36,7 +36,9 @@ def met(world, *launchers, attempt=0):
 
 
 def saved(job, ranks=2):
-    return sorted(path.name for path in job.folder.glob("saved-*")) == [f"saved-{rank}" for rank in range(ranks)]
+    return sorted(path.name for path in job.folder.glob("saved-*")) == [
+        f"saved-{rank}" for rank in range(ranks)
+    ]
 
 
 def said(launcher):
@@ -326,11 +328,20 @@ def test_ways(job, way):
 
     command = [sys.executable, "-m", module, *options, target, "saves"]
     # `Job.start` puts an interpreter and a program behind the launcher; `env` lets it take neither.
-    launcher = job.start("launched.py", launcher=(*command, "0", "--"), AUTOTEARDOWN_EXIT_CODE="signal", PYTHON_HERE=sys.executable, **PATIENT)
+    launcher = job.start(
+        "launched.py",
+        launcher=(*command, "0", "--"),
+        AUTOTEARDOWN_EXIT_CODE="signal",
+        PYTHON_HERE=sys.executable,
+        **PATIENT,
+    )
     logs = job.folder / "logs"
     wait_until(
-        lambda: (launcher.stdout + "".join(p.read_text() for p in logs.rglob("stdout.log"))).count("attempt 0") >= 2
-        or not launcher.running,
+        lambda: (
+            (launcher.stdout + "".join(p.read_text() for p in logs.rglob("stdout.log"))).count("attempt 0")
+            >= 2
+            or not launcher.running
+        ),
         "both ranks",
     )
     launcher.signal()

@@ -1,4 +1,4 @@
-"""A rank under a launcher. Trains for ever; what ends it, is what the test is about. `launched.py WHAT [SECONDS]`. WHAT:
+"""A rank under a launcher, which trains for ever. `launched.py WHAT [SECONDS]`. WHAT:
 
 saves     an `on_teardown` callback writes the file `saved-R`, which takes SECONDS
 plain     no callback
