@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import sys
 import time
 
 import pytest
@@ -324,8 +325,6 @@ def test_ways(job, way):
     if way in ("redirects", "tee"):
         options += [f"--{way}=3", f"--log-dir={job.folder / 'logs'}"]
     target = {"module": "launched", "no-python": str(job.folder / "wrapper")}.get(way, script)
-    import sys
-
     command = [sys.executable, "-m", module, *options, target, "saves"]
     # `Job.start` puts an interpreter and a program behind the launcher; `env` lets it take neither.
     launcher = job.start(
