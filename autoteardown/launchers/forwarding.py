@@ -84,7 +84,8 @@ class _Forwarding:
         """Put everything back. `error` ended the launcher; returns the exit code, None if nothing was signalled."""
         self._module.subprocess = self._subprocess._real
         for signum, handler in self._handlers.items():
-            signal.signal(signum, handler)
+            # The launcher is on its way out: one more signal would only change its exit code.
+            signal.signal(signum, handler if self.signalled is None else signal.SIG_IGN)
         if self.signalled is None:
             return None
         own = 0 if error is None else 1

@@ -4,18 +4,20 @@
    `AUTOTEARDOWN_PEER_EXIT_CODE`, where these are set. A setting that is not set changes nothing: torchrun returns 1.
 2. An eviction never turns into success behind the back of a failed worker: instead of 0, the launcher returns 1 then.
 3. The launcher's own exception is raised all the same, for programs that use torch's launcher as a library and catch
-   it. Only if nothing catches it, the interpreter ends with the code and without the traceback: CPython takes a
-   SystemExit from `sys.excepthook` as the program's end.
+   it. Only if nothing catches it, `sys.excepthook` ends the process with the code and without the traceback.
 """
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import socket
 import sys
+import threading
 
 from autoteardown import settings, stderr
+from autoteardown.stop.outcome import signal_name
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -51,7 +53,7 @@ class Outcome:
         if others and code == 0:
             code = _OWN
         left = len(workers) - len(others)
-        text = f"{settings.signal_name(signum)}: {left} of {len(workers)} workers have left"
+        text = f"{signal_name(signum)}: {left} of {len(workers)} workers have left"
         if others:
             text += f", local rank {', local rank '.join(others)}"
         return code, f"{text}; exit {code}"
@@ -88,17 +90,16 @@ class Outcome:
 def _ended(code: int | None) -> str:
     if code is None:
         return "still runs"
-    return f"exited with {code}" if code >= 0 else f"was ended by {settings.signal_name(-code)}"
+    return f"exited with {code}" if code >= 0 else f"was ended by {signal_name(-code)}"
 
 
 def leave_with(code: int, error: BaseException, signals: Iterable[int] = ()) -> None:
-    """If nothing catches `error`, the interpreter ends with this code and prints no traceback.
+    """If nothing catches `error`, the process ends with this code and prints no traceback.
 
     Args:
         code: the exit code.
         error: what is about to be raised.
-        signals: are ignored from then on. An interpreter that shuts down puts the default action of a signal back that
-            had a handler, and would die of one that comes then: with another exit code.
+        signals: are ignored from then on.
     """
     previous = sys.excepthook
 
@@ -106,9 +107,22 @@ def leave_with(code: int, error: BaseException, signals: Iterable[int] = ()) -> 
         kind: type[BaseException], value: BaseException, traceback: TracebackType | None
     ) -> object:
         if value is error:
-            for signum in signals:
-                signal.signal(signum, signal.SIG_IGN)
-            raise SystemExit(code)
+            _exit(code, signals)
         return previous(kind, value, traceback)
 
     sys.excepthook = excepthook
+
+
+def _exit(code: int, signals: Iterable[int]) -> None:
+    # Not by a SystemExit. An interpreter that shuts down puts the default action of every signal back, and dies of one
+    # that comes then. torchrun's also aborts now and then ("terminate called without an active exception"), as the
+    # rendezvous is still open. Each of them would be another exit code.
+    try:
+        for signum in signals:
+            signal.signal(signum, signal.SIG_IGN)
+        threading._shutdown()  # type: ignore[attr-defined]  # waits for threads that are no daemons, as always
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+    finally:
+        os._exit(code)
