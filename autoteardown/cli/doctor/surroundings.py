@@ -34,7 +34,7 @@ _AGENTS = (
 )
 # What each launcher makes of the exit code of a signalled rank: (fits, says why).
 _EXIT_CODES = {
-    "torchrun": ("0", "it returns 1 after a SIGTERM whatever its workers return"),
+    "torchrun": ("0", "it returns 1 after a SIGTERM unless AUTOTEARDOWN_EXIT_CODE is set"),
     "Ray": ("0", "an evicted actor has failed whatever the code, and max_restarts counts"),
     "SLURM": ("signal", "a job step that ends with 0 is complete; sbatch --requeue needs another code"),
     "Kubernetes": ("signal", "a container that ends with 0 has succeeded, and its Job is complete"),
@@ -235,7 +235,8 @@ def _exit_code(environ: Mapping[str, str], found: settings.Settings, proc: Path)
             )
         ]
     findings = [Finding("exit code", OK, f"{code} under {launcher}: {why}")]
-    if launcher == "torchrun" and "KUBERNETES_SERVICE_HOST" in environ:
+    set_ = (found.sources["AUTOTEARDOWN_EXIT_CODE"][0] or "").strip()
+    if launcher == "torchrun" and "KUBERNETES_SERVICE_HOST" in environ and not set_:
         text = "the pod fails with torchrun's 1: Kubeflow's restartPolicy ExitCode takes that for permanent"
         findings.append(Finding("exit code", NOTE, text, "restartPolicy OnFailure, or a podFailurePolicy"))
     return findings
