@@ -139,7 +139,8 @@ TABLE: dict[str, tuple[str, Callable[[str], object], str, str]] = {
         "SIGTERM",
         _read_signals,
         f"a comma list of signal names or numbers, none of {' '.join(_UNUSABLE)}",
-        "comma list of signals that mean eviction. Launchers get them too: torchrun dies of a `SIGUSR1`",
+        "comma list of signals that mean eviction. torchrun passes them on to its workers if the agent is on in it; "
+        "other launchers may die of a `SIGUSR1`",
     ),
     "GRACE": (
         "25",
@@ -152,13 +153,15 @@ TABLE: dict[str, tuple[str, Callable[[str], object], str, str]] = {
         "0",
         _read_exit_code,
         f"{_CODE}, or signal",
-        "exit code of a rank that got the signal; `signal` means 128 + signal number",
+        "exit code of a rank that got the signal; `signal` means 128 + signal number. If it is set, torchrun returns "
+        "it, too",
     ),
     "PEER_EXIT_CODE": (
         "143",
         _read_code,
         _CODE,
-        "exit code of a rank that was stopped because a peer got the signal",
+        "exit code of a rank that was stopped because a peer got the signal. If it is set, a torchrun whose workers "
+        "were stopped so returns it, too",
     ),
     "PEERS": ("on", _read_flag, "on or off", "`off`: this rank neither tells its peers nor follows them"),
     "STOP_AT": (

@@ -15,7 +15,7 @@ from autoteardown import native_calls, spare_threads
 from autoteardown.channel import channel as channels
 from autoteardown.checkpoints import callbacks
 from autoteardown.fail_open import fail_open, report_failure
-from autoteardown.frameworks import ray
+from autoteardown.frameworks import ray, wandb
 from autoteardown.node.entry import printable, text, whole
 from autoteardown.process_groups import operations
 from autoteardown.rank.control import LocalRankControl
@@ -218,6 +218,8 @@ class Guard(RankState):
         if self.channel is not None and not self.channel.connected:
             self.events.put(("down", self.channel.why))
         self.teardown.begin()
+        if cause != "lost":
+            wandb.mark_preempting()
 
     # -- the end ----------------------------------------------------------------------------------------------------
 

@@ -36,6 +36,9 @@ def register() -> None:
         ("torch.serialization", _patch_serialization),
         ("torch.distributed.checkpoint.state_dict_saver", _patch_checkpoint),
         ("torch.utils.data._utils.signal_handling", _patch_workers),
+        ("torch.distributed.elastic", _hook_torchrun),
+        ("accelerate.commands", _hook_forwarding),
+        ("deepspeed.launcher", _hook_forwarding),
     ):
         # A hook that raises would make `import torch` fail.
         wrapt.register_post_import_hook(fail_open(patch), name)
@@ -164,6 +167,18 @@ def _save_returned(gate: Any, result: Any) -> None:
 def _leave_save(gate: Any) -> None:
     if gate is not None:
         gate.leave_save()
+
+
+def _hook_torchrun(module: ModuleType) -> None:
+    from autoteardown.launchers import torchrun
+
+    torchrun.register()
+
+
+def _hook_forwarding(module: ModuleType) -> None:
+    from autoteardown.launchers import forwarding
+
+    forwarding.register()
 
 
 def _patch_workers(module: ModuleType) -> None:

@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from autoteardown import settings
-from autoteardown.cli.doctor import slurm
+from autoteardown.cli.doctor import init_systems, slurm
 from autoteardown.cli.doctor.finding import NOTE, OK, PROBLEM, WARNING, Finding
 
-_SHELLS = {"sh", "bash", "dash", "ash", "busybox", "zsh", "ksh"}
 # Other code that starts with the interpreter: name, the variable or the piece of PYTHONPATH that tells, what to know.
 _AGENTS = (
     ("ddtrace", "ddtrace/bootstrap", "its sitecustomize imports the next one"),
@@ -34,7 +33,7 @@ _AGENTS = (
 )
 # What each launcher makes of the exit code of a signalled rank: (fits, says why).
 _EXIT_CODES = {
-    "torchrun": ("0", "it returns 1 after a SIGTERM whatever its workers return"),
+    "torchrun": ("0", "it returns 1 after a SIGTERM unless AUTOTEARDOWN_EXIT_CODE is set"),
     "Ray": ("0", "an evicted actor has failed whatever the code, and max_restarts counts"),
     "SLURM": ("signal", "a job step that ends with 0 is complete; sbatch --requeue needs another code"),
     "Kubernetes": ("signal", "a container that ends with 0 has succeeded, and its Job is complete"),
@@ -66,6 +65,17 @@ def _words(proc: Path, pid: str) -> list[str]:
     return _read(proc / pid / "cmdline").split("\0")[:-1]
 
 
+def _children(proc: Path) -> list[list[str]]:
+    """The command lines of what PID 1 has started."""
+    return [_words(proc, pid) for pid in _read(proc / "1" / "task" / "1" / "children").split()]
+
+
+def _environ(proc: Path) -> dict[str, str]:
+    """The environment of PID 1; empty where that cannot be read."""
+    pairs = (word.partition("=") for word in _read(proc / "1" / "environ").split("\0") if word)
+    return {name: value for name, _, value in pairs}
+
+
 def _mask(proc: Path, pid: str, field: str) -> int | None:
     """A signal set of /proc/<pid>/status; bit 0 is signal 1."""
     for line in _read(proc / pid / "status").splitlines():
@@ -92,18 +102,22 @@ def _pid_1(found: settings.Settings, proc: Path, container: bool) -> list[Findin
     words = _words(proc, "1")
     if not words:
         return [Finding("PID 1", NOTE, "cannot be read: whether it passes signals on is unknown")]
-    name, shown = Path(words[0]).name.lstrip("-"), " ".join(words)[:80]
     if _read(proc / "self" / "stat").partition(" ")[0] == "1":
         return [Finding("PID 1", OK, "this process itself")]
-    if name in _SHELLS:
-        text = f"a shell ({shown}): it passes no signal on, so the ranks never hear of an eviction"
-        advice = 'exec-form ENTRYPOINT ["torchrun", …], or `exec` before the last command of the script'
-        return [Finding("PID 1", WARNING, text, advice)]
-    # An init blocks the signals it waits for (tini, dumb-init), everything else has handlers.
+    known = init_systems.shell(words) or init_systems.find(
+        words, _read(proc / "1" / "comm").strip(), _children(proc), found.grace
+    )
+    if known is not None:
+        return [known]
+    shown = " ".join(words)[:80]
+    # An init that is not in the table blocks the signals that it waits for; everything else has handlers.
     heard = [_mask(proc, "1", field) for field in ("SigCgt", "SigBlk")]
     unheard = [
         each for each in found.signals if not any(mask is None or mask >> (each - 1) & 1 for mask in heard)
     ]
+    launcher = init_systems.launcher(words, _environ(proc)) if unheard else None
+    if launcher is not None:
+        return [launcher]
     if unheard:
         names = ", ".join(map(settings.signal_name, unheard))
         text = f"{shown}: no handler for {names}, and the kernel drops what PID 1 does not handle"
@@ -208,7 +222,8 @@ def _exit_code(environ: Mapping[str, str], found: settings.Settings, proc: Path)
             )
         ]
     findings = [Finding("exit code", OK, f"{code} under {launcher}: {why}")]
-    if launcher == "torchrun" and "KUBERNETES_SERVICE_HOST" in environ:
+    set_ = (found.sources["AUTOTEARDOWN_EXIT_CODE"][0] or "").strip()
+    if launcher == "torchrun" and "KUBERNETES_SERVICE_HOST" in environ and not set_:
         text = "the pod fails with torchrun's 1: Kubeflow's restartPolicy ExitCode takes that for permanent"
         findings.append(Finding("exit code", NOTE, text, "restartPolicy OnFailure, or a podFailurePolicy"))
     return findings

@@ -1,0 +1,128 @@
+"""What a launcher makes of an eviction: its exit code, one line on stderr, no traceback.
+
+1. A launcher that was signalled returns `AUTOTEARDOWN_EXIT_CODE`, and one whose workers were stopped with their peers
+   `AUTOTEARDOWN_PEER_EXIT_CODE`, where these are set. A setting that is not set changes nothing: torchrun returns 1.
+2. An eviction never turns into success behind the back of a failed worker: instead of 0, the launcher returns 1 then.
+3. The launcher's own exception is raised all the same, for programs that use torch's launcher as a library and catch
+   it. Only if nothing catches it, `sys.excepthook` ends the process with the code and without the traceback.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import signal
+import socket
+import sys
+import threading
+
+from autoteardown import settings, stderr
+from autoteardown.stop.outcome import signal_name
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from types import TracebackType
+
+_OWN = 1  # what launchers return for every failure of a worker
+
+
+class Outcome:
+    """The settings of one launcher, and what follows from them. `name` is what its lines call it."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.settings, refused = settings.load(os.environ)
+        self._refused = {line.partition("=")[0] for line in refused}
+
+    def of_signal(
+        self, signum: int, workers: Mapping[int, int | None], own: int = _OWN, returns: int | None = None
+    ) -> tuple[int, str]:
+        """The exit code of a launcher that was signalled, and its line.
+
+        Args:
+            signum: the signal.
+            workers: exit codes by local rank, as `subprocess` has them; None: it runs.
+            own: what the launcher returns without the agent.
+            returns: what a worker returns after a signal, beside what ranks return.
+        """
+        found = self.settings
+        code = found.exit_code_for(signum) if self._given("AUTOTEARDOWN_EXIT_CODE") else own
+        usual = {0, returns, found.exit_code_for(signum), found.peer_exit_code, 128 + signum, -signum}
+        others = [f"{rank} {_ended(each)}" for rank, each in sorted(workers.items()) if each not in usual]
+        if others and code == 0:
+            code = _OWN
+        left = len(workers) - len(others)
+        text = f"{signal_name(signum)}: {left} of {len(workers)} workers have left"
+        if others:
+            text += f", local rank {', local rank '.join(others)}"
+        return code, f"{text}; exit {code}"
+
+    def of_workers(self, codes: list[int]) -> tuple[int, str]:
+        """The exit code of a launcher whose workers were evicted while it was not, and its line.
+
+        Args:
+            codes: what those of them returned that did not return 0.
+        """
+        found, code = self.settings, _OWN
+        evicted = found.exit_code_for(found.signals[0])
+        if evicted in codes and self._given("AUTOTEARDOWN_EXIT_CODE"):
+            code = evicted
+        elif found.peer_exit_code in codes and self._given("AUTOTEARDOWN_PEER_EXIT_CODE"):
+            code = found.peer_exit_code
+        return code, f"its workers were evicted ({', '.join(map(_ended, codes))}); exit {code}"
+
+    def _given(self, variable: str) -> bool:
+        raw = self.settings.sources[variable][0]
+        return bool(raw and raw.strip()) and variable not in self._refused
+
+    def say(self, text: str) -> None:
+        """One line on stderr, dropped rather than waited for."""
+        if self.settings.log_format == "json":
+            from autoteardown.stop.report import Log
+
+            log = Log(self.settings.log, socket.gethostname(), self.settings.job, "json")
+            log.line(f"{self.name}: {text}", event="launcher")
+        elif self.settings.log != "quiet":
+            stderr.say(f"autoteardown: {self.name}: {text}")
+
+
+def _ended(code: int | None) -> str:
+    if code is None:
+        return "still runs"
+    return f"exited with {code}" if code >= 0 else f"was ended by {signal_name(-code)}"
+
+
+def leave_with(code: int, error: BaseException, signals: Iterable[int] = ()) -> None:
+    """If nothing catches `error`, the process ends with this code and prints no traceback.
+
+    Args:
+        code: the exit code.
+        error: what is about to be raised.
+        signals: are ignored from then on.
+    """
+    previous = sys.excepthook
+
+    def excepthook(
+        kind: type[BaseException], value: BaseException, traceback: TracebackType | None
+    ) -> object:
+        if value is error:
+            _exit(code, signals)
+        return previous(kind, value, traceback)
+
+    sys.excepthook = excepthook
+
+
+def _exit(code: int, signals: Iterable[int]) -> None:
+    # Not by a SystemExit. An interpreter that shuts down puts the default action of every signal back, and dies of one
+    # that comes then. torchrun's also aborts now and then ("terminate called without an active exception"), as the
+    # rendezvous is still open. Each of them would be another exit code.
+    try:
+        for signum in signals:
+            signal.signal(signum, signal.SIG_IGN)
+        threading._shutdown()  # type: ignore[attr-defined]  # waits for threads that are no daemons, as always
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+    finally:
+        os._exit(code)
