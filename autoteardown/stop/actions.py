@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any, Callable, Optional
 
 from autoteardown.stop.control import RankControl
+from autoteardown.stop.coordinator import LEAD
 from autoteardown.stop.record import StopRecord
 from autoteardown.stop.types import Action
-from autoteardown.unpatched import start_new_thread
+from autoteardown.unpatched import monotonic, start_new_thread
 
 
 class ActionRunner:
@@ -64,8 +65,9 @@ class ActionRunner:
     def _do_destroy(self, _: Any) -> None:
         self.start("destroyed", self._control.destroy)
 
-    def _do_abort(self, _: Any) -> None:
-        self._control.abort(lambda problem: self._control.events.put(("aborted", problem)))
+    def _do_abort(self, moment: Optional[float]) -> None:
+        after = _seconds_until(moment)
+        self._control.abort(lambda problem: self._control.events.put(("aborted", problem)), after)
 
     def _do_stacks(self, phase: str) -> None:
         self.start(None, lambda: self._record.take_stacks(f"{phase} timed out"))
@@ -84,3 +86,18 @@ class ActionRunner:
                 self._control.events.put((event, problem))
 
         start_new_thread(run, ())
+
+
+_LATE = 10.0  # seconds by which a message may be late
+
+
+def _seconds_until(moment: Optional[float]) -> float:
+    """How long to wait for a moment of the hub's monotonic clock; None: not at all.
+
+    Ranks on the hub's host have the same clock. On another host the clock tells nothing, and there is no memory that
+    the hub's devices reach over NVLink either: there the lead begins when the message arrives.
+    """
+    if moment is None:
+        return 0.0
+    left = moment - monotonic()
+    return max(0.0, left) if -_LATE < left <= LEAD else LEAD
