@@ -96,7 +96,7 @@ class Teardown:
             self._application_owns = facts.application_owns
             stop = self.stop = protocol.Stop(self._limits(facts), facts)
             self._open()
-            if self._record.cause == "peer":
+            if self._record.cause == "peer" or "left" in self._notice:
                 self._take(stop, "notice", self._notice)
             self._take(stop, "begin", None)
             while stop.state != "done":
@@ -266,7 +266,7 @@ class Teardown:
             final_report.write(outcome, self.control, patience, final=True)
             if (
                 self.stop is not None
-                and self.stop.wedged
+                and (self.stop.wedged or self.stop.blocked)
                 and self.now < self._deadline.hard - _LONG_LAST_WORDS
             ):
                 final_report.write_evidence(outcome, self.control, _LAST_WORDS)

@@ -48,7 +48,7 @@ class Stop(Machine):
     - from the application: `released` (it has removed its handler), `leaves` (it has destroyed its group, or ended),
       `exits` (it runs its last exit callbacks);
     - from the training thread: `stopped` (iteration), `parked`, `ended`, `swallowed`; and about it: `saving`,
-      `stalled` (bools), `progress` (when its device last made some);
+      `stalled` (bools), `progress` (when its device last made some), `progress_unknown` (no counter shows any);
     - from the agent's worker threads: `drained`, `unwaitable` (which devices), `called`, `destroyed`, `aborted`
       (None, or what went wrong), `fault` (what went wrong elsewhere).
     """
@@ -89,7 +89,7 @@ class Stop(Machine):
         left = self.limits.hard - now
         if "notice" in self.received:
             left = min(left, self.received["notice"].get("left", left))
-        elif self.facts.cause == "signal":
+        elif self.facts.cause == "signal" or self._abort_is_shared:
             self._post("tell", left)
         limits = self.limits = self.limits.within(left)
         self._set_floor(now)
@@ -97,6 +97,8 @@ class Stop(Machine):
             self._fault("its peers were not told")
         if self.facts.cause == "lost":
             self._fault("a peer is lost")
+            if self._abort_is_shared:
+                self._post("answer", (None, True, False))
             self.phases.append(Phase("step", now))
             return self._step_over("skipped", now, "a peer is lost")
         if "answer" in self._once:
@@ -105,6 +107,13 @@ class Stop(Machine):
         self._held = True
         self._emit("hold")
         return self._enter("step", now, limits.step)
+
+    @property
+    def _abort_is_shared(self) -> bool:
+        """A lost peer: with accelerators all ranks stop by one decision, as the first of several aborts frees what the
+        others' kernels still poll. Without, a rank that is not blocked runs on: an elastic framework may heal it.
+        """
+        return self.facts.cause == "lost" and self.facts.accelerator
 
     def _set_floor(self, now: float) -> None:
         limits = self.limits
@@ -292,6 +301,8 @@ class Stop(Machine):
     def _in_drain(self, now: float) -> bool:
         if not self.blocked:
             self._drain_until(0.0)
+        elif "progress_unknown" in self.received:  # no counter tells a busy device from a stuck one
+            self._until(min(self.phases[-1].start + self.limits.drain, self._save_until()))
         if "progress" in self.received:  # time without progress counts, not time
             self._until(
                 min(max(self._deadline, self.received["progress"] + self.limits.drain), self._save_until())
@@ -306,7 +317,7 @@ class Stop(Machine):
         if problem:
             return self._enter_wedged(now)
         if self.blocked:
-            self.wedged = True
+            self._fault("the training thread is blocked in C")
             self._skip("abort", now, "the device is idle: left to the exit")
             return self._abort_over(now, stopped=True)
         if "stopped" in self.received and self.steps is not None and "halt" not in self.received:
@@ -338,6 +349,8 @@ class Stop(Machine):
             # No peers to wait for, or gloo, whose destroy is not collective.
             self._end("skipped", now, "no peers" if self.facts.world == 1 else "peers are not asked")
             return self._release(now, everyone=True)
+        if self._released:  # later than the abort's time-out
+            self._post("quiet", False)
         if "quiet" in self.received and not (self.facts.unwaitable or "unwaitable" in self.received):
             clean = bool(self.received["quiet"])
             self._end("ok", now, "" if clean else "a peer was wedged or lost")
@@ -360,7 +373,7 @@ class Stop(Machine):
         return self._release(now, everyone=False)
 
     def _release(self, now: float, everyone: bool) -> bool:
-        if self.wedged:  # aborted already
+        if self.wedged or self.blocked:  # aborted already, or left to the exit
             return self._enter_exit(now)
         if everyone:
             self._emit("destroy")
@@ -405,21 +418,30 @@ class Stop(Machine):
         if "drained" in self.received and not self.received["drained"]:
             # What the device was waiting for has come after all: it must not be aborted any more (ai2cm/ace#1438).
             self._end("skipped", now, "the device became idle")
+            self.wedged = False
             return self._abort_over(now, stopped=True)
         if "abort" not in self.received and self._group and not self._timed_out:
             return False
-        self._emit("abort")
+        self._emit("abort", self.received.get("abort"))
         return self._enter("abort", now, self.limits.abort, phase=False)
 
     def _in_abort(self, now: float) -> bool:
         if "aborted" in self.received:
             problem = self.received["aborted"]
             self._end("error" if problem else "ok", now, problem or "")
-            return self._abort_over(now, stopped=not problem)
+            return self._abort_over(now, stopped=self._released)
         if not self._timed_out:
             return False
         self._end("timeout", now, "the abort does not return")
         return self._abort_over(now, stopped=False)
+
+    @property
+    def _released(self) -> bool:
+        """Whether nothing of this rank runs on its device any more, after an abort.
+
+        A device in error has ended its kernels, and refuses the abort as it refuses everything.
+        """
+        return "aborted" in self.received and ("drained" in self.received or not self.received["aborted"])
 
     def _abort_over(self, now: float, stopped: bool) -> bool:
         if stopped:

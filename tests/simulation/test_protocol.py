@@ -371,14 +371,25 @@ def test_a_blocked_thread_with_an_idle_device_is_not_aborted():
     assert on.phases == [
         ("step", "skipped"), ("park", "timeout"), ("drain", "ok"), ("abort", "skipped"), ("quiet", "ok"), ("exit", "ok")
     ]  # fmt: skip
-    assert on.stop.outcome == "aborted"
+    assert on.stop.outcome == "partial"  # nothing was aborted
+    assert on.stop.reason == "no iteration to wait for"
+
+
+def test_a_blocked_thread_whose_device_shows_no_progress_has_all_of_the_drains_time():
+    on = Script(GPU).to("step")
+    on(1.0, "plan", None)
+    on(1.0, "steps", (7, False))
+    assert on(2.0, "stalled", True) == [("stacks", "park"), "drain"]
+    assert on(2.0, "progress_unknown") == []
+    assert on.stop.wake == 2.0 + LIMITS.drain
+    assert on(6.0, "drained") == [("quiet", False)]
 
 
 def wedged():
     """A rank whose device does not become idle, at 6 s."""
     on = Script(GPU).to("drain")
     assert on(6.0, "tick") == [("stacks", "drain"), "halt", "wedged"]
-    assert on(6.1, "abort") == ["abort"]
+    assert on(6.1, "abort", 77.5) == [("abort", 77.5)]
     return on
 
 
@@ -411,6 +422,37 @@ def test_an_abort_that_does_not_return_is_not_quiet():
     on(9.1, "tick")
     assert "quiet" not in on.did
     assert on.stop.wake == on.stop.floor == 19.0
+
+
+def test_with_accelerators_a_lost_peer_stops_all_ranks_by_one_decision():
+    on = Script(GPU._replace(cause="lost"))
+    assert on(0.0, "begin") == [("tell", 24.0), ("answer", (None, True, False)), "park"]
+    assert on(2.5, "stalled", True) == [("stacks", "park"), "drain"]
+    assert on(3.5, "tick") == [("stacks", "drain"), "halt", "wedged"]
+    assert on(3.6, "abort") == ["abort"]
+    assert on(3.7, "aborted") == [("quiet", False)]
+    assert on(3.8, "quiet", False) == ["left", ("leave", False), "die"]
+
+
+def test_without_accelerators_a_lost_peer_is_each_ranks_own_matter():
+    on = Script(PEERS._replace(cause="lost"))
+    assert on(0.0, "begin") == ["park"]
+
+
+def test_an_abort_that_returns_late_is_quiet_from_then_on():
+    on = wedged()
+    on(9.1, "tick")
+    assert on(11.0, "aborted") == [("quiet", False)]
+    assert on(11.1, "quiet", False) == ["left", ("leave", False), "die"]
+    assert on.stop.outcome == "aborted"
+
+
+def test_a_device_in_error_is_quiet_although_its_abort_is_refused():
+    on = Script(GPU).to("drain")
+    on(1.1, "drained", "CUDA error: device-side assert triggered")
+    assert on(1.2, "abort") == ["abort"]
+    assert on(1.3, "aborted", "CUDA error: device-side assert triggered") == [("quiet", False)]
+    assert on(1.4, "quiet", False) == ["left", ("leave", False), "die"]
 
 
 def test_a_failed_abort_is_not_quiet():
