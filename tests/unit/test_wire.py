@@ -245,7 +245,7 @@ def test_a_card_comes_as_it_went():
 @pytest.mark.parametrize(
     "change",
     [
-        {"version": 2},
+        {"version": 1},  # that of 0.2
         {"name": "a b"},
         {"token": None},
         {"world": "4"},
