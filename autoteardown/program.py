@@ -69,11 +69,12 @@ def _program() -> tuple[str, str]:
         if not argv:
             break
         kind, name = parse(argv)
-        pid = _parent_of(pid)
+        pid = parent_of(pid)
     return kind, name
 
 
-def _parent_of(pid: int) -> int:
+def parent_of(pid: int) -> int:
+    """The pid of a process's parent; 0 if there is none, or it cannot be read."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             return int(file.read().rpartition(b")")[2].split()[1])

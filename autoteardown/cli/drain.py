@@ -72,7 +72,7 @@ def _dry_run(found: settings.Settings, which: drain.Selection, as_json: bool) ->
         print(json.dumps({"dry_run": True, "ranks": ranks}, indent=2))
     elif records:
         for record, name in zip(records, signals):
-            print(f"{drain.named(record)}: would be sent {name}")
+            print(f"{drain.describe(record)}: would be sent {name}")
         print(f"{len(records)} would be signalled; nobody was (--dry-run)")
     elif not problems:
         print(_none(found, which))

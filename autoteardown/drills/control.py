@@ -13,6 +13,7 @@ from autoteardown.drills.outcome import Outcome, RankOutcome
 from autoteardown.drills.scenario import NONE, Scenario
 from autoteardown.node import procfs
 from autoteardown.node.entry import Entry
+from autoteardown.program import parent_of
 
 
 class ControlDrill(CommandDrill):
@@ -79,16 +80,8 @@ def ranks_below() -> list[Entry]:
     found = []
     for pid, variables in given.items():
         rank = variables.get("RANK", "")
-        if not rank.isdecimal() or given.get(_parent(pid), {}).get("RANK") == rank:  # a worker of a rank
+        if not rank.isdecimal() or given.get(parent_of(pid), {}).get("RANK") == rank:  # a worker of a rank
             continue
         fields = {name.lower(): int(value) for name, value in variables.items() if value.isdecimal()}
         found.append(Entry("", pid, procfs.start_time(pid) or 0, fields))
     return sorted(found, key=lambda record: record.rank or 0)
-
-
-def _parent(pid: int) -> int:
-    try:
-        text = Path(f"/proc/{pid}/stat").read_bytes()
-    except OSError:
-        return 0
-    return int(text[text.rindex(b")") + 1 :].split()[1])

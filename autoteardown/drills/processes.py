@@ -87,24 +87,8 @@ def _adopt_orphans() -> None:
 
 
 def descendants() -> set[int]:
-    """The pids of all living processes below this one."""
-    children: dict[int, list[int]] = {}
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            try:
-                text = Path(f"/proc/{entry}/stat").read_bytes()
-            except OSError:
-                continue
-            state, parent = text[text.rindex(b")") + 1 :].split()[:2]
-            if state not in (b"Z", b"X"):
-                children.setdefault(int(parent), []).append(int(entry))
-    found: set[int] = set()
-    queue = [os.getpid()]
-    while queue:
-        below = [pid for pid in children.get(queue.pop(), ()) if pid not in found]
-        found.update(below)
-        queue += below
-    return found
+    """The pids of all running processes below this one; zombies are left out."""
+    return {pid for pid in procfs.descendants(os.getpid()) if procfs.start_time(pid) is not None}
 
 
 def end_all(patience: float = 5.0) -> set[int]:

@@ -253,7 +253,7 @@ def test_ranks_of_other_containers_are_not_signalled(ranks, runtime, part):
 def test_without_proc_nobody_is_signalled(ranks, runtime, monkeypatch):
     (rank,) = ranks("clean")
     forge(runtime, rank, started=0, namespace=0, boot=0)
-    monkeypatch.setattr(procfs, "is_ours", lambda: False)
+    monkeypatch.setattr(procfs, "available", lambda: False)
     ((told,), _) = drain.drain(str(runtime), signal.SIGTERM, 10)
     assert (told.outcome, told.clean, told.signalled) == ("refused", False, None)
     assert "/proc" in told.line()

@@ -128,7 +128,7 @@ def _introduction(args: argparse.Namespace, outcomes: list[Outcome]) -> str:
 
 def _missing(args: argparse.Namespace) -> str | None:
     """What this machine lacks, and what to do about it."""
-    if not procfs.is_ours():
+    if not procfs.available():
         return "needs Linux, and a /proc of this pid namespace"
     if args.launch:
         return None
