@@ -15,8 +15,8 @@ def status() -> dict[str, Any]:
     Returns:
         `active` (the agent is on in this process), `state` (`off`, `idle`, `armed`, `stopping`), and for an armed rank
         `rank`, `world_size`, `backend`, `connected` (whether its peers would be notified of an eviction now), `alone`
-        (why they would not, in words), `steps`, the iterations counted so far, and `exit_code` and `peer_exit_code`, the
-        codes with which this rank exits after its own signal, or after a peer's.
+        (why they would not, in words), `steps`, the iterations counted so far, and `exit_code` and `peer_exit_code`,
+        the codes with which this rank exits after its own signal, or after a peer's.
     """
     return _status() or {"active": False, "state": "off", "reason": "the agent has failed"}
 

@@ -147,7 +147,9 @@ def foreign() -> list[int]:
 def of_program() -> list[int]:
     """The program's threads, without the main thread."""
     main = main_ident()
-    return [ident for ident, frame in sys._current_frames().items() if ident != main and not _is_agents(frame)]
+    return [
+        ident for ident, frame in sys._current_frames().items() if ident != main and not _is_agents(frame)
+    ]
 
 
 def _is_agents(frame: FrameType) -> bool:

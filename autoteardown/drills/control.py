@@ -1,4 +1,4 @@
-"""The same launch command with the agent off: what an eviction does to it without."""
+"""Drills the user's launch command with the agent off, to compare."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from autoteardown.program import parent_of
 class ControlDrill(CommandDrill):
     """One run of the command without the agent.
 
-    Nothing arms there, so its ranks are known by the RANK in their environment, which launchers give them; and they are
-    evicted as long after the start as those with the agent were.
+    There are no registry entries without the agent, so the ranks are found by the RANK in their environment, which
+    launchers set. They are evicted at the same time after the start as the ranks with the agent.
 
     Args:
-        count: how many ranks there were with the agent.
+        argv, scenario, grace, patience, folder, display: as for `CommandDrill`.
+        count: the number of ranks with the agent.
         at: seconds from the start to the eviction.
     """
 
@@ -60,15 +61,15 @@ class ControlDrill(CommandDrill):
             time.sleep(TICK)
 
     def _ended(self, record: Entry, rank: RankOutcome) -> None:
-        # Only its launcher knows its exit code, which may be that of a handler of its own.
-        self._say(f"+{rank.seconds:.2f} s rank {record.place} is gone")
+        # Only its launcher knows its exit code, which may come from a handler of the program.
+        self._say(f"+{rank.seconds:.2f} s rank {record.place} has ended")
 
     def _conclude(self, found: Outcome) -> None:
         found.ranks = [rank for _, _, rank in self._ranks]
 
 
 def ranks_below() -> list[Entry]:
-    """The ranks among what this process has started: those with a RANK of their own, and not one of their parent's."""
+    """The ranks among this process's descendants: those with a RANK that differs from their parent's."""
     given: dict[int, dict[str, str]] = {}
     for pid in processes.descendants():
         try:

@@ -319,7 +319,7 @@ def test_none_of_them_is_meant(ranks, runtime, options):
     (rank,) = ranks("clean")
     command = run(runtime, *options)
     assert (command.code, command.stderr, rank.running) == (0, "", True)
-    assert "none of the 1 armed ranks on this node is meant" in command.stdout
+    assert "none of the 1 armed ranks on this node is selected" in command.stdout
 
 
 def test_a_dry_run_signals_nobody_and_waits_for_nothing(ranks, runtime):
@@ -329,7 +329,7 @@ def test_a_dry_run_signals_nobody_and_waits_for_nothing(ranks, runtime):
     assert (command.code, command.stderr) == (0, "")
     assert command.stdout.splitlines() == [
         f"rank=1/2 pid={started[1].pid} job=4711 train.py: would be sent SIGTERM",
-        "1 would be signalled; nobody was (--dry-run)",
+        "1 would be signalled; none was (--dry-run)",
     ]
     found = json.loads(run(runtime, "--dry-run", "--json").stdout)
     assert found["dry_run"] is True

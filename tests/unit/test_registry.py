@@ -708,4 +708,4 @@ def test_ps_and_doctor_say_whose_peers_are_not_told(runtime):
     command = [sys.executable, "-m", "autoteardown", "doctor"]
     env = {**os.environ, "AUTOTEARDOWN_RUNTIME_DIR": str(runtime), "AUTOTEARDOWN": "1"}
     said = subprocess.run(command, env=env, capture_output=True, text=True).stdout
-    assert "rank 3/16" in said and "could not tell them of its eviction now" in said, said
+    assert "rank 3/16" in said and "could not notify its peers of an eviction now" in said, said
