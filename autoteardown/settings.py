@@ -146,10 +146,10 @@ def automatic_step(seconds: float, drain: float, abort: float, exit_: float) -> 
 
 
 def _job(environ: Mapping[str, str]) -> str | None:
-    """The name that the innermost launcher has for the job; one that torchrun has made up only if there is no other.
+    """The job's name from the innermost launcher; a name that torchrun has generated only if there is no other.
 
-    torchrun's run id is "none" without `--rdzv-id`, and with `--standalone` a UUID that nobody has chosen and nobody
-    could hand to `drain --job` (torch/distributed/run.py).
+    torchrun's run id is "none" without `--rdzv-id`. With `--standalone` it is a random UUID, which no user could pass
+    to `drain --job` (torch/distributed/run.py).
     """
     names = [name[: variables.JOB_LENGTH] for name in map(environ.get, _JOB_IDS) if name and name != "none"]
     chosen = [
