@@ -1,7 +1,8 @@
-"""Tears torch.distributed ranks down cleanly when the platform evicts them.
+"""Stops torch.distributed ranks together and cleanly when the platform evicts one of them.
 
-Set `AUTOTEARDOWN=1` where this package is installed; no code has to change. The functions here are for programs that
-want more say. All of them are safe to call anywhere, import no torch, and do nothing while the agent is off.
+Set `AUTOTEARDOWN=1` where this package is installed; no code has to change. The functions of this module are optional,
+for programs that want more control. All of them may be called anywhere, do not import torch, and do nothing while the
+agent is off.
 """
 
 TYPE_CHECKING = False
@@ -17,8 +18,8 @@ def __getattr__(name: str) -> object:
         from autoteardown import api
 
         if name == "stop_requested" and not hasattr(api, name):
-            return bool  # polled in a signal handler, on top of the very import: False, once
-        function = globals()[name] = getattr(api, name)  # found without this the next time
+            return bool  # called in a signal handler that has interrupted this very import: False, this once
+        function = globals()[name] = getattr(api, name)  # so that the next access does not come here
         return function
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -1,4 +1,4 @@
-"""`python -m autoteardown`: the same as the console script."""
+"""Runs the `autoteardown` command as `python -m autoteardown`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Python API. Optional: nothing in it has to be called for a rank to be guarded."""
+"""The public Python API. It is optional: ranks are guarded without any call of it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from autoteardown.fail_open import fail_open
 
 
 def status() -> dict[str, Any]:
-    """What the agent is doing in this process.
+    """Return what the agent is doing in this process.
 
     Returns:
-        `active` (the switch is on here), `state` (`off`, `idle`, `armed`, `stopping`), and for an armed rank `rank`,
-        `world_size`, `backend`, `connected` (whether its peers would be told of an eviction now), `alone` (why not, in
-        words) `steps`, the iterations counted so far, and `exit_code` and `peer_exit_code`, with which
-        this rank exits after its own signal, or after a peer's.
+        `active` (the agent is on in this process), `state` (`off`, `idle`, `armed`, `stopping`), and for an armed rank
+        `rank`, `world_size`, `backend`, `connected` (whether its peers would be notified of an eviction now), `alone`
+        (why they would not, in words), `steps`, the iterations counted so far, and `exit_code` and `peer_exit_code`,
+        the codes with which this rank exits after its own signal, or after a peer's.
     """
     return _status() or {"active": False, "state": "off", "reason": "the agent has failed"}
 
@@ -46,9 +46,9 @@ def _status() -> dict[str, Any]:
 
 
 def arm() -> bool:
-    """Switch the agent on from code, with or without the environment variable, before or after torch's import.
+    """Switch the agent on from code, with or without the environment variable, before or after torch is imported.
 
-    A process group that exists already is guarded from here on.
+    A process group that exists already is guarded from now on.
 
     Returns:
         Whether the agent is active now.
@@ -72,7 +72,7 @@ def _arm() -> bool:
 
 @fail_open
 def disarm() -> None:
-    """Take the guard off this process, for good: handlers, threads and registry entry go."""
+    """Stop guarding this process for good: remove the handlers, threads and registry entry."""
     if not startup.active():
         return
     from autoteardown.rank import torch_hooks
@@ -84,7 +84,7 @@ def disarm() -> None:
 
 
 class protect:
-    """Do not stop this thread inside this block while time is left. For saves that are not `torch.save`.
+    """Context manager: this thread is not stopped inside the block while time is left. For saves without `torch.save`.
 
     >>> with autoteardown.protect():
     ...     write_checkpoint()
@@ -94,7 +94,7 @@ class protect:
 
     @fail_open
     def __enter__(self) -> None:
-        """Begin the block; a thread that should have stopped by now stops here."""
+        """Begin the block; if a stop is in progress, the thread stops here."""
         from autoteardown.training import gate
 
         gate.gate.enter_save()
@@ -102,17 +102,18 @@ class protect:
 
     @fail_open
     def __exit__(self, *exc_info: object) -> None:
-        """End it; a thread that should have stopped inside stops here."""
+        """End the block; if a stop has begun inside, the thread stops here."""
         if self._gate is not None:
             self._gate.leave_save()
 
 
 def stop_requested() -> bool:
-    """Whether this program is to save and leave by itself, after an eviction of any rank of its group.
+    """Return whether this program should save and exit by itself, because a rank of its group is being evicted.
 
-    To be called once an iteration, on every rank, at the same place; then every rank gets True at the same call, and
-    the group is alive: it may save collectively. Costs some 0.1 us. False while nothing happens, and where the
-    agent is off. The calls are the iterations of a program that makes them, whether it has optimizers or not.
+    Call it once in each iteration, on every rank, at the same place. Then every rank gets True at the same call, and
+    the process group still works: the program may save collectively. A call costs about 0.1 us. It returns False if
+    there is no eviction, and if the agent is off. In a program that calls this, each call counts as an iteration, with
+    or without optimizers.
     """
     poll = _poll
     if poll is None:
@@ -136,16 +137,17 @@ def _find_poll() -> Callable[[], bool]:
 
 
 def on_teardown(callback: Callable[[], object]) -> Callable[[], object]:
-    """Have `callback` called, without arguments, in a teardown, after the drain; usable as a decorator.
+    """Register a callback without arguments that a teardown calls after the drain; usable as a decorator.
 
-    It runs on every rank, on a thread of the agent's, while the training thread is stopped, the devices are idle and
-    the process group is alive: it may save, also collectively. It sees the state after the optimizer's step of the
-    agreed iteration; what the loop itself counts, its scheduler included, has not moved (`status()["steps"]` has). Its
-    time is what the grace period leaves: 6 s less than `AUTOTEARDOWN_GRACE - 1`, if the stop itself is quick. What it
-    raises is logged and goes no further.
+    1. It runs on every rank, on one of the agent's threads. The training thread is stopped, the devices are idle and
+       the process group still works, so the callback may save, also collectively.
+    2. It sees the state after the optimizer's step of the agreed iteration. The loop's own counters and its scheduler
+       have not advanced yet; `status()["steps"]` has.
+    3. Its time is what the grace period leaves: `AUTOTEARDOWN_GRACE - 1` less 6 s, if the stop itself is quick.
+    4. An exception that it raises is logged, and the teardown continues.
 
     Raises:
-        TypeError: not callable.
+        TypeError: the callback is not callable.
     """
     if not callable(callback):
         raise TypeError(f"on_teardown() takes a callable, not {callback!r}")

@@ -1,6 +1,6 @@
-"""Where the host's code calls ours: what ours raises there is said once on stderr, and goes no further.
+"""Keeps the agent's exceptions out of the host program: reports each once on stderr, and returns instead of raising.
 
-Only `Exception`s: a parked thread leaves through these functions with SystemExit.
+Only `Exception`s are caught: a parked thread exits through these functions with SystemExit.
 """
 
 from __future__ import annotations
@@ -12,19 +12,24 @@ from autoteardown.switch import say
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_said: set[str] = set()
+_reported: set[str] = set()
 
 
 def report_failure(what: str, error: BaseException) -> None:
-    """Say it, once for each error: what fails in a step hook fails at each step, and in whoever needs its result."""
+    """Write one line to stderr, once for each error: a failing step hook would otherwise report at every step.
+
+    Args:
+        what: the agent's action that failed.
+        error: the exception.
+    """
     problem = repr(error)
-    if problem not in _said:
-        _said.add(problem)
+    if problem not in _reported:
+        _reported.add(problem)
         say(f"{what} failed, this process may not be guarded: {problem}")
 
 
 def fail_open(function: F) -> F:
-    """The function, which returns None instead of raising."""
+    """Decorator: the function returns None instead of raising, and its error is reported."""
 
     @functools.wraps(function)
     def safe(*args: Any, **kwargs: Any) -> Any:

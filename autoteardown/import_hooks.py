@@ -1,13 +1,13 @@
-"""Lazy interest in `signal` and `torch`: a meta path finder that acts when they are imported, and never before.
+"""Import hooks for `signal` and `torch`: a meta path finder that installs the agent when the program imports them.
 
-Importing them, or wrapt, at start-up would cost every process of the image milliseconds (`signal` needs `enum`).
-
-* The work is done by a loader, not in `find_spec`: importlib calls `find_spec` with the global import lock held, and
-  importing anything there deadlocks with a thread that is importing the same thing. It also keeps apart asking for
-  a module (`importlib.util.find_spec("torch")`, as many libraries do) and importing it.
-* The real loader is back in place before the module's code runs, so that nobody finds ours on the module.
-* The finder stays on `sys.meta_path` when it has nothing left to do: taking it out makes another thread that is
-  iterating over that list skip a finder, and fail to import something that exists.
+1. Importing these modules, or wrapt, at start-up would cost every process of the image milliseconds (`signal` needs
+   `enum`).
+2. A loader does the work, not `find_spec`. importlib calls `find_spec` with the global import lock held, and an import
+   there deadlocks with a thread that is importing the same module. Also, a program that only asks for a module
+   (`importlib.util.find_spec("torch")`, as many libraries do) does not trigger the hook.
+3. The real loader is back in place before the module's code runs, so that no code finds this module's loader on it.
+4. The finder stays on `sys.meta_path` when it has nothing left to do. If it were removed, another thread that is
+   iterating over that list would skip a finder, and fail to import a module that exists.
 """
 
 import sys
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from types import ModuleType
     from typing import Any
 
-_waiting: "dict[str, Callable[[ModuleType], None]]" = {}
+_pending: "dict[str, Callable[[ModuleType], None]]" = {}  # hooks by the module that has not been imported yet
 
 
 def install() -> None:
-    """Watch for both modules; one that is imported already is served at once."""
-    _waiting.update(signal=_tap_signals, torch=_hook_torch)
+    """Hook both modules; for a module that is imported already, the hook runs at once."""
+    _pending.update(signal=_hook_signal, torch=_hook_torch)
     sys.meta_path.insert(0, _Finder())
     for name in ("signal", "torch"):
         module = sys.modules.get(name)
@@ -35,21 +35,22 @@ def install() -> None:
             _serve(name, module)
 
 
-def _tap_signals(module: "ModuleType") -> None:
+def _hook_signal(module: "ModuleType") -> None:
     from autoteardown.signals import interception
 
     interception.install(module)
-    # Looked at closely only where `ray` is among the words: this runs in most processes of the image.
+    # This runs in most processes of the image, so the import below is made only if `ray` is in the command line.
     words = getattr(sys, "orig_argv", None)  # 3.10 and later
     if words is None or any(word.rpartition("/")[2] in ("ray", "ray.scripts.scripts") for word in words):
-        from autoteardown.launchers import ray_start as ray_node
+        from autoteardown.launchers import ray_start
 
-        ray_node.serve(module)
+        ray_start.serve(module)
 
 
 def _hook_torch(module: "ModuleType") -> None:
-    # A loader that cannot be chained (a zipped stdlib on 3.9) or a finder ahead of ours hides `signal` from us.
-    if "signal" in _waiting:
+    # The finder may have missed `signal`: its loader cannot be wrapped (a zipped stdlib on 3.9), or another finder that
+    # comes first on `sys.meta_path` has found it.
+    if "signal" in _pending:
         import signal
 
         _serve("signal", signal)
@@ -59,31 +60,31 @@ def _hook_torch(module: "ModuleType") -> None:
 
 
 def _serve(name: str, module: "ModuleType") -> None:
-    """Call the hook for `name`, once. The import that led here goes on whatever comes of it."""
-    hook = _waiting.pop(name, None)
+    """Call the hook for `name`, once. The import that led here continues even if the hook fails."""
+    hook = _pending.pop(name, None)
     if hook is None:
         return
     try:
         hook(module)
     except KeyboardInterrupt:
-        raise  # the user's, not ours
+        raise  # the user's Ctrl-C
     except BaseException as error:
         say(f"hook on {name} failed: {error!r}; this process is not guarded")
 
 
 class _Finder:
-    """First on `sys.meta_path`; passes everything on but the modules waited for."""
+    """The first finder on `sys.meta_path`; finds nothing except the hooked modules."""
 
     def find_spec(
         self, name: str, path: "Sequence[str] | None" = None, target: "ModuleType | None" = None
     ) -> "ModuleSpec | None":
-        """What the other finders find, with our loader around theirs."""
-        if not _waiting:
+        """Return the spec that the other finders find, with a `_Loader` around its loader."""
+        if not _pending:
             return None
-        if name in _waiting:
+        if name in _pending:
             wanted, after = name, name == "signal"
-        elif name.startswith("torch.") and "torch" in _waiting:
-            # `torch` came from a finder that was asked before us
+        elif name.startswith("torch.") and "torch" in _pending:
+            # `torch` itself was found by a finder before this one
             wanted, after = "torch", False
         else:
             return None
@@ -92,7 +93,9 @@ class _Finder:
             if spec is not None and hasattr(spec.loader, "exec_module"):
                 spec.loader = _Loader(spec.loader, wanted, after)  # type: ignore[assignment, arg-type]
         except Exception:
-            return None  # importlib asks the others now: if it was not us, they will raise it again
+            return (
+                None  # importlib asks the other finders now; if one of them has raised this, it raises again
+            )
         return spec
 
     def _ask_the_others(
@@ -107,9 +110,9 @@ class _Finder:
 
 
 class _Loader:
-    """The real loader, with our hook before or after the module's own code."""
+    """Wraps the real loader, and runs the hook before or after the module's own code."""
 
-    __slots__ = ("_after", "_real", "_wanted")  # no __dict__: the real one's is found
+    __slots__ = ("_after", "_real", "_wanted")  # no __dict__, so that `__getattr__` finds the real loader's
 
     def __init__(self, real: "Loader", wanted: str, after: bool) -> None:
         self._real = real
@@ -119,7 +122,7 @@ class _Loader:
     def __getattr__(self, name: str) -> object:
         return getattr(self._real, name)
 
-    # ddtrace puts a `get_code` of its own on the loader that it finds.
+    # ddtrace sets its own `get_code` on the loader that it finds.
     def __setattr__(self, name: str, value: object) -> None:
         if name in _Loader.__slots__:
             object.__setattr__(self, name, value)
@@ -133,7 +136,7 @@ class _Loader:
     def __class__(self) -> "Any":
         return type(self._real)
 
-    # Whoever asked for the module and does not import it may copy, pickle and compare what he got: the real one.
+    # A program that asks for the module without importing it may copy, pickle and compare the loader: as the real one.
     def __reduce_ex__(self, protocol: "Any") -> "Any":
         return self._real.__reduce_ex__(protocol)
 
@@ -151,7 +154,7 @@ class _Loader:
         return self._real.create_module(spec)
 
     def exec_module(self, module: "ModuleType") -> None:
-        """Step aside, then run the module and the hook."""
+        """Put the real loader back, then run the module and the hook."""
         module.__loader__ = self._real
         if module.__spec__ is not None:
             module.__spec__.loader = self._real

@@ -1,7 +1,7 @@
-"""Calls of the agent's own threads into C++ that lets go of the GIL: none is under way when the interpreter ends.
+"""Tracks the agent's calls into C++ that release the GIL, so that none is running when the interpreter shuts down.
 
-A thread that comes back from C++ to an interpreter that is gone is made to exit by CPython (up to 3.13), and the frames
-of C++ turn that into an abort of the process, whatever its exit code was going to be.
+When a thread returns from C++ after the interpreter has been finalized, CPython (up to 3.13) makes the thread exit. The
+C++ frames turn that into an abort of the process, whatever its exit code would have been.
 """
 
 from __future__ import annotations
@@ -13,43 +13,45 @@ from autoteardown import unpatched
 
 _Result = TypeVar("_Result")
 
-_inside: set[object] = set()
-_over = False
+_running: set[object] = set()
+_exiting = False
 
 
 class InterpreterExiting(Exception):
-    """The interpreter is about to end."""
+    """The interpreter is shutting down, so no call into C++ may begin."""
 
 
 def call(function: Callable[[], _Result]) -> _Result:
-    """Call it.
+    """Call a function that releases the GIL, and return its result.
 
     Raises:
-        Over: it was not called.
+        InterpreterExiting: the function was not called.
     """
     mark = object()
-    _inside.add(mark)  # first this, then the question: see `settle`
+    _running.add(
+        mark
+    )  # before the check, so that `wait_for_running` misses no call that has passed the check
     try:
-        if _over:
+        if _exiting:
             raise InterpreterExiting
         return function()
     finally:
-        _inside.discard(mark)
+        _running.discard(mark)
 
 
 def wait_for_running(seconds: float) -> None:
-    """At exit, last of all: begin no such call any more, and wait for those under way, at most so many seconds."""
-    global _over
-    _over = True
+    """At the end of the exit: allow no further calls, and wait at most so many seconds for those that are running."""
+    global _exiting
+    _exiting = True
     end = unpatched.monotonic() + seconds
-    while _inside and unpatched.monotonic() < end:
+    while _running and unpatched.monotonic() < end:
         unpatched.sleep(0.001)
 
 
 def _after_fork_in_child() -> None:
-    global _over
-    _over = False
-    _inside.clear()
+    global _exiting
+    _exiting = False
+    _running.clear()
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

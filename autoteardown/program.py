@@ -1,6 +1,6 @@
-"""Which program this process runs, told from the interpreter's command line.
+"""Finds out which program this process runs, from the interpreter's command line.
 
-`sys.argv` is of no use at start-up: under `-m` and `-c` it does not name the program yet.
+`sys.argv` cannot be used at start-up: under `-m` and `-c` it does not name the program yet.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _WITH_VALUE = "WX"
 
 
 def command_line(pid: int | None = None) -> list[str]:
-    """The full command line of this process, or of another one of this machine; empty where it cannot be read."""
+    """The full command line of this process, or of another process of this machine; empty if it cannot be read."""
     if pid is None and sys.version_info >= (3, 10):
         return list(sys.orig_argv)
     try:
@@ -57,10 +57,10 @@ def skipped(patterns: str, argv: Sequence[str] | None = None) -> str | None:
 
 
 def _program() -> tuple[str, str]:
-    """What this process runs; for a helper process of multiprocessing, what its parent runs.
+    """What this process runs; for a child process of multiprocessing, what its parent runs.
 
-    The spawn children of a program are part of it (`torch.multiprocessing.spawn` starts ranks that way), and all that
-    their own command line says is `-c "from multiprocessing.spawn import …"`.
+    The spawn children of a program are part of it (`torch.multiprocessing.spawn` starts ranks that way), but their own
+    command line is only `-c "from multiprocessing.spawn import …"`.
     """
     kind, name = parse(command_line())
     pid = os.getppid()
@@ -69,11 +69,12 @@ def _program() -> tuple[str, str]:
         if not argv:
             break
         kind, name = parse(argv)
-        pid = _parent_of(pid)
+        pid = parent_of(pid)
     return kind, name
 
 
-def _parent_of(pid: int) -> int:
+def parent_of(pid: int) -> int:
+    """The pid of a process's parent; 0 if there is none, or it cannot be read."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             return int(file.read().rpartition(b")")[2].split()[1])
@@ -95,6 +96,6 @@ def _matches(name: str, pattern: str) -> bool:
         return False
     if not any(letter in pattern for letter in "*?["):
         return name == pattern
-    from fnmatch import fnmatchcase  # imports re: only for those who use wildcards
+    from fnmatch import fnmatchcase  # imports re, so only if a pattern has wildcards
 
     return fnmatchcase(name, pattern)

@@ -1,6 +1,7 @@
-"""The environment as `Settings`, and one line about everything in it that is wrong.
+"""Reads the `AUTOTEARDOWN_*` environment variables into `Settings`, with one line for each invalid value.
 
-Read in any process that imports `signal`, so it imports next to nothing itself (no dataclasses, enum, re, typing).
+Every process that imports `signal` imports this, so it imports almost nothing itself (no dataclasses, enum, re,
+typing).
 """
 
 from __future__ import annotations
@@ -15,18 +16,17 @@ if TYPE_CHECKING:
 __all__ = ["SWITCH", "VARIABLES", "Settings", "known", "load", "signal_name", "switch"]
 
 _PREFIX = "AUTOTEARDOWN_"
-_AUTO_SHARE = (
-    11 / 24
-)  # the part of the time that drain, abort and exit get at most under AUTOTEARDOWN_STEP_TIMEOUT=auto
-_SAVING = 6.0  # seconds that `AUTOTEARDOWN_YIELD=auto` keeps back for our own work
+# The part of the time that drain, abort and exit get at most under AUTOTEARDOWN_STEP_TIMEOUT=auto.
+_AUTO_SHARE = 11 / 24
+_SAVING = 6.0  # seconds that `AUTOTEARDOWN_YIELD=auto` reserves for the agent's own work
 _TIMEOUTS = ("STEP", "DRAIN", "DESTROY", "ABORT", "EXIT")
-_ATTRIBUTES = {"YIELD": "yield_seconds"}  # where it is not the variable in lower case
-# Where a launcher has put the job's name, the innermost first.
+_ATTRIBUTES = {"YIELD": "yield_seconds"}  # attributes that are not the variable's name in lower case
+# Variables with the job's name, the innermost launcher's first.
 _JOB_IDS = ("TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "RAY_JOB_ID")
 
 
 class Settings:
-    """What the environment asks for, checked, and with the time-outs made to fit the grace period."""
+    """The validated settings, with the time-outs scaled to fit the grace period."""
 
     __slots__ = (
         "abort_timeout",
@@ -59,7 +59,7 @@ class Settings:
 
     signals: tuple[int, ...]
     grace: float
-    hard: float  # seconds after the signal when the process is gone
+    hard: float  # seconds after the signal when the process exits at the latest
     exit_code: int | None  # None: 128 + signal number
     peer_exit_code: int
     peers: bool
@@ -77,15 +77,17 @@ class Settings:
     yield_seconds: float
     log: str  # "quiet", "info" or "debug"
     log_format: str  # "text" or "json"
-    job: str | None  # its name, as far as anybody has given it one
+    job: str | None  # the job's name, if it has one
     report_dir: str | None
     termination_log: str | None
     runtime_dir: str
-    scaled: float  # what the time-outs were multiplied by to fit; 1.0: nothing
-    sources: dict[str, tuple[str | None, object]]  # variable: what the environment says, what is in force
+    scaled: float  # the factor that the time-outs were multiplied by to fit; 1.0: unchanged
+    sources: dict[
+        str, tuple[str | None, object]
+    ]  # by variable: its value in the environment, the effective value
 
     def exit_code_for(self, signum: int | None) -> int:
-        """The exit code of a rank that got this signal; None: a peer got it."""
+        """The exit code of a rank that got this signal, or of one whose peer got it (None)."""
         if signum is None:
             return self.peer_exit_code
         return 128 + signum if self.exit_code is None else self.exit_code
@@ -96,19 +98,19 @@ class Settings:
         return bool((self.sources[_PREFIX + variable][0] or "").strip())
 
     def yield_within(self, hard: float) -> float:
-        """`yield_seconds`, where the process has to be gone in `hard` seconds and that is less than usual."""
+        """`yield_seconds`, shortened if the process has to exit in `hard` seconds and that is less than usual."""
         return min(self.yield_seconds, max(0.0, hard - _SAVING)) if hard < self.hard else self.yield_seconds
 
 
 def load(environ: Mapping[str, str]) -> tuple[Settings, list[str]]:
-    """The settings in force, and a line for each value that was refused and replaced by its default."""
+    """The effective settings, and one line for each invalid value, which was replaced by its default."""
     found = Settings()
     found.sources = {}
     problems: list[str] = []
     for name, (default, read, allowed, _) in variables.TABLE.items():
         variable = _PREFIX + name
         raw = environ.get(variable)
-        # Templates leave empty values behind: they count as unset, but for the one to which `empty` means off.
+        # Templates leave empty values behind, which count as unset. Only for this variable, empty means off.
         given = raw is not None and (raw.strip() or name == "TERMINATION_LOG")
         try:
             value = read(raw.strip() if given and raw is not None else default)
@@ -144,10 +146,10 @@ def automatic_step(seconds: float, drain: float, abort: float, exit_: float) -> 
 
 
 def _job(environ: Mapping[str, str]) -> str | None:
-    """The name that the innermost launcher has for the job; one that torchrun has made up only if there is no other.
+    """The job's name from the innermost launcher; a name that torchrun has generated only if there is no other.
 
-    torchrun's run id is "none" without `--rdzv-id`, and with `--standalone` a UUID that nobody has chosen and nobody
-    could hand to `drain --job` (torch/distributed/run.py).
+    torchrun's run id is "none" without `--rdzv-id`. With `--standalone` it is a random UUID, which no user could pass
+    to `drain --job` (torch/distributed/run.py).
     """
     names = [name[: variables.JOB_LENGTH] for name in map(environ.get, _JOB_IDS) if name and name != "none"]
     chosen = [
@@ -157,17 +159,17 @@ def _job(environ: Mapping[str, str]) -> str | None:
 
 
 def known(variable: str) -> bool:
-    """Whether an environment variable is one of ours, settings and switches alike."""
+    """Whether an environment variable is a setting or a switch of the agent."""
     return variable in (SWITCH, "AUTOTEARDOWN_SKIP") or variable[len(_PREFIX) :] in variables.TABLE
 
 
 def signal_name(number: int) -> str:
-    """SIGTERM for 15; the number as text where it has no name."""
+    """The name of a signal, as SIGTERM for 15; the number as text if the signal has no name."""
     return next((name for name, value in variables.signals().items() if value == number), str(number))
 
 
 def _scale(found: Settings) -> None:
-    """Shrink the time-outs together until they fit; a single one counts for no more than all the time there is."""
+    """Scale the time-outs by one factor so that they fit; each counts for at most the whole time."""
     found.step_auto = found.step_timeout < 0
     if found.step_auto:
         drain, abort, exit_ = (

@@ -1,8 +1,9 @@
-"""The gate: what the .pth, the .start and the injected sitecustomize call in every Python process of the image.
+"""Starts the agent: the .pth, the .start and the injected sitecustomize call this in every Python process of the image.
 
-Most of those processes are no ranks, so this module imports nothing that costs, and a process that is switched
-off gets no further than the first test. Nothing may escape `start`: a SystemExit out of a .pth is "Fatal Python
-error: init_import_site". Nothing may reach stdout: uv parses what the interpreter prints there.
+1. Most of these processes are no ranks. So this module imports nothing that costs time, and returns at the first check
+   in a process that is switched off.
+2. No exception may leave `start`: a SystemExit in a .pth is "Fatal Python error: init_import_site".
+3. Nothing may be written to stdout: uv parses what the interpreter prints there.
 """
 
 import os
@@ -14,18 +15,18 @@ started_by: "str | None" = None
 """What started the agent: "autoteardown.pth", "autoteardown.start", "sitecustomize" or "autoteardown.arm()"."""
 
 why_off: "str | None" = None
-"""Set once `start` was called and left the agent off: the reason in words."""
+"""The reason why `start` has left the agent off; None before the call, and if the agent is on."""
 
 _active = False
 
 
 def active() -> bool:
-    """True once the agent watches for `signal` and `torch` in this process."""
+    """Whether the agent's import hooks are installed in this process."""
     return _active
 
 
 def start(vehicle: str = "autoteardown.start") -> None:
-    """Put the agent in place if it is switched on. Idempotent: a .pth runs twice in venvs (python/cpython#75723)."""
+    """Install the agent if it is switched on. Idempotent: a .pth runs twice in venvs (python/cpython#75723)."""
     global started_by, why_off
     if started_by is not None:
         return
@@ -43,7 +44,7 @@ def start(vehicle: str = "autoteardown.start") -> None:
 
 
 def activate() -> bool:
-    """For `autoteardown.arm()`: switch on from code. The opt-outs of the environment still win (`AUTOTEARDOWN=0`).
+    """Switch the agent on from code, for `autoteardown.arm()`. An opt-out in the environment wins (`AUTOTEARDOWN=0`).
 
     Returns:
         Whether the agent is active now.
@@ -73,7 +74,7 @@ def _start() -> None:
 
     from autoteardown import import_hooks
 
-    # Handlers run last in, first out: registered this early, ours runs when the program's own are done.
+    # Callbacks run last in, first out. This one is registered this early so that it runs after the program's own.
     atexit.register(_at_exit)
     if atexit._ncallbacks() > 1:
         from autoteardown import exit_callbacks

@@ -1,4 +1,7 @@
-"""Lines on stderr that wait for nobody: a full pipe that nobody reads would block the writer for ever."""
+"""Writes lines to stderr without blocking: a line is dropped if the pipe is full.
+
+A pipe that no process reads would block the writer for ever.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,12 @@ from autoteardown import unpatched
 
 
 def say(line: str, stderr: tuple[int, int] | None = None) -> None:
-    """Write one line to fd 2, if it can take it at once.
+    """Write one line to fd 2 if it takes the line at once.
 
     Args:
         line: without its newline.
-        stderr: identity of the file that must still be behind fd 2: once the program has closed its stderr, a
-            checkpoint that it opens may get that number.
+        stderr: identity of the file that fd 2 must still refer to. After the program has closed its stderr, a
+            checkpoint that it opens may get this descriptor number.
     """
     try:
         if stderr is not None and identity(2) != stderr:
@@ -30,7 +33,7 @@ def say(line: str, stderr: tuple[int, int] | None = None) -> None:
 
 
 def identity(descriptor: int) -> tuple[int, int] | None:
-    """Which file is behind a descriptor; None if there is none."""
+    """Device and inode of the file behind a descriptor; None if the descriptor is closed."""
     try:
         status = os.fstat(descriptor)
     except OSError:

@@ -1,8 +1,11 @@
-"""The switch, and one line on stderr: all that a process needs which is switched off. Imports nothing of ours."""
+"""Reads the on/off switch `AUTOTEARDOWN`, and writes lines to stderr.
+
+This is all that a process needs that is switched off, so this module imports no other module of the package.
+"""
 
 import os
 
-# No imports for the sake of types, not even of __future__: each is another file to read.
+# No imports for types, not even of __future__: each is another file to read.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -13,7 +16,7 @@ _OFF = ("", "0", "false", "no", "off")
 
 
 def switch(environ: "Mapping[str, str]") -> "tuple[bool, str | None]":
-    """Whether the agent is switched on, and a line about a value that says neither on nor off."""
+    """Whether the agent is switched on, and one line for a log if the value means neither on nor off."""
     value = environ.get(SWITCH, "")
     word = value.strip().lower()
     if word in _ON:
@@ -24,7 +27,7 @@ def switch(environ: "Mapping[str, str]") -> "tuple[bool, str | None]":
 
 
 def say(text: str) -> None:
-    """One line on stderr. Not print, not logging: neither may be in working order where this is called from."""
+    """Write one line to stderr. Not with print or logging: neither may work at the time of the call."""
     try:
         os.write(2, f"autoteardown: {text}\n".encode(errors="backslashreplace"))
     except OSError:

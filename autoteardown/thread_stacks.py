@@ -1,6 +1,6 @@
-"""The program's threads, as their Python frames show them: which waits in a collective, which still runs.
+"""Tells from Python stack frames what the program's threads are doing: which waits in a collective, which has ended.
 
-Read with `sys._current_frames`, which takes no lock that a frozen thread may hold.
+The frames are read with `sys._current_frames`, which takes no lock that a frozen thread may hold.
 """
 
 from __future__ import annotations
@@ -14,38 +14,41 @@ from typing import Any, Optional
 from autoteardown import unpatched
 
 PACKAGE = os.path.join(os.path.dirname(__file__), "")
-"""Where the agent's own code lies."""
+"""The folder of the agent's own code."""
 
 _REPLACEMENTS = os.path.join(PACKAGE, "signals", "replacements.py")
 
 
 def main_ident() -> Optional[int]:
-    """The main thread's number."""
+    """The main thread's identifier."""
     return unpatched.main_ident()
 
 
 def alive(ident: Optional[int]) -> bool:
-    """Whether a thread still runs Python code. The main thread's frames outlive it: it waits in its shutdown."""
+    """Whether a thread of the program still runs.
+
+    The main thread's frames do not tell: it waits in the interpreter's shutdown, and its frames exist there, too.
+    """
     if ident is None or ident == main_ident():
         return threading.main_thread().is_alive()
     frame = sys._current_frames().get(ident)
-    return frame is not None and not ours(frame)
+    return frame is not None and not _is_agents(frame)
 
 
 def native_id(ident: Optional[int]) -> int:
-    """The kernel's number for a thread; 0 if Python did not start it."""
+    """The kernel's thread id; 0 if Python did not start the thread."""
     if ident == main_ident():
         return os.getpid()
     return getattr(threading._active.get(ident), "native_id", None) or 0  # type: ignore[attr-defined]
 
 
 def in_collective() -> list[int]:
-    """The threads that are in a call of `torch.distributed`'s."""
+    """The threads that are inside a call of `torch.distributed`."""
     return inside("torch/distributed/distributed_c10d.py")
 
 
 def inside(path: str, function: str = "") -> list[int]:
-    """The threads that are in a call of a function (of that one, if it is named) of the file whose path ends so."""
+    """The threads that are inside a call of a function (of this name, if given) in a file whose path ends with this."""
     found = []
     for ident, top in sys._current_frames().items():
         frame: Any = top
@@ -59,14 +62,14 @@ def inside(path: str, function: str = "") -> list[int]:
 
 _PEERS = (
     "torch/distributed/distributed_c10d.py",
-    "torch/autograd/graph.py",  # where backward waits for what DDP and FSDP have launched
+    "torch/autograd/graph.py",  # backward waits here for the collectives of DDP and FSDP
     "torch/distributed/_functional_collectives.py",
     "torch/distributed/distributed_c10d_functional.py",
     "torch/distributed/fsdp/",
     "torch/nn/parallel/distributed.py",
     "torch/distributed/pipelining/",
 )
-# What compiles, not what runs the compiled code: other files of the compiler's are on the stack of every step.
+# The files of the compilers that compile, not those that run compiled code: the latter are on the stack of every step.
 _SLOW = (
     "torch/utils/data/",
     "torch/utils/cpp_extension.py",
@@ -82,15 +85,15 @@ _SLOW = (
 
 
 def position(ident: Optional[int]) -> Optional[tuple[int, int]]:
-    """Where that thread stands: does not change as long as it executes no bytecode."""
+    """A thread's innermost frame and instruction: they do not change while the thread executes no bytecode."""
     frame = sys._current_frames().get(ident) if ident is not None else None
     return None if frame is None else (id(frame), frame.f_lasti)
 
 
 def place(ident: Optional[int]) -> str:
-    """What that thread is likely to wait for: "peers"; "work", of which nobody knows how long it takes; else ""."""
+    """What a thread is likely to wait for: "peers"; "work" (loading, compiling) of unknown length; "" if neither."""
     frame: Any = sys._current_frames().get(ident) if ident is not None else None
-    # The innermost call tells: a loader may wait for its peers, a backward pass may compile.
+    # The innermost call decides: a loader may wait for its peers, and a backward pass may compile.
     while frame is not None:
         name = frame.f_code.co_filename
         if any(part in name for part in _SLOW):
@@ -107,7 +110,7 @@ _FINALIZERS = frozenset(
 
 
 def in_finalizer() -> bool:
-    """Whether this thread is in code that runs as something ends."""
+    """Whether the calling thread is inside a finalizer or a context manager's exit."""
     frame: Any = sys._getframe()
     while frame is not None:
         if frame.f_code.co_name in _FINALIZERS:
@@ -117,7 +120,7 @@ def in_finalizer() -> bool:
 
 
 def in_signal_replacement() -> bool:
-    """In a signal handler of ours: whether it interrupts one of the stand-ins for functions of the `signal` module."""
+    """In a signal handler of the agent: whether it has interrupted a replacement of a `signal` function."""
     frame: Any = sys._getframe()
     while frame is not None and frame.f_code.co_filename.startswith(PACKAGE):
         if frame.f_code.co_filename == _REPLACEMENTS:
@@ -127,32 +130,34 @@ def in_signal_replacement() -> bool:
 
 
 def in_exit_callback() -> bool:
-    """On the main thread: whether it runs exit callbacks. Before them it waits for the program's other threads."""
-    return not threading.main_thread().is_alive() and _first(sys._getframe()).co_name != "_shutdown"
+    """On the main thread: whether it runs exit callbacks, and does not still wait for the program's other threads."""
+    return not threading.main_thread().is_alive() and _outermost(sys._getframe()).co_name != "_shutdown"
 
 
 def foreign() -> list[int]:
-    """The threads that run Python code but were not started by it: the pool of a C++ runtime, as in Ray's actors."""
+    """The threads that run Python code and were started by C++: the pool of a runtime, as in Ray's actors."""
     main = main_ident()
     return [
         ident
         for ident, frame in sys._current_frames().items()
-        if ident != main and not ours(frame) and _first(frame).co_name != "_bootstrap"
+        if ident != main and not _is_agents(frame) and _outermost(frame).co_name != "_bootstrap"
     ]
 
 
 def of_program() -> list[int]:
-    """The program's threads, but for the main thread."""
+    """The program's threads, without the main thread."""
     main = main_ident()
-    return [ident for ident, frame in sys._current_frames().items() if ident != main and not ours(frame)]
+    return [
+        ident for ident, frame in sys._current_frames().items() if ident != main and not _is_agents(frame)
+    ]
 
 
-def ours(frame: FrameType) -> bool:
-    """Whether that thread is one of the agent's: it may well bear the number of a thread that has ended."""
-    return _first(frame).co_filename.startswith(PACKAGE)
+def _is_agents(frame: FrameType) -> bool:
+    """Whether the thread is one of the agent's, which may have the identifier of a program's thread that has ended."""
+    return _outermost(frame).co_filename.startswith(PACKAGE)
 
 
-def _first(frame: FrameType) -> CodeType:
+def _outermost(frame: FrameType) -> CodeType:
     while frame.f_back is not None:
         frame = frame.f_back
     return frame.f_code

@@ -1,8 +1,8 @@
-"""Threads, locks, sockets, polling and clocks as the interpreter made them.
+"""The interpreter's own threads, locks, sockets, polling and clocks, unaffected by gevent's or eventlet's patches.
 
-Programs replace them (`gevent.monkey.patch_all()`, eventlet): then a thread of ours would be a greenlet, which runs
-only when the program waits, and a wait of ours would wait for the program. So they are taken here, once, before a
-program can have them replaced, and the rest of the agent takes them from here alone.
+1. A program may replace these (`gevent.monkey.patch_all()`, eventlet). Then a thread of the agent would be a greenlet,
+   which runs only when the program waits, and a wait of the agent would wait for the program.
+2. So this module takes them once, before a program can replace them, and the rest of the agent uses only these.
 """
 
 import _thread
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def _original(module: "ModuleType") -> "ModuleType":
-    """The module, or where the program was faster (`autoteardown.arm()` after a patch) what it was: a fresh copy."""
+    """The module, or a fresh copy if the program has patched it already (`autoteardown.arm()` after a patch)."""
     if "gevent.monkey" not in sys.modules and "eventlet.patcher" not in sys.modules:
         return module
     from importlib import util
@@ -45,16 +45,16 @@ sleep: "Callable[[float], None]" = _clock.sleep
 
 
 def __getattr__(name: str) -> object:
-    # Only for those that are armed: every process that imports `signal` imports this.
+    # Imported when first used, by armed ranks: every process that imports `signal` imports this module.
     value: object
     if name in ("socket", "socketpair"):
-        import _socket  # nobody patches that one
+        import _socket  # gevent and eventlet do not patch this module
 
         value = getattr(_socket, name)
     elif name in ("poll", "epoll"):
         import select
 
-        value = getattr(_original(select), name, None)  # epoll: Linux
+        value = getattr(_original(select), name, None)  # epoll exists on Linux only
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value
@@ -62,7 +62,7 @@ def __getattr__(name: str) -> object:
 
 
 def on_main_thread() -> bool:
-    """Whether this is the thread that the process began with, or was forked on: the one that Python's signals need."""
+    """Whether the caller runs on the process's first thread (or the one that was forked), which handles signals."""
     return _thread.get_native_id() == os.getpid()
 
 
@@ -70,7 +70,7 @@ _main = get_ident() if on_main_thread() else 0
 
 
 def main_ident() -> int:
-    """The main thread's identity. gevent has `threading.main_thread().ident` name a greenlet."""
+    """The main thread's identifier. Under gevent, `threading.main_thread().ident` is that of a greenlet."""
     if not _main:
         import threading
 

@@ -1,7 +1,8 @@
-"""The variables that the agent reads: default, how each is read, what is allowed, what it means.
+"""The table of the agent's environment variables: default, parser, allowed values, and meaning of each.
 
-A row is all that a new setting needs, beside its attribute in `settings.Settings`. Read in any process that imports
-`signal`, so it imports next to nothing itself (no dataclasses, enum, re, typing).
+1. A new setting needs one row here, and its attribute in `settings.Settings`.
+2. Every process that imports `signal` imports this, so it imports almost nothing itself (no dataclasses, enum, re,
+   typing).
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _DAY = 86400.0
-# The first two cannot be handled; after the others the faulting instruction is repeated for ever.
+# The first two cannot be handled; after a handler for one of the others, the faulting instruction repeats for ever.
 _UNUSABLE = ("SIGKILL", "SIGSTOP", "SIGBUS", "SIGFPE", "SIGILL", "SIGSEGV")
 _LAUNCHERS = "from the launcher"
 JOB_LENGTH = 200
-"""Characters of a job's name that are kept."""
+"""Longest job name, in characters; a longer one is cut."""
 
 
 def signals() -> dict[str, int]:
-    """Every signal that has a name here: its number by its name."""
+    """The numbers of all signals that have a name on this system, by name."""
     names = vars(_signal).items()
     return {
         name: number for name, number in names if name[:3] == "SIG" and name[3] != "_" and type(number) is int
@@ -50,7 +51,7 @@ def _read_signals(text: str) -> tuple[int, ...]:
 
 def _read_seconds(text: str, least: float = 0.0) -> float:
     seconds = float(text)
-    if not least <= seconds <= _DAY:  # nan is not either
+    if not least <= seconds <= _DAY:  # also refuses nan
         raise ValueError(text)
     return seconds
 
@@ -96,12 +97,12 @@ def _word_of(*words: str) -> Callable[[str], str]:
 
 
 def _read_path(text: str) -> str | None:
-    """Absolute, so that a program that changes its directory later does not move it."""
+    """The absolute path, so that it stays the same when the program changes its directory."""
     if text in ("", "unset"):
         return None
     try:
         return os.path.abspath(os.path.expanduser(text))
-    except OSError:  # the current directory is gone
+    except OSError:  # the current directory has been removed
         return text
 
 
@@ -126,7 +127,7 @@ def _read_callbacks(text: str) -> tuple[tuple[str, str], ...]:
 
 
 def _read_runtime_dir(text: str) -> str | None:
-    # What tempfile.gettempdir() says in all but odd cases, without importing it.
+    # The same as tempfile.gettempdir() in all usual cases, without importing tempfile.
     tmp = os.environ.get("TMPDIR", "")
     tmp = tmp if os.path.isdir(tmp) else "/tmp"
     return _read_path(text.replace("<tmp>", tmp).replace("<uid>", str(os.geteuid())))
@@ -146,8 +147,8 @@ TABLE: dict[str, tuple[str, Callable[[str], object], str, str]] = {
         "25",
         _read_grace,
         "a number of seconds from 2 to 86400",
-        "seconds the platform gives between the signal and SIGKILL; the process is gone one second earlier, whatever "
-        "is stuck",
+        "seconds the platform gives between the signal and SIGKILL; the process exits one second earlier at the "
+        "latest, whatever is stuck",
     ),
     "EXIT_CODE": (
         "0",
@@ -163,7 +164,12 @@ TABLE: dict[str, tuple[str, Callable[[str], object], str, str]] = {
         "exit code of a rank that was stopped because a peer got the signal. If it is set, a torchrun whose workers "
         "were stopped so returns it, too",
     ),
-    "PEERS": ("on", _read_flag, "on or off", "`off`: this rank neither tells its peers nor follows them"),
+    "PEERS": (
+        "on",
+        _read_flag,
+        "on or off",
+        "`off`: this rank neither notifies its peers nor stops with them",
+    ),
     "STOP_AT": (
         "step",
         _word_of("step", "now"),
@@ -175,14 +181,14 @@ TABLE: dict[str, tuple[str, Callable[[str], object], str, str]] = {
         _word_of("together", "alone"),
         "together or alone",
         "the application's own handlers run on every rank of the group after the same iteration; `alone`: at once, on "
-        "the signalled rank only, and nobody is told until its time is over",
+        "the signalled rank only, and its peers are not notified until its time is over",
     ),
     "LOST": (
         "30",
         _read_lost,
         f"{_SECONDS}, or off",
-        "seconds that a rank waits, blocked and without progress, for a peer that vanished without a word, before it "
-        "is torn down as a peer; `off`: never",
+        "seconds that a rank waits, blocked and without progress, for a peer that vanished, before it is torn down as "
+        "a peer; `off`: never",
     ),
     "ON_TEARDOWN": (
         "unset",
@@ -258,5 +264,5 @@ TABLE: dict[str, tuple[str, Callable[[str], object], str, str]] = {
         "node-local registry of armed processes, mode 0700, owner checked",
     ),
 }
-"""By the variable's name without the prefix: its default as it would be written, how that is read (ValueError: not
-allowed), what is allowed in words, and what it means."""
+"""By the variable's name without the prefix: the default as it would be written, the parser (ValueError: not allowed),
+the allowed values in words, and the meaning."""

@@ -155,7 +155,7 @@ def arm(pipe: Pipe, port: int, ranks: range, world: int) -> None:
             for fd, _ in poll.poll(120):
                 data = by_fd[fd].recv(65536)
                 if not data:
-                    raise RuntimeError("the hub has hung up")
+                    raise RuntimeError("the hub has closed the connection")
                 *lines, rests[fd] = (rests[fd] + data).split(b"\n")
                 times += [time.monotonic() for line in lines if mark in line]
         return times

@@ -1,1 +1,1 @@
-"""How the ranks of one job hear of each other."""
+"""The connections between the ranks of one process group: a hub on rank 0, and a client on every other rank."""

@@ -1,8 +1,10 @@
-"""At which of its own addresses a host can be reached by the peers of a rank, best first.
+"""Lists this host's own IP addresses for the hub to listen on and to publish, best first.
 
-What the user says comes first (`GLOO_SOCKET_IFNAME`, `NCCL_SOCKET_IFNAME`), then what is known to work: the local ends
-of this process's connections with the store, which the peers have reached this host by, or this host its store's. Then
-the rest, as NCCL does: container bridges after everything else, loopback last. Nothing is looked up by name.
+1. Interfaces that the user has chosen come first (`GLOO_SOCKET_IFNAME`, `NCCL_SOCKET_IFNAME`).
+2. Then addresses that are known to work: the local ends of this process's connections to the store. Over these the
+   peers have reached this host, or this host has reached the store's server.
+3. Then the rest in NCCL's order: container bridges after everything else, loopback last.
+4. No name is ever resolved.
 """
 
 from __future__ import annotations
@@ -18,15 +20,15 @@ from typing import Any, NamedTuple, Optional
 
 from autoteardown import unpatched
 
-MOST = 4
-"""So many addresses, beside loopback: each is a listening socket."""
+MAX_ADDRESSES = 4
+"""Addresses used besides loopback; each needs a listening socket."""
 
 _SIOCGIFCONF, _SIOCGIFFLAGS = 0x8912, 0x8913
 _IFF_UP, _IFF_LOOPBACK = 0x1, 0x8
 _IFREQ = 40
-_UNUSABLE = 0x08 | 0x40 | 0x20  # IPv6: found twice on the link, not known to be ours yet, on its way out
+_UNUSABLE = 0x08 | 0x40 | 0x20  # IFA_F_DADFAILED, IFA_F_TENTATIVE, IFA_F_DEPRECATED
 _LINK_LOCAL = 0x20
-_INNER = ("docker", "virbr", "br-", "veth", "cni", "podman", "lxc", "cilium", "kube-")
+_CONTAINER_BRIDGES = ("docker", "virbr", "br-", "veth", "cni", "podman", "lxc", "cilium", "kube-")
 
 
 class Interface(NamedTuple):
@@ -38,15 +40,15 @@ class Interface(NamedTuple):
 
 
 def ordered(
-    interfaces: Iterable[Interface], environ: Mapping[str, str], proven: Iterable[str], one_host: bool
+    interfaces: Iterable[Interface], environ: Mapping[str, str], used: Iterable[str], one_host: bool
 ) -> list[str]:
-    """The addresses to listen on and to publish, best first. Pure.
+    """The addresses to listen on and to publish, best first.
 
     Args:
-        interfaces: what there is.
-        environ: for the names of interfaces that the user wants.
-        proven: local addresses that the store's connections use, the most used first.
-        one_host: every rank of the world runs here.
+        interfaces: this host's addresses.
+        environ: holds the names of the interfaces that the user has chosen.
+        used: local addresses of the store's connections, the most used first.
+        one_host: every rank runs on this host.
     """
     found = list(dict.fromkeys(interfaces))
     wanted = [each for each in found if _wanted(each.name, environ)]
@@ -54,37 +56,37 @@ def ordered(
     if one_host and any(each.loopback for each in found):
         return [each.host for each in found if each.loopback][:1]
     usable = [each for each in (wanted or found) if not each.loopback]
-    proven = [plain(host) for host in proven]
+    used = [plain(host) for host in used]
 
-    def rank(each: Interface) -> tuple[int, bool]:
-        place = proven.index(each.host) if each.host in proven else len(proven)
-        return place, each.name.startswith(_INNER)
+    def order(each: Interface) -> tuple[int, bool]:
+        place = used.index(each.host) if each.host in used else len(used)
+        return place, each.name.startswith(_CONTAINER_BRIDGES)
 
-    return [each.host for each in sorted(usable, key=rank)][:MOST] + loopback[:1]
+    return [each.host for each in sorted(usable, key=order)][:MAX_ADDRESSES] + loopback[:1]
 
 
 def _wanted(name: str, environ: Mapping[str, str]) -> bool:
     gloo = environ.get("GLOO_SOCKET_IFNAME", "")
     if name in [each.strip() for each in gloo.split(",")]:
         return True
-    # NCCL: "eth,ib" names beginnings, "=eth0" whole names, "^docker" what not to take.
-    log = environ.get("NCCL_SOCKET_IFNAME", "").strip()
-    if not log or gloo:
+    # NCCL's syntax: "eth,ib" lists prefixes, "=eth0" full names, "^docker" what to exclude.
+    nccl = environ.get("NCCL_SOCKET_IFNAME", "").strip()
+    if not nccl or gloo:
         return False
-    exclude, exact = log.startswith("^"), log.lstrip("^").startswith("=")
-    names = [each.partition(":")[0] for each in log.lstrip("^=").split(",") if each]
+    exclude, exact = nccl.startswith("^"), nccl.lstrip("^").startswith("=")
+    names = [each.partition(":")[0] for each in nccl.lstrip("^=").split(",") if each]
     matches = name in names if exact else name.startswith(tuple(names))
     return matches != exclude
 
 
 def plain(host: str) -> str:
-    """An IPv4 address in IPv6's clothes as what it is, without a scope."""
+    """The address without an IPv6 scope, and an IPv4-mapped IPv6 address as IPv4."""
     host = host.partition("%")[0]
     return host[7:] if host.lower().startswith("::ffff:") and "." in host else host
 
 
 def interfaces() -> list[Interface]:
-    """Every address of this network namespace that others may know; empty where the system does not say."""
+    """Every usable address of this network namespace; empty where the system does not list them."""
     found: list[Interface] = []
     for source in (_ipv4, _ipv6):
         try:
@@ -130,12 +132,14 @@ def _ipv6() -> list[Interface]:
 
 
 def connections(port: int, most: int = 64) -> list[tuple[Any, bool]]:
-    """This process's TCP connections with a store at that port: a duplicate of each, and whether it is a client's.
+    """This process's TCP connections to or from a store at that port.
 
-    Close them. None where that cannot be found out.
+    Returns:
+        A duplicate of each socket, which the caller has to close, and whether it is the client's end. Empty where the
+        connections cannot be listed.
     """
     found: list[tuple[Any, bool]] = []
-    # With a default time-out, to make a socket object of a descriptor makes the connection itself non-blocking.
+    # With a default time-out, making a socket object from a descriptor makes the connection itself non-blocking.
     if _socket.getdefaulttimeout() is not None:
         return []
     try:
@@ -163,8 +167,8 @@ def connections(port: int, most: int = 64) -> list[tuple[Any, bool]]:
     return found
 
 
-def proven(port: Optional[int]) -> list[str]:
-    """The local addresses of the connections with the store at that port, the most used first."""
+def used_by_store(port: Optional[int]) -> list[str]:
+    """The local addresses of the connections to the store at that port, the most used first."""
     if not port:
         return []
     hosts: Counter[str] = Counter()
@@ -174,8 +178,11 @@ def proven(port: Optional[int]) -> list[str]:
     return [host for host, _ in hosts.most_common()]
 
 
-def here() -> str:
-    """What two processes have in common that reach each other by loopback; empty where that cannot be known."""
+def host_id() -> str:
+    """A hash of the kernel's boot and the network namespace, equal for processes that share a loopback interface.
+
+    Empty where the system does not tell.
+    """
     try:
         with open("/proc/sys/kernel/random/boot_id") as boot:
             where = boot.read() + os.readlink("/proc/self/ns/net")

@@ -1,7 +1,8 @@
-"""The hub's door: whoever connects is a guest until it has proven that it knows the token.
+"""Accepts connections on the hub and authenticates them: a peer has to prove that it knows the group's token.
 
-Guests are few, have little time, and the oldest goes first. Nothing that a guest says gets any further than this
-module.
+1. The number of unauthenticated connections is limited, and so is the time that each has. When there are too many, the
+   oldest is closed first.
+2. Nothing that an unauthenticated peer sends reaches code beyond this module.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Optional
 
 from autoteardown import unpatched
 from autoteardown.channel import fd_limits
-from autoteardown.channel.wire import Lines, Malformed, encode, name_of, proof, proven, whole
+from autoteardown.channel.wire import Lines, Malformed, encode, is_proof, name_of, proof, whole
 from autoteardown.event_loop import sockets
 from autoteardown.event_loop.sockets import READ, ConnectionClosed, Stream
 
@@ -19,48 +20,48 @@ if TYPE_CHECKING:
     from autoteardown.channel.rendezvous import HubAddress
     from autoteardown.event_loop.loop import Loop, Timer
 
-GUESTS = 32
-"""So many connections more than ranks that are missing may be there without having shown the token."""
-GUEST_SECONDS = 10.0
-_ACCEPTS = 64  # in a row, before it is the others' turn
-_PAUSE = 0.5  # seconds without accepting when there is no descriptor to be had
+MAX_UNAUTHENTICATED = 32
+"""Unauthenticated connections allowed beyond one for each rank that has not connected."""
+AUTHENTICATION_SECONDS = 10.0
+_ACCEPT_BATCH = 64  # connections accepted in a row, before the loop serves other descriptors
+_ACCEPT_PAUSE = 0.5  # seconds without accepting, when the process has no file descriptor left
 _NO_ROOM = "the hub has no file descriptor left for one more rank (RLIMIT_NOFILE)"
 
 
 class Peer(Stream):
-    """One connection: a guest's, or a member's."""
+    """One accepted connection, authenticated or not."""
 
     def __init__(self, sock: Any) -> None:
         super().__init__(sock)
         self.lines = Lines()
-        self.since = unpatched.monotonic()
-        self.member: Any = None  # the hub's, once it has been let in
-        self.told = 0  # index of the last message handed to the kernel
+        self.accepted_at = unpatched.monotonic()
+        self.member: Any = None  # the hub's Member, once authenticated
+        self.sent_index = 0  # index of the last message handed to the kernel
 
 
 class Hello(NamedTuple):
-    """A first line, by somebody who knows the token."""
+    """The first line of a peer that has is_proof that it knows the token."""
 
     rank: int
     world: int
-    name: str  # of this life of the rank
-    attempt: int
-    heard: int
-    near: int
+    incarnation: str  # random; a rank that leaves and joins again has another
+    attempt: int  # grows with each connection of an incarnation
+    received: int  # index of the last message that the rank has received
+    same_host: int
 
 
 class Admission:
-    """See above. Everything happens on the loop thread.
+    """Accepts and authenticates connections. Every method runs on the loop thread.
 
     Args:
-        loop: rank 0's.
-        card: what the ranks know of this hub.
-        listeners: sockets that listen.
-        many: whether connections are not to take the low numbers (see `descriptors`).
-        here: how many members are connected.
-        welcome: called with each new guest.
-        hang_up: called with a guest that has to go.
-        note: called once with a line about each sort of trouble with those who connect.
+        loop: rank 0's event loop.
+        address: the hub's published address, with the token.
+        listeners: listening sockets.
+        high_fds: whether connections are moved to high descriptor numbers (see `fd_limits`).
+        member_count: returns how many members are connected.
+        on_accept: called with each new connection.
+        disconnect: called with an unauthenticated connection that has to be closed.
+        log: called with one line, once for each kind of problem with connections.
     """
 
     def __init__(
@@ -68,80 +69,87 @@ class Admission:
         loop: Loop,
         address: HubAddress,
         listeners: list[Any],
-        many: bool,
-        here: Callable[[], int],
-        welcome: Callable[[Peer], object],
-        hang_up: Callable[[Peer], object],
-        note: Callable[[str], object],
+        high_fds: bool,
+        member_count: Callable[[], int],
+        on_accept: Callable[[Peer], object],
+        disconnect: Callable[[Peer], object],
+        log: Callable[[str], object],
     ) -> None:
-        self._loop, self._address, self._many = loop, address, many
-        self._here, self._welcomed, self._hang_up, self._note = here, welcome, hang_up, note
+        self._loop, self._address, self._high_fds = loop, address, high_fds
+        self._member_count, self._on_accept, self._disconnect, self._log = (
+            member_count,
+            on_accept,
+            disconnect,
+            log,
+        )
         self._listeners = [(each, sockets.identity(each.fileno())) for each in listeners]
-        self._room = 0  # for connections
-        self._guests: collections.OrderedDict[int, Peer] = collections.OrderedDict()
-        self._noted: set[str] = set()
-        self._sweep: Optional[Timer] = None
+        self._capacity = 0  # connections that the descriptor limit allows
+        self._unauthenticated: collections.OrderedDict[int, Peer] = (
+            collections.OrderedDict()
+        )  # the oldest first
+        self._logged: set[str] = set()
+        self._expiry: Optional[Timer] = None
         self._closed = False
 
     def open(self) -> None:
-        """Let them come."""
-        self._room = fd_limits.afford(self._address.world - 1 + GUESTS)
+        """Start accepting connections."""
+        self._capacity = fd_limits.reserve(self._address.world - 1 + MAX_UNAUTHENTICATED)
         for listener, _ in self._listeners:
             self._listen(listener)
 
     def close(self) -> None:
-        """Close what listens, and every guest."""
+        """Close the listening sockets and every unauthenticated connection."""
         self._closed = True
-        if self._sweep is not None:
-            self._sweep.cancel()
+        if self._expiry is not None:
+            self._expiry.cancel()
         for listener, identity in self._listeners:
             self._loop.unwatch(listener.fileno())
             sockets.close(listener, identity)
-        for peer in list(self._guests.values()):
+        for peer in list(self._unauthenticated.values()):
             peer.close()
-        self._guests.clear()
+        self._unauthenticated.clear()
 
-    def identify(self, line: list[Any]) -> Hello:
-        """Who says this first line.
+    def authenticate(self, line: list[Any]) -> Hello:
+        """Parse a peer's first line and check its proof.
 
         Raises:
-            Malformed: it is no hello.
-            Ended: it is not by one who knows the token.
+            Malformed: the line is no hello.
+            ConnectionClosed: the proof is wrong, so the peer does not know the token.
         """
         if len(line) != 8 or line[0] != "hello":
             raise Malformed("no hello")
-        rank, world, name = whole(line[1], 1), whole(line[2], 1), name_of(line[3])
-        hello = Hello(rank, world, name, whole(line[4], 1), whole(line[5]), whole(line[6], 0, 1))
-        if not proven(line[7], proof(self._address.token, "hello", *hello)):
-            self.note_once("the hub has hung up on somebody without this group's token")
+        rank, world, incarnation = whole(line[1], 1), whole(line[2], 1), name_of(line[3])
+        hello = Hello(rank, world, incarnation, whole(line[4], 1), whole(line[5]), whole(line[6], 0, 1))
+        if not is_proof(line[7], proof(self._address.token, "hello", *hello)):
+            self.log_once("the hub has closed a connection without this group's token")
             raise ConnectionClosed("no token")
         return hello
 
-    def promise(self, hello: Hello) -> str:
-        """What proves to that rank that the hub knows the token, too."""
+    def proof_for(self, hello: Hello) -> str:
+        """The proof to that rank that the hub knows the token, too."""
         return proof(self._address.token, "welcome", *hello)
 
-    def leave(self, peer: Peer) -> None:
-        """That one is no guest any more."""
-        self._guests.pop(peer.fd, None)
+    def release(self, peer: Peer) -> None:
+        """Stop counting a connection as unauthenticated."""
+        self._unauthenticated.pop(peer.fd, None)
 
-    def turn_away(self, peer: Peer, why: str) -> None:
-        """Hang up on a guest, and say so once; an empty `why` is not worth a word."""
-        self._hang_up(peer)
+    def reject(self, peer: Peer, why: str) -> None:
+        """Close an unauthenticated connection, and log the kind once; an empty `why` is not logged."""
+        self._disconnect(peer)
         if why:
-            self.note_once(f"the hub has hung up on {why}")
+            self.log_once(f"the hub has closed {why}")
 
-    def note_once(self, why: str) -> None:
-        """One line on the log about each sort of trouble."""
-        if why not in self._noted:
-            self._noted.add(why)
-            self._note(why)
+    def log_once(self, why: str) -> None:
+        """Log one line for each kind of problem."""
+        if why not in self._logged:
+            self._logged.add(why)
+            self._log(why)
 
     def _listen(self, listener: Any) -> None:
         self._loop.watch(listener.fileno(), READ, lambda events: self._accept(listener))
 
     def _accept(self, listener: Any) -> None:
-        for _ in range(_ACCEPTS):
+        for _ in range(_ACCEPT_BATCH):
             try:
                 fd, _ = listener._accept()
             except BlockingIOError:
@@ -149,46 +157,49 @@ class Admission:
             except OSError as error:
                 if self._closed or listener.fileno() == -1:
                     return
-                self.note_once(f"the hub cannot accept a connection: {sockets.words(error)}")
+                self.log_once(f"the hub cannot accept a connection: {sockets.reason(error)}")
                 self._pause(listener)
                 return
             try:
-                self._welcome(sockets.accepted(fd_limits.high(fd) if self._many else fd))
+                self._add(sockets.accepted(fd_limits.move_high(fd) if self._high_fds else fd))
             except OSError:
                 continue
 
     def _pause(self, listener: Any) -> None:
         self._loop.unwatch(listener.fileno())
 
-        def go_on() -> None:
+        def resume() -> None:
             if not self._closed:
                 self._listen(listener)
 
-        self._loop.at(_PAUSE, go_on)
+        self._loop.at(_ACCEPT_PAUSE, resume)
 
-    def _welcome(self, sock: Any) -> None:
+    def _add(self, sock: Any) -> None:
         peer = Peer(sock)
-        room = self._room - self._here()
+        room = self._capacity - self._member_count()
         if room <= 0:
-            self.note_once(_NO_ROOM)
+            self.log_once(_NO_ROOM)
             try:
                 peer.send(encode("no", _NO_ROOM))
             except ConnectionClosed:
                 pass
             peer.close()
             return
-        while len(self._guests) >= room:
-            self.turn_away(next(iter(self._guests.values())), "too many who do not say who they are")
-        self._guests[peer.fd] = peer
-        self._welcomed(peer)
-        if self._sweep is None:
-            self._sweep = self._loop.at(GUEST_SECONDS, self._sweep_out)
+        while len(self._unauthenticated) >= room:
+            self.reject(
+                next(iter(self._unauthenticated.values())),
+                "the oldest of too many unauthenticated connections",
+            )
+        self._unauthenticated[peer.fd] = peer
+        self._on_accept(peer)
+        if self._expiry is None:
+            self._expiry = self._loop.at(AUTHENTICATION_SECONDS, self._expire)
 
-    def _sweep_out(self) -> None:
-        self._sweep = None
+    def _expire(self) -> None:
+        self._expiry = None
         now = unpatched.monotonic()
-        for peer in list(self._guests.values()):
-            if peer.since <= now - GUEST_SECONDS:
-                self.turn_away(peer, "somebody who does not say who it is")
-        if self._guests and not self._closed:
-            self._sweep = self._loop.at(GUEST_SECONDS / 2, self._sweep_out)
+        for peer in list(self._unauthenticated.values()):
+            if peer.accepted_at <= now - AUTHENTICATION_SECONDS:
+                self.reject(peer, "a connection that did not authenticate in time")
+        if self._unauthenticated and not self._closed:
+            self._expiry = self._loop.at(AUTHENTICATION_SECONDS / 2, self._expire)

@@ -1,4 +1,4 @@
-"""What the hub sends to those who are connected: what the council has said, and that their posts have come."""
+"""Sends the coordinator's messages, and acknowledgements of posts, to every rank that is connected to the hub."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Callable
 
 from autoteardown import unpatched
-from autoteardown.channel import fd_limits
 from autoteardown.channel.wire import encode
+from autoteardown.event_loop import sockets
 from autoteardown.event_loop.sockets import ConnectionClosed
 
 if TYPE_CHECKING:
@@ -16,20 +16,23 @@ if TYPE_CHECKING:
     from autoteardown.event_loop.connection_poller import ConnectionPoller
     from autoteardown.event_loop.loop import Loop
 
-_FULL, _UNREAD = 1 << 16, 1 << 20  # bytes that wait: no more messages are added; it is given up
-_GLANCE = 0.005  # seconds until the next look at what the kernel has sent
-_MOMENT = 0.5  # seconds at most until a rank knows that its post has come, while there is much to hear
+_FULL, _UNREAD = (
+    1 << 16,
+    1 << 20,
+)  # buffered bytes: from here no message is added; from here the connection is closed
+_POLL_SECONDS = 0.005  # between two looks at what the kernels have sent
+_ACKNOWLEDGE_SECONDS = 0.5  # until a post is acknowledged, at most, while more posts arrive
 
 
 class Broadcaster:
-    """See above. Everything happens on the loop thread.
+    """Sends messages and acknowledgements. Every method runs on the loop thread.
 
     Args:
-        loop: rank 0's.
-        said: by the council.
-        crowd: that watches the connections.
-        connected: gives those of all members that are there.
-        drop: called with a connection that has ended, and why.
+        loop: rank 0's event loop.
+        log: the coordinator's messages.
+        poller: watches the connections.
+        connected: returns the connections of all members.
+        drop: called with a connection that has ended, and the reason.
     """
 
     def __init__(
@@ -42,19 +45,23 @@ class Broadcaster:
     ) -> None:
         self._loop, self._log, self._poller = loop, log, poller
         self._connected, self._drop = connected, drop
-        self._owed: set[Peer] = set()  # who has posts that it does not know to have come
-        self._owed_since = 0.0
+        self._unacknowledged: set[Peer] = set()  # connections whose posts are to be acknowledged
+        self._unacknowledged_since = 0.0
         self._flushes: list[Callable[[], object]] = []
 
-    def everybody(self) -> None:
-        """Tell them what there is to tell."""
-        self._each(self._connected())
+    def send_all(self) -> None:
+        """Send new messages to every connection."""
+        self._send_to(self._connected())
 
-    def one(self, peer: Peer, acknowledge: bool = True) -> None:
-        """The same for one. Without `acknowledge`, that its posts have come is said only if there is more to say.
+    def send(self, peer: Peer, acknowledge: bool = True) -> None:
+        """Send new messages to one connection.
+
+        Args:
+            peer: the connection.
+            acknowledge: acknowledge its posts in any case; otherwise only together with a message.
 
         Raises:
-            Ended: the connection is over.
+            ConnectionClosed: the connection has ended.
         """
         member = peer.member
         if member is None:
@@ -63,62 +70,65 @@ class Broadcaster:
             last = self._log.last
             if peer.waiting >= _FULL:
                 peer.send(b"")
-            if member.seen > member.acknowledged and (acknowledge or peer.told < last):
+            if member.seen > member.acknowledged and (acknowledge or peer.sent_index < last):
                 member.acknowledged = member.seen
                 peer.put(encode("ack", member.seen))
-            while peer.told < last:
+            while peer.sent_index < last:
                 if peer.waiting >= _FULL:
-                    break  # not all has been added: so something has to wait, or nobody would come back to it
-                data, peer.told = self._log.after(peer.told, member.rank)
+                    break  # the buffer is not empty, so the poller calls this again when it can be sent
+                data, peer.sent_index = self._log.after(peer.sent_index, member.rank)
                 peer.send(data)
             else:
                 peer.send(b"")
         if peer.waiting > _UNREAD:
-            raise ConnectionClosed("it does not read what it is told")
+            raise ConnectionClosed("it does not read its messages")
         self._poller.change(peer.fd, peer.events)
 
-    def owe(self, peer: Peer) -> None:
-        """That one is to know that its post has come."""
-        if not self._owed:
-            self._owed_since = unpatched.monotonic()
-        self._owed.add(peer)
+    def acknowledge_later(self, peer: Peer) -> None:
+        """Have the next `acknowledge` acknowledge this connection's posts."""
+        if not self._unacknowledged:
+            self._unacknowledged_since = unpatched.monotonic()
+        self._unacknowledged.add(peer)
 
-    def settle(self) -> None:
-        """Let them know, when nothing more is to be heard.
+    def acknowledge(self) -> None:
+        """Acknowledge posts, unless more are about to arrive.
 
-        Thousands answer a notice at once: the plan, which they wait for, is not to wait for as many packets.
+        Thousands of ranks answer a notice at once, and wait for the plan. The plan must not wait until as many
+        acknowledgements have been sent.
         """
-        if self._owed and (self._poller.quiet or unpatched.monotonic() > self._owed_since + _MOMENT):
-            owed, self._owed = self._owed, set()
-            self._each(owed)
+        late = unpatched.monotonic() > self._unacknowledged_since + _ACKNOWLEDGE_SECONDS
+        if self._unacknowledged and (late or self._poller.quiet):
+            peers, self._unacknowledged = self._unacknowledged, set()
+            self._send_to(peers)
 
-    def when_taken(self, function: Callable[[], object]) -> None:
-        """Call it when the kernels of all that are connected have taken everything."""
+    def when_acknowledged(self, function: Callable[[], object]) -> None:
+        """Call the function when the hosts of all connections have acknowledged (TCP) all messages so far."""
         self._flushes.append(function)
-        self._glance()
+        self._check_flushes()
 
     def close(self) -> None:
-        """No more of it."""
-        self._owed.clear()
+        """Drop what waits."""
+        self._unacknowledged.clear()
         self._flushes.clear()
 
-    def _each(self, peers: Iterable[Peer]) -> None:
+    def _send_to(self, peers: Iterable[Peer]) -> None:
         for peer in peers:
-            if not peer.closed:  # another's end may have been this one's, too
+            if not peer.closed:  # dropping one connection may have closed another
                 try:
-                    self.one(peer)
+                    self.send(peer)
                 except ConnectionClosed as error:
                     self._drop(peer, str(error))
 
-    def _glance(self) -> None:
+    def _check_flushes(self) -> None:
         if not self._flushes:
             return
         try:
             last = self._log.last
             if any(
-                peer.told < last or peer.waiting or fd_limits.unsent(peer.fd) for peer in self._connected()
+                peer.sent_index < last or peer.waiting or sockets.unacknowledged(peer.fd)
+                for peer in self._connected()
             ):
-                self._loop.at(_GLANCE, self._glance)
+                self._loop.at(_POLL_SECONDS, self._check_flushes)
                 return
         except OSError:
             pass

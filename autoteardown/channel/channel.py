@@ -1,6 +1,6 @@
-"""How one rank of a group hears of the others, as the guard uses it: post, be told, and know whether the line is there.
+"""One rank's interface to the group's messages: post to the coordinator, receive its decisions, query the connection.
 
-guard ── Channel ── Connection ──(TCP)── Hub ── Council          (on rank 0: Channel ── Hub ── Council)
+guard ── Channel ── Connection ──(TCP)── Hub ── Coordinator          (on rank 0: Channel ── Hub ── Coordinator)
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from autoteardown.fail_open import report_failure
 if TYPE_CHECKING:
     from autoteardown.event_loop.loop import Loop
 
-_PATIENCE = 0.5  # seconds for the loop thread, which needs nothing but the GIL, to come by
-_PUBLISH_AGAIN = 2.0  # seconds
+_CLOSE_SECONDS = 0.5  # for the loop thread, which needs nothing but the GIL, to close the connections
+_PUBLISH_RETRY = 2.0  # seconds
 
 _open: weakref.WeakSet[Channel] = weakref.WeakSet()
 
 
 class Channel:
-    """One rank's part in the channel of a group. Use `Channel.open`."""
+    """One rank's end of the group's channel. Create it with `Channel.open`."""
 
     def __init__(self, loop: Optional[Loop], deliver: Deliver, rank: int) -> None:
         self._loop = loop
@@ -52,19 +52,20 @@ class Channel:
         deliver: Deliver,
         coordinator: Callable[[], Coordinator],
     ) -> Channel:
-        """The channel of the group with this store; never raises, never waits.
+        """Open the channel of the group with this store; never raises, never waits.
 
-        Call it on the thread that has just called init_process_group: rank 0 writes one key. All else is done on the
-        loop thread, and is tried again and again for as long as the group lives.
+        Call it on the thread that has just called init_process_group: rank 0 writes one key. Everything else runs on
+        the loop thread, and is retried for as long as the group exists.
 
         Args:
-            store: the group's, of any kind, or None.
+            store: the group's store, of any kind, or None.
             rank, world: of the default group.
-            loop: the rank's.
-            deliver: called on the loop thread with kind and value of each message, in order, once each. Beside what
-                the council says: `up` and `down` (value: None, why) when the hub comes and goes, `lost` and `back`
-                (value: 0) when it stays away and returns, `note` (value: a line for the log; at most one of a sort).
-            council: makes what decides; called on rank 0 only.
+            loop: the rank's event loop.
+            deliver: called on the loop thread with the kind and value of each message, in order, once each. Besides the
+                coordinator's messages: `up` and `down` (value: None, the reason) when the connection to the hub opens
+                and closes, `lost` and `back` (value: 0) when it stays closed and when it returns, `note` (value: a line
+                for the log; at most one of each kind).
+            coordinator: makes the coordinator; called on rank 0 only.
         """
         channel = Channel(loop, deliver, rank)
         try:
@@ -91,19 +92,18 @@ class Channel:
         one_host = os.environ.get("LOCAL_WORLD_SIZE") == str(world)
         interfaces = addresses.interfaces()
         choice = not one_host and sum(not each.loopback for each in interfaces) > 1
-        proven = (
-            addresses.proven(rendezvous.port) if choice else []
-        )  # which init waits for, as for all of this
-        found = addresses.ordered(interfaces, os.environ, proven, one_host)
+        # Only where there is a choice, because the program's init waits for this.
+        used = addresses.used_by_store(rendezvous.port) if choice else []
+        found = addresses.ordered(interfaces, os.environ, used, one_host)
         for host in found or ["127.0.0.1", "::1"]:
             try:
                 listeners.append(sockets.listen(host))
             except OSError as error:
-                problem = f"{host}: {sockets.words(error)}"
+                problem = f"{host}: {sockets.reason(error)}"
         if not listeners:
             raise OSError(problem)
         hosts = tuple(each.getsockname()[:2] for each in listeners)
-        address = HubAddress(os.urandom(8).hex(), os.urandom(16).hex(), world, addresses.here(), hosts)
+        address = HubAddress(os.urandom(8).hex(), os.urandom(16).hex(), world, addresses.host_id(), hosts)
         self._end = Hub(
             self._loop,
             address,
@@ -121,10 +121,10 @@ class Channel:
         except Exception as error:
             self._why = f"the store cannot be written to: {type(error).__name__}"
             assert self._loop is not None
-            self._loop.at(_PUBLISH_AGAIN, lambda: self._publish_again(rendezvous, address))
+            self._loop.at(_PUBLISH_RETRY, lambda: self._publish_again(rendezvous, address))
 
     def _publish_again(self, rendezvous: Rendezvous, address: HubAddress) -> None:
-        """On the loop thread, which must not wait for a store."""
+        """Publish on another thread: the loop thread must not wait for a store."""
         if not self._closed:
             rendezvous.on_a_thread(lambda: self._publish(rendezvous, address))
 
@@ -132,7 +132,7 @@ class Channel:
 
     @property
     def connected(self) -> bool:
-        """Whether what is posted now gets to the others, as far as anybody can know."""
+        """Whether this rank can reach the coordinator, as far as is known."""
         end = self._end
         if self._closed or self._loop is None or not self._loop.running or end is None:
             return False
@@ -140,23 +140,23 @@ class Channel:
 
     @property
     def why(self) -> str:
-        """Why this rank is not connected, in words for a person; empty if it is."""
+        """Why this rank is not connected, for a log line; empty if it is connected."""
         if self.connected:
             return ""
         if self._why:
             return self._why
         if self._closed:
-            return "the process group is gone"
+            return "the process group has been destroyed"
         if self._loop is not None and not self._loop.running:
             return "the agent's thread has ended"
         return self._end.why if isinstance(self._end, Connection) else ""
 
     def post(self, kind: str, value: Any = None) -> None:
-        """Tell the council; from any thread, at any bytecode, never waits.
+        """Send a message to the coordinator; from any thread, at any bytecode, never waits.
 
         Args:
             kind: an identifier of at most 32 characters.
-            value: anything that JSON can hold, 16,000 bytes of it at most; copied at once.
+            value: anything that JSON can hold, at most 16,000 bytes; copied at once.
         """
         end, loop = self._end, self._loop
         if self._closed or end is None or loop is None:
@@ -169,21 +169,24 @@ class Channel:
         loop.call(lambda: end.post(kind, copy))
 
     def flush(self, seconds: float) -> bool:
-        """Wait until the hub has everything that was posted, or on the hub the kernels of all that are connected.
+        """Wait until the hub has acknowledged all posts; on rank 0, until all connected hosts have all messages.
+
+        Args:
+            seconds: at most this long.
 
         Returns:
-            Whether that is so. False on the loop thread, which must not wait.
+            Whether they have. False on the loop thread, which must not wait.
         """
         end, loop = self._end, self._loop
         if self._closed or end is None or loop is None or not loop.running or loop.is_current:
             return False
-        heard = unpatched.allocate_lock()
-        heard.acquire()
-        loop.call(lambda: end.when_heard(lambda: _release(heard)))
-        return heard.acquire(timeout=max(0.0, seconds))
+        done = unpatched.allocate_lock()
+        done.acquire()
+        loop.call(lambda: end.when_acknowledged(lambda: _release(done)))
+        return done.acquire(timeout=max(0.0, seconds))
 
     def close(self) -> None:
-        """Leave the group: says good-bye, and is gone when this returns. May be called again; raises nothing."""
+        """Leave the group, and close everything before this returns. May be called again; raises nothing."""
         if self._closed:
             return
         self._closed = True
@@ -194,24 +197,24 @@ class Channel:
         if loop.is_current or not loop.running:
             end.close()
             return
-        gone = unpatched.allocate_lock()
-        gone.acquire()
+        done = unpatched.allocate_lock()
+        done.acquire()
 
         def leave() -> None:
             try:
                 end.close()
             finally:
-                gone.release()
+                done.release()
 
         loop.call(leave)
-        if not gone.acquire(timeout=_PATIENCE):
+        if not done.acquire(timeout=_CLOSE_SECONDS):
             try:
-                end.forget()  # under the hands of the loop's thread, which has yet to come to it, or is at it
+                end.forget()  # from this thread, although the loop thread may be closing them, or will later
             except Exception as error:
                 report_failure("to close the channel", error)
 
     def forget(self) -> None:
-        """In a forked child: let go of what is the parent's."""
+        """In a forked child: close the parent's descriptors."""
         self._closed = True
         _open.discard(self)
         if self._end is not None:
@@ -226,6 +229,6 @@ def _release(lock: Any) -> None:
 
 
 def close_all() -> None:
-    """At exit: close every channel."""
+    """Close every open channel, at exit."""
     for channel in list(_open):
         channel.close()

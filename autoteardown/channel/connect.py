@@ -1,11 +1,11 @@
-"""On the way to the hub: several of its addresses at a time, and the first that lets us in wins."""
+"""Connects a rank to the hub: tries the published addresses in parallel, and keeps the first that authenticates."""
 
 from __future__ import annotations
 
 import functools
 from typing import TYPE_CHECKING, Any, Callable, Optional
 
-from autoteardown.channel.wire import FIRST, Lines, Malformed, encode, proof, proven, whole
+from autoteardown.channel.wire import FIRST, Lines, Malformed, encode, is_proof, proof, whole
 from autoteardown.event_loop import sockets
 from autoteardown.event_loop.sockets import ConnectionClosed, Stream
 from autoteardown.node.entry import printable, text
@@ -14,31 +14,32 @@ if TYPE_CHECKING:
     from autoteardown.channel.rendezvous import HubAddress
     from autoteardown.event_loop.loop import Loop, Timer
 
-_STAGGER = 0.25  # seconds until the next address is tried as well
-# The same where the connection is there, and its other end is yet to speak: a hub that thousands come to at once is not
-# helped by a second connection of each.
+_STAGGER = 0.25  # seconds until the next address is tried in parallel
+# The same once a connection is established and the hub has not answered: when thousands of ranks connect at once, a
+# second connection from each would slow the hub down further.
 _ANSWER = 2.0
-_TIMEOUT = 8.0  # seconds for one address: time for three lost packets that would open the connection
+_TIMEOUT = 8.0  # seconds for all attempts of one round: enough for three lost SYN packets
 
 
 class Link(Stream):
-    """A connection with the hub, and the lines that come over it."""
+    """A connection to the hub, and the parser of the lines that it receives."""
 
     def __init__(self, sock: Any, where: str) -> None:
         super().__init__(sock)
-        self.where = where  # for people
+        self.where = where  # host and port, for messages
         self.lines = Lines()
 
 
 class Connector:
-    """One round of attempts. Everything happens on the loop thread.
+    """One round of connection attempts. Every method runs on the loop thread.
 
     Args:
-        loop: the rank's.
-        card: who to look for, and where.
-        hello: rank, world, member, attempt, heard and near, as the hub wants them. Each attempt uses up a number.
-        done: called once: with a link that has been let in, the posts that the hub has seen and the lines that came
-            after its welcome; or with None and the reason why there is none.
+        loop: the rank's event loop.
+        address: the hub's published address, with the token.
+        hello: returns rank, world, incarnation, attempt, received and same_host (see `admission.Hello`). Each call uses
+            up an attempt number.
+        done: called once: with an authenticated link, the number of the last post that the hub has, and the lines that
+            followed its welcome; or with None, 0, no lines, and the reason for the failure.
     """
 
     def __init__(
@@ -51,20 +52,20 @@ class Connector:
         self._loop, self.address, self._hello, self._done = loop, address, hello, done
         self._route = address.route()
         self._tried: dict[int, Link] = {}
-        # One of them at a time says hello: the hub takes a second one as the end of the first.
-        self._speaking: Optional[Link] = None
-        self._promised = ""  # the proof that the hub owes it
-        self._arrivals: list[Link] = []  # wait for their turn
+        # Only one link at a time sends a hello: the hub closes a rank's first connection when a second authenticates.
+        self._authenticating: Optional[Link] = None
+        self._expected_proof = ""  # that the hub knows the token
+        self._established: list[Link] = []  # links that wait until they may send a hello
         self._next: Optional[Timer] = None
-        self._over = False
+        self._finished = False
         self._why = "it has published no address"
-        self._end = loop.at(_TIMEOUT, self._time_out)
+        self._timeout = loop.at(_TIMEOUT, self._time_out)
         self._try_next()
 
     def cancel(self) -> None:
-        """No more of it; `done` is not called."""
-        self._over = True
-        self._end.cancel()
+        """Close every attempt; `done` is not called."""
+        self._finished = True
+        self._timeout.cancel()
         if self._next is not None:
             self._next.cancel()
         for link in list(self._tried.values()):
@@ -73,7 +74,7 @@ class Connector:
         self._tried.clear()
 
     def _try_next(self) -> None:
-        if self._over:
+        if self._finished:
             return
         if self._next is not None:
             self._next.cancel()
@@ -83,36 +84,36 @@ class Connector:
             try:
                 link = Link(sockets.connect(host, port), where)
             except OSError as error:
-                self._why = f"{where}: {sockets.words(error)}"
+                self._why = f"{where}: {sockets.reason(error)}"
                 continue
             self._tried[link.fd] = link
-            self._loop.watch(link.fd, sockets.WRITE, functools.partial(self._arrived, link))
+            self._loop.watch(link.fd, sockets.WRITE, functools.partial(self._on_established, link))
             self._next = self._loop.at(_STAGGER, self._try_next)
             return
         if not self._tried:
             self._finish(None, 0, [], self._why)
 
-    def _arrived(self, link: Link, events: int) -> None:
+    def _on_established(self, link: Link, events: int) -> None:
         try:
-            link.connected()
-            self._loop.watch(link.fd, sockets.READ, functools.partial(self._hear, link))
-            if self._speaking is None:
-                self._speak(link)
+            link.check_connected()
+            self._loop.watch(link.fd, sockets.READ, functools.partial(self._on_readable, link))
+            if self._authenticating is None:
+                self._send_hello(link)
             else:
-                self._arrivals.append(link)
+                self._established.append(link)
         except ConnectionClosed as error:
             self._drop(link, str(error))
 
-    def _speak(self, link: Link) -> None:
+    def _send_hello(self, link: Link) -> None:
         hello = self._hello()
-        self._speaking = link
+        self._authenticating = link
         if self._next is not None:
             self._next.cancel()
         self._next = self._loop.at(_ANSWER, self._try_next)
-        self._promised = proof(self.address.token, "welcome", *hello)
+        self._expected_proof = proof(self.address.token, "welcome", *hello)
         link.send(encode("hello", *hello, proof(self.address.token, "hello", *hello)))
 
-    def _hear(self, link: Link, events: int) -> None:
+    def _on_readable(self, link: Link, events: int) -> None:
         try:
             lines = link.lines.feed(link.receive(FIRST))
             if not lines:
@@ -120,10 +121,10 @@ class Connector:
             kind, *rest = lines.pop(0)
             if kind == "no" and len(rest) == 1:
                 raise ConnectionClosed(printable(text(rest[0])))
-            # A stranger may listen at an address that was the hub's.
-            if link is not self._speaking or kind != "welcome" or len(rest) != 2:
-                raise Malformed("not what a hub says")
-            if not proven(rest[1], self._promised):
+            # Another program may listen at an address that was the hub's.
+            if link is not self._authenticating or kind != "welcome" or len(rest) != 2:
+                raise Malformed("the answer is not a hub's")
+            if not is_proof(rest[1], self._expected_proof):
                 raise Malformed("a hub without this group's token")
             self._finish(link, whole(rest[0]), lines, "")
         except (ConnectionClosed, Malformed) as error:
@@ -134,14 +135,14 @@ class Connector:
         self._tried.pop(link.fd)
         self._loop.unwatch(link.fd)
         link.close()
-        if link in self._arrivals:
-            self._arrivals.remove(link)
-        if link is self._speaking:
-            self._speaking = None
-            if self._arrivals:
-                other = self._arrivals.pop(0)
+        if link in self._established:
+            self._established.remove(link)
+        if link is self._authenticating:
+            self._authenticating = None
+            if self._established:
+                other = self._established.pop(0)
                 try:
-                    self._speak(other)
+                    self._send_hello(other)
                 except ConnectionClosed as error:
                     self._drop(other, str(error))
         self._try_next()
@@ -152,7 +153,7 @@ class Connector:
         self._finish(None, 0, [], f"{where}: timed out")
 
     def _finish(self, link: Optional[Link], seen: int, lines: list[list[Any]], why: str) -> None:
-        if self._over:
+        if self._finished:
             return
         if link is not None:
             self._tried.pop(link.fd)

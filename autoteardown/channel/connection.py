@@ -1,7 +1,8 @@
-"""A rank's one connection with the hub: found, kept, and made again for as long as the group lives.
+"""A rank's reliable connection to the hub: reconnects, resends unacknowledged posts, and delivers each message once.
 
-What is posted is kept until the hub has said that it has it, and sent again over the next connection; the hub counts
-each post once. What the hub says is numbered, and a new connection goes on where the last one was cut.
+1. The rank keeps each post until the hub has acknowledged it, and sends it again over the next connection. The hub
+   counts each post once, by its number.
+2. The hub's messages are numbered. A new connection continues after the last message that the rank has received.
 """
 
 from __future__ import annotations
@@ -24,75 +25,75 @@ if TYPE_CHECKING:
 Deliver = Callable[[str, Any], object]
 
 LOST_AFTER = 3.0
-"""Seconds without the hub after which rank 0 counts as lost."""
-UNHEARD = 2.0
-"""Seconds without a word about a post after which a second connection is tried beside the first."""
+"""Seconds without a connection to the hub after which rank 0 counts as lost."""
+ACKNOWLEDGE_SECONDS = 2.0
+"""Seconds without an acknowledgement of a post after which a second connection is tried in parallel to the first."""
 
 
 class Connection:
-    """See above. Everything but `post` and the attributes happens on the loop thread.
+    """One rank's connection to the hub. Every method runs on the loop thread; the properties may be read on any.
 
     Args:
-        loop: the rank's.
-        desk: where the hub's card is.
-        rank, world: ours.
-        deliver: for what the hub says, and `down`, `up`, `lost`, `back`.
+        loop: the rank's event loop.
+        rendezvous: where the hub's address is published.
+        rank, world: this rank's.
+        deliver: called with the kind and value of each message from the hub, and with `down`, `up`, `lost`, `back`.
     """
 
     def __init__(self, loop: Loop, rendezvous: Rendezvous, rank: int, world: int, deliver: Deliver) -> None:
         self._loop, self._deliver = loop, deliver
-        self._rank, self._world, self._member = rank, world, os.urandom(8).hex()
+        self._rank, self._world, self._incarnation = rank, world, os.urandom(8).hex()
         self._discovery = Discovery(loop, rendezvous, self, world)
-        self._session = ""  # whose numbers these are: the name of a hub
-        self._heard = 0
+        self._session = ""  # name of the hub that the numbers below belong to
+        self._received = 0  # index of the last message received
         self._posted = 0
-        self._unheard: collections.deque[tuple[int, str, Any, float]] = collections.deque()
+        self._unacknowledged: collections.deque[tuple[int, str, Any, float]] = collections.deque()
         self._flushes: list[tuple[int, Callable[[], object]]] = []
         self._link: Optional[Link] = None
-        self._doubt: Optional[Timer] = None
+        self._acknowledge_timer: Optional[Timer] = None
         self._lost_timer: Optional[Timer] = None
         self._attempts = 0
-        self._patience = UNHEARD
+        self._patience = ACKNOWLEDGE_SECONDS
         self._lost = False
-        self._ended = False  # rank 0 has said that it is no more in the group
+        self._rank_0_left = False
         self._closed = False
 
     @property
     def connected(self) -> bool:
-        """Whether the hub has let us in and the line is there, as far as anybody can know."""
+        """Whether there is an authenticated connection, as far as is known."""
         return self._link is not None
 
     @property
     def why(self) -> str:
-        """Why it is not connected; empty if it is."""
+        """Why there is no connection; empty if there is one."""
         return "" if self.connected else self._discovery.why
 
     def start(self) -> None:
-        """Set out."""
-        self._discovery.set_out()
+        """Start to look for the hub."""
+        self._discovery.start()
 
     def post(self, kind: str, value: Any) -> None:
-        """Tell the hub."""
+        """Send a message to the hub, now or over the next connection."""
         if self._closed:
             return
         self._posted += 1
         post = (self._posted, kind, value, unpatched.monotonic())
-        self._unheard.append(post)
+        self._unacknowledged.append(post)
         if self._link is not None:
             self._send(self._link, encode("p", *post[:3]))
-            self._watch_over()
+            self._expect_acknowledgement()
         else:
-            self._discovery.hurry()
+            self._discovery.expedite()
 
-    def when_heard(self, function: Callable[[], object]) -> None:
-        """Call it when the hub has everything posted so far."""
-        if self._unheard:
+    def when_acknowledged(self, function: Callable[[], object]) -> None:
+        """Call the function when the hub has acknowledged all posts so far."""
+        if self._unacknowledged:
             self._flushes.append((self._posted, function))
         else:
             function()
 
     def close(self) -> None:
-        """Say good-bye and be gone."""
+        """Send `bye`, and close everything."""
         if self._link is not None and not self._closed:
             try:
                 self._link.send(encode("bye"))
@@ -102,64 +103,64 @@ class Connection:
         self.forget()
 
     def forget(self) -> None:
-        """Close what there is, without a word."""
+        """Close everything without sending."""
         self._closed = True
         self._discovery.close()
-        for timer in (self._doubt, self._lost_timer):
+        for timer in (self._acknowledge_timer, self._lost_timer):
             if timer is not None:
                 timer.cancel()
         if self._link is not None:
             self._drop_link()
 
-    # -- what the search asks, and finds ----------------------------------------------------------------------------
+    # -- for `Discovery` --------------------------------------------------------------------------------------------
 
     @property
     def waiting(self) -> bool:
-        """Whether there are posts that no hub has said that it has."""
-        return bool(self._unheard)
+        """Whether there are posts that no hub has acknowledged."""
+        return bool(self._unacknowledged)
 
     def hello(self, address: HubAddress) -> tuple[int, int, str, int, int, int]:
-        """What this rank says first to a hub."""
+        """The fields of the first line to a hub."""
         self._attempts += 1
-        heard = self._heard if address.name == self._session else 0
-        return self._rank, self._world, self._member, self._attempts, heard, int(address.near)
+        received = self._received if address.name == self._session else 0
+        return self._rank, self._world, self._incarnation, self._attempts, received, int(address.same_host)
 
     def found(self, link: Link, seen: int, lines: list[list[Any]]) -> None:
-        """A hub has let us in; it has the posts up to that number."""
-        again = self.connected
-        if again:
+        """Use an authenticated link to a hub that has the posts up to number `seen`."""
+        replaced = self.connected
+        if replaced:
             self._drop_link()
         self._take(link, seen)
-        if not again:
-            self._tell("up", None)
+        if not replaced:
+            self._deliver_safely("up", None)
             if self._lost:
                 self._lost = False
-                self._tell("back", 0)
+                self._deliver_safely("back", 0)
         self._take_lines(link, lines)
 
     def _take(self, link: Link, seen: int) -> None:
         address = self._discovery.address
         assert address is not None
         if address.name != self._session:
-            self._session, self._heard = address.name, 0
-            posts = [(number, *post[1:]) for number, post in enumerate(self._unheard, 1)]
-            self._unheard = collections.deque(posts)
+            self._session, self._received = address.name, 0
+            posts = [(number, *post[1:]) for number, post in enumerate(self._unacknowledged, 1)]
+            self._unacknowledged = collections.deque(posts)
             self._flushes = [(len(posts), function) for _, function in self._flushes]
             self._posted = len(posts)
         self._link = link
-        self._ended = False
+        self._rank_0_left = False
         if self._lost_timer is not None:
             self._lost_timer.cancel()
         self._acknowledged(seen)
-        self._loop.watch(link.fd, READ, self._ready)
-        waiting = b"".join(encode("p", *post[:3]) for post in self._unheard)
+        self._loop.watch(link.fd, READ, self._on_ready)
+        waiting = b"".join(encode("p", *post[:3]) for post in self._unacknowledged)
         if waiting:
             self._send(link, waiting)
-            self._watch_over()
+            self._expect_acknowledgement()
 
-    # -- the line ---------------------------------------------------------------------------------------------------
+    # -- the connection ---------------------------------------------------------------------------------------------
 
-    def _ready(self, events: int) -> None:
+    def _on_ready(self, events: int) -> None:
         link = self._link
         if link is None:
             return
@@ -179,17 +180,17 @@ class Connection:
                     return
                 if kind == "m" and len(rest) == 3:
                     index = whole(rest[0], 1)
-                    if index > self._heard:
-                        self._heard = index
-                        self._tell(kind_of(rest[1]), rest[2])
+                    if index > self._received:
+                        self._received = index
+                        self._deliver_safely(kind_of(rest[1]), rest[2])
                 elif kind == "ack" and len(rest) == 1:
                     self._acknowledged(whole(rest[0]))
                 elif kind == "end" and not rest:
-                    self._ended = True
+                    self._rank_0_left = True
                     self._down("rank 0 has left the process group")
                     return
                 else:
-                    raise Malformed("not what a hub says")
+                    raise Malformed("the line is not a hub's")
         except Malformed as error:
             self._down(f"{link.where}: {error}")
             return
@@ -205,29 +206,29 @@ class Connection:
 
     def _watch_events(self, link: Link) -> None:
         if self._link is link:
-            self._loop.watch(link.fd, link.events, self._ready)
+            self._loop.watch(link.fd, link.events, self._on_ready)
 
     def _acknowledged(self, seen: int) -> None:
-        while self._unheard and self._unheard[0][0] <= seen:
-            self._unheard.popleft()
-            self._patience = UNHEARD
+        while self._unacknowledged and self._unacknowledged[0][0] <= seen:
+            self._unacknowledged.popleft()
+            self._patience = ACKNOWLEDGE_SECONDS
         while self._flushes and self._flushes[0][0] <= seen:
             self._flushes.pop(0)[1]()
 
-    def _watch_over(self) -> None:
-        """A translator that has forgotten the connection swallows what we send: the kernel needs long to notice."""
-        if self._doubt is None and self._unheard:
-            self._doubt = self._loop.at(self._patience, self._in_doubt)
+    def _expect_acknowledgement(self) -> None:
+        """Start a timer: when a NAT device has forgotten the connection, the kernel needs long to notice."""
+        if self._acknowledge_timer is None and self._unacknowledged:
+            self._acknowledge_timer = self._loop.at(self._patience, self._check_acknowledgement)
 
-    def _in_doubt(self) -> None:
-        self._doubt = None
-        if self._closed or not self._unheard:
+    def _check_acknowledgement(self) -> None:
+        self._acknowledge_timer = None
+        if self._closed or not self._unacknowledged:
             return
-        age = unpatched.monotonic() - self._unheard[0][3]
-        if self._link is not None and age >= UNHEARD:
-            self._patience *= 2  # a hub that has too much to do is not helped by more connections
-            self._discovery.set_out()
-        self._watch_over()
+        age = unpatched.monotonic() - self._unacknowledged[0][3]
+        if self._link is not None and age >= ACKNOWLEDGE_SECONDS:
+            self._patience *= 2  # more connections would only slow down a hub that is overloaded
+            self._discovery.start()
+        self._expect_acknowledgement()
 
     def _drop_link(self) -> None:
         link, self._link = self._link, None
@@ -238,22 +239,22 @@ class Connection:
     def _down(self, why: str) -> None:
         self._drop_link()
         self._discovery.why = why
-        self._tell("down", why)
+        self._deliver_safely("down", why)
         if self._closed:
             return
-        if self._ended:
-            self._discovery.after_the_end()
+        if self._rank_0_left:
+            self._discovery.after_rank_0_left()
             return
         self._lost_timer = self._loop.at(LOST_AFTER, self._count_lost)
-        self._discovery.set_out()
+        self._discovery.start()
 
     def _count_lost(self) -> None:
-        if not self._closed and not self.connected and not self._ended:
+        if not self._closed and not self.connected and not self._rank_0_left:
             self._lost = True
-            self._tell("lost", 0)
+            self._deliver_safely("lost", 0)
 
-    def _tell(self, kind: str, value: Any) -> None:
+    def _deliver_safely(self, kind: str, value: Any) -> None:
         try:
             self._deliver(kind, value)
         except Exception as error:
-            report_failure("to hear a message", error)
+            report_failure("to handle a message", error)

@@ -15,64 +15,64 @@ from autoteardown.fail_open import report_failure
 if TYPE_CHECKING:
     from autoteardown.event_loop.loop import Loop, Timer
 
-BORN = frozenset({"joined", "lost", "back", "bye", "closed", "tick"})
-"""Kinds that the hub itself makes; a rank that posts one is not listened to."""
-FAREWELLS = frozenset({"left"})
-"""Kinds after which a rank whose connection ends is not lost."""
+HUB_EVENTS = frozenset({"joined", "lost", "back", "bye", "closed", "tick"})
+"""Kinds that only the hub makes; a post of one by a rank is ignored."""
+LEAVING = frozenset({"left"})
+"""Posts after which a rank whose connection ends does not count as lost."""
 
 
 class Coordinator(Protocol):
-    """Decides, and tells."""
+    """Decides what the ranks do, from the events that it is given."""
 
     @property
     def wake(self) -> float:
-        """Monotonic time of the next `tick` wanted, or infinity."""
+        """Monotonic time at which the next `tick` is wanted, or infinity."""
 
     def on(self, rank: int, kind: str, value: Any, now: float) -> list[tuple[Optional[int], str, Any]]:
-        """Something has happened.
+        """Handle one event.
 
         Args:
-            rank: whose; of no meaning for `tick`.
-            kind: what that rank has posted, or one of `BORN`: `joined` (for the first time), `lost` (its connection
-                ended without a farewell, and it has not come back; value: whether its process is known to be dead;
-                again when that becomes known), `back` (it has after all), `bye` (it has left the group), `closed`
-                (after a farewell), `tick`.
-            value: as posted; None for what else the hub makes. Nobody has checked it.
+            rank: the rank that the event is about; without meaning for `tick`.
+            kind: the kind of the rank's post, or one of `HUB_EVENTS`: `joined` (this incarnation of the rank has
+                connected for the first time), `lost` (its connection ended before it left, and it has not reconnected;
+                value: whether its process is known to be dead; sent again when that becomes known), `back` (a lost rank
+                has reconnected), `bye` (it has left the group), `closed` (its connection ended after it left), `tick`.
+            value: as posted, unchecked; None for the other events of the hub.
             now: monotonic time in seconds.
 
         Returns:
-            What to tell: to which rank, or None for all of them, of which kind, and with which value.
+            The messages to send: to which rank (None: to all), of which kind, with which value.
         """
         ...
 
 
 class CoordinatorRunner:
-    """See above. Everything happens on the loop thread.
+    """Feeds the coordinator and keeps its message log. Every method runs on the loop thread.
 
     Args:
-        loop: rank 0's.
-        council: decides.
-        spoken: called when its clock has had it say something.
+        loop: rank 0's event loop.
+        coordinator: decides what the ranks do.
+        on_messages: called after each timer tick, which may have added messages to the log.
     """
 
-    def __init__(self, loop: Loop, coordinator: Coordinator, on_announcement: Callable[[], object]) -> None:
+    def __init__(self, loop: Loop, coordinator: Coordinator, on_messages: Callable[[], object]) -> None:
         self.log = MessageLog()
-        self._loop, self._coordinator, self._spoken = loop, coordinator, on_announcement
+        self._loop, self._coordinator, self._on_messages = loop, coordinator, on_messages
         self._alarm: Optional[Timer] = None
-        self._over = False
+        self._closed = False
 
     def handle(self, rank: int, kind: str, value: Any) -> None:
-        """Have the council hear it (see `Council.on`)."""
+        """Pass an event to the coordinator (see `Coordinator.on`), and log the messages that it returns."""
         try:
             for to, what, content in self._coordinator.on(rank, kind, value, unpatched.monotonic()):
                 self.log.add(to, what, content)
         except Exception as error:
-            report_failure("the council", error)
+            report_failure("the coordinator", error)
         self._set_alarm()
 
     def close(self) -> None:
-        """No more of it."""
-        self._over = True
+        """Stop the timer."""
+        self._closed = True
         if self._alarm is not None:
             self._alarm.cancel()
 
@@ -83,11 +83,11 @@ class CoordinatorRunner:
                 return
             self._alarm.cancel()
             self._alarm = None
-        if wake < inf and not self._over:
+        if wake < inf and not self._closed:
             self._alarm = self._loop.at(max(0.001, wake - unpatched.monotonic()), self._tick)
             self._alarm.due = wake
 
     def _tick(self) -> None:
         self._alarm = None
         self.handle(0, "tick", None)
-        self._spoken()
+        self._on_messages()

@@ -1,9 +1,10 @@
-"""Descriptors for a hub with thousands of connections, in a program that may be allowed 1,024.
+"""Raises the file descriptor limit for a hub with thousands of connections, and keeps low descriptors for the program.
 
-The soft limit is 1,024 for the sake of programs that call select(2), which cannot take higher numbers; the hard limit
-is what an administrator means. So the hub raises the soft limit as far as it needs, and keeps the low numbers for the
-program: its connections get numbers from 1,024 on. Rejected: one rank a node that relays for the others. It is one
-more thing to die, to be found again and to be told of, for a limit that the images in use do not have.
+1. The soft limit is 1,024 for programs that call select(2), which cannot take higher numbers. The hard limit is what
+   the administrator allows. So the hub raises the soft limit as far as it needs.
+2. The hub's connections get numbers from 1,024 on, so that the program keeps the low numbers.
+3. Rejected: one rank on each node that relays for the others. A relay can die, has to be found again and has to be kept
+   informed, all for a limit that the images in use do not have.
 """
 
 from __future__ import annotations
@@ -11,18 +12,17 @@ from __future__ import annotations
 import fcntl
 import os
 import resource
-import termios
 
 SPARE = 256
 """Descriptors that the hub leaves to the program."""
 _SELECT = 1024
 
 
-def afford(wanted: int) -> int:
-    """Raise the soft limit if so many connections need it.
+def reserve(wanted: int) -> int:
+    """Raise the soft limit if this number of connections needs it.
 
     Returns:
-        How many of them there is room for.
+        The number of connections that the limit now allows, at most `wanted`.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
@@ -42,8 +42,8 @@ def afford(wanted: int) -> int:
     return max(0, min(wanted, soft - used - SPARE))
 
 
-def high(fd: int) -> int:
-    """The same open file at a number that select(2) has no use for, where there is one."""
+def move_high(fd: int) -> int:
+    """Move an open file to a number that select(2) cannot use; return the old number if none is free."""
     if fd >= _SELECT:
         return fd
     try:
@@ -54,16 +54,9 @@ def high(fd: int) -> int:
     return moved
 
 
-def make_room(count: int) -> None:
-    """Have the kernel make its table of descriptors long enough at once: in a program with threads, each time takes
-    it a while.
-    """
+def grow_table(count: int) -> None:
+    """Have the kernel grow this process's descriptor table once. In a program with threads, each growth takes long."""
     try:
         os.close(fcntl.fcntl(0, fcntl.F_DUPFD_CLOEXEC, _SELECT + count))
     except OSError:  # no descriptor 0, or not that many
         pass
-
-
-def unsent(fd: int) -> int:
-    """Bytes in the kernel that the other end has not acknowledged."""
-    return int.from_bytes(fcntl.ioctl(fd, termios.TIOCOUTQ, bytes(4)), "little")

@@ -1,6 +1,6 @@
-"""The hub, on rank 0's loop thread: lets the ranks in, hears what they post, and tells them what the council decides.
+"""The hub on rank 0: serves the connections of all other ranks, feeds the coordinator, and broadcasts its decisions.
 
-Who connects comes through its `door`.
+It runs on rank 0's loop thread. `Admission` accepts and authenticates the connections.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Callable, Optional
 from autoteardown.channel import fd_limits
 from autoteardown.channel.admission import Admission, Peer
 from autoteardown.channel.broadcast import Broadcaster
-from autoteardown.channel.coordinator import BORN, FAREWELLS, Coordinator, CoordinatorRunner
+from autoteardown.channel.coordinator import HUB_EVENTS, LEAVING, Coordinator, CoordinatorRunner
 from autoteardown.channel.wire import FIRST, Malformed, encode, kind_of, whole
 from autoteardown.event_loop import sockets
 from autoteardown.event_loop.connection_poller import ConnectionPoller
@@ -24,42 +24,46 @@ if TYPE_CHECKING:
     from autoteardown.channel.rendezvous import HubAddress
     from autoteardown.event_loop.loop import Loop, Timer
 
-BACK_WITHIN = 2.0
-"""Seconds that a rank has to come back after it has heard that its connection has ended, before it counts as lost."""
+RECONNECT_SECONDS = 2.0
+"""Seconds that a rank has to reconnect after it has noticed that its connection ended, before it counts as lost."""
 DEAD_AFTER = 10.0
-"""Seconds after which a rank of another host whose connection was closed counts as dead: one that could not reach this
-host for half of them has tried again, and is back."""
-_MANY = 128  # ranks whose connections are not to take the low numbers
-_GONE = ("closed by the other end", *(os.strerror(code).lower() for code in (errno.ECONNRESET, errno.EPIPE)))
+"""Seconds after which a rank on another host, whose connection was closed, counts as dead. A live rank that cannot
+reach this host for half of that time has retried and reconnected by then."""
+_MANY_RANKS = 128  # from here on, connections are moved to high descriptor numbers
+_CLOSED_BY_PEER = (
+    "closed by the other end",
+    *(os.strerror(code).lower() for code in (errno.ECONNRESET, errno.EPIPE)),
+)
 
 
 class Member:
-    """A rank of the group, connected or not."""
+    """A rank of the group as the hub knows it, connected or not."""
 
-    def __init__(self, rank: int, name: str, before: Optional[Member]) -> None:
-        self.rank, self.name = rank, name
-        # What it was called in earlier lives.
-        self.former: set[str] = set() if before is None else before.former | {before.name}
+    def __init__(self, rank: int, incarnation: str, predecessor: Optional[Member]) -> None:
+        self.rank, self.incarnation = rank, incarnation
+        self.earlier: set[str] = set()  # incarnations of this rank before this one
+        if predecessor is not None:
+            self.earlier = predecessor.earlier | {predecessor.incarnation}
         self.peer: Optional[Peer] = None
         self.attempt = 0
         self.seen = 0  # number of its last post
-        self.acknowledged = 0  # and of the last that it knows to have come
-        self.near = False  # it is on this host
+        self.acknowledged = 0  # number of the last post that the hub has acknowledged
+        self.same_host = False
         self.left = False
         self.lost = False
         self.lost_timer: Optional[Timer] = None
 
 
 class Hub:
-    """See above. Everything but the constructor happens on the loop thread.
+    """Serves the ranks of one group. Every method runs on the loop thread; the constructor may run on another.
 
     Args:
-        loop: rank 0's.
-        card: what the ranks know of this hub.
-        listeners: sockets that listen.
-        council: decides.
-        deliver: for what rank 0 is told.
-        note: see `Door`.
+        loop: rank 0's event loop.
+        address: the published address, with the token.
+        listeners: listening sockets.
+        coordinator: decides what the ranks do.
+        deliver: called with the kind and value of each message to rank 0 itself.
+        log: called with lines about problem connections (see `Admission`).
     """
 
     def __init__(
@@ -69,44 +73,51 @@ class Hub:
         listeners: list[Any],
         coordinator: Coordinator,
         deliver: Callable[[str, Any], object],
-        note: Callable[[str], object],
+        log: Callable[[str], object],
     ) -> None:
         self._loop, self._address = loop, address
         self._deliver = deliver
-        self._poller = ConnectionPoller(loop, self._heard_them)
-        self._many = address.world > _MANY
-        self._here = 0  # members that are connected
+        self._poller = ConnectionPoller(loop, self._after_batch)
+        self._high_fds = address.world > _MANY_RANKS
+        self._connected_count = 0  # members
         self._admission = Admission(
-            loop, address, listeners, self._many, lambda: self._here, self._watch, self._hang_up, note
+            loop,
+            address,
+            listeners,
+            self._high_fds,
+            lambda: self._connected_count,
+            self._watch,
+            self._disconnect,
+            log,
         )
-        self._coordination = CoordinatorRunner(loop, coordinator, self._tell)
+        self._coordination = CoordinatorRunner(loop, coordinator, self._broadcast)
         self._log = self._coordination.log
         self._members: dict[int, Member] = {}
         self._broadcaster = Broadcaster(loop, self._log, self._poller, self._connected, self._drop)
-        self._mine = 0  # index of the last message that rank 0 has heard
-        self._told = 0  # index up to which everybody has been told, but for those who are slow
-        self._to_tell = False
+        self._delivered = 0  # index of the last message delivered to rank 0 itself
+        self._broadcast_index = 0  # index of the last message broadcast; slow connections may lag behind
+        self._broadcast_scheduled = False
         self._closed = False
 
     def start(self) -> None:
-        """Let them come."""
-        if self._many:
-            fd_limits.make_room(self._address.world)
+        """Start accepting connections."""
+        if self._high_fds:
+            fd_limits.grow_table(self._address.world)
         self._admission.open()
         self._coordination.handle(0, "joined", None)
-        self._tell()
+        self._broadcast()
 
     def post(self, kind: str, value: Any) -> None:
-        """What rank 0 has to say."""
+        """Post as rank 0 itself."""
         self._coordination.handle(0, kind, value)
-        self._tell()
+        self._broadcast()
 
-    def when_heard(self, function: Callable[[], object]) -> None:
-        """Call it when the kernel has taken everything for everybody who is connected."""
-        self._broadcaster.when_taken(function)
+    def when_acknowledged(self, function: Callable[[], object]) -> None:
+        """Call the function when every connected host's kernel has acknowledged all messages so far."""
+        self._broadcaster.when_acknowledged(function)
 
     def close(self) -> None:
-        """Say that it is over, and be gone."""
+        """Send `end` to every connected rank, and close everything."""
         if not self._closed:
             for peer in self._connected():
                 try:
@@ -116,7 +127,7 @@ class Hub:
         self.forget()
 
     def forget(self) -> None:
-        """Close what there is, without a word."""
+        """Close everything without sending."""
         self._closed = True
         self._coordination.close()
         self._broadcaster.close()
@@ -132,49 +143,49 @@ class Hub:
     # -- members ----------------------------------------------------------------------------------------------------
 
     def _admit(self, peer: Peer, line: list[Any]) -> None:
-        """A guest's first line."""
-        hello = self._admission.identify(line)
-        rank, name = hello.rank, hello.name
+        """Authenticate a peer by its first line, and make it its rank's connection."""
+        hello = self._admission.authenticate(line)
+        rank, incarnation = hello.rank, hello.incarnation
         if hello.world != self._address.world or rank >= hello.world:
             self._refuse(peer, "that is no rank of this group")
         member = self._members.get(rank)
-        if member is not None and member.name != name:
+        if member is not None and member.incarnation != incarnation:
             if member.peer is not None:
-                self._refuse(peer, "this group has another process in that place")
-            # Gone, and here in its next life: a group that is made anew in a process finds the last one's hub, or a
-            # rank that is late to leave the last one finds the next one's.
-            if name in member.former:
-                self._refuse(peer, "that has been said before")
+                self._refuse(peer, "another process holds that rank in this group")
+            # The rank has left and joined again. A process that makes its group anew finds the last group's hub, or a
+            # rank that leaves the last group late finds the next group's hub.
+            if incarnation in member.earlier:
+                self._refuse(peer, "that hello was used before")
             if member.lost_timer is not None:
                 member.lost_timer.cancel()
         elif member is not None and hello.attempt <= member.attempt:
-            self._refuse(peer, "that has been said before")
-        self._admission.leave(peer)
-        born = ""
-        if member is None or member.name != name:
-            member = self._members[rank] = Member(rank, name, member)
-            born = "joined"
+            self._refuse(peer, "that hello was used before")
+        self._admission.release(peer)
+        event = ""
+        if member is None or member.incarnation != incarnation:
+            member = self._members[rank] = Member(rank, incarnation, member)
+            event = "joined"
         elif member.lost:
             member.lost = False
-            born = "back"
+            event = "back"
         if member.peer is not None:
-            self._hang_up(member.peer)
+            self._disconnect(member.peer)
         if member.lost_timer is not None:
             member.lost_timer.cancel()
         member.peer, peer.member = peer, member
-        self._here += 1
-        member.attempt, member.near = hello.attempt, bool(hello.near)
-        peer.told = min(hello.heard, self._log.last)
+        self._connected_count += 1
+        member.attempt, member.same_host = hello.attempt, bool(hello.same_host)
+        peer.sent_index = min(hello.received, self._log.last)
         member.acknowledged = member.seen
-        peer.put(encode("welcome", member.seen, self._admission.promise(hello)))
-        if born:
-            self._coordination.handle(rank, born, None)
+        peer.put(encode("welcome", member.seen, self._admission.proof_for(hello)))
+        if event:
+            self._coordination.handle(rank, event, None)
 
     def _refuse(self, peer: Peer, why: str) -> None:
         peer.send(encode("no", why))
         raise ConnectionClosed(why)
 
-    def _hear(self, peer: Peer, events: int) -> None:
+    def _on_ready(self, peer: Peer, events: int) -> None:
         if peer.closed:
             return
         try:
@@ -183,102 +194,105 @@ class Hub:
                 if peer.member is None:
                     self._admit(peer, line)
                 else:
-                    self._obey(peer, peer.member, line)
+                    self._on_line(peer, peer.member, line)
                 if peer.closed:
                     return
-            self._broadcaster.one(peer, acknowledge=False)
+            self._broadcaster.send(peer, acknowledge=False)
         except (Malformed, ConnectionClosed) as error:
             if peer.member is not None:
                 self._drop(peer, str(error))
             else:
-                stranger = isinstance(error, Malformed)
-                self._admission.turn_away(
-                    peer, "somebody who does not speak as a rank does" if stranger else ""
+                malformed = isinstance(error, Malformed)
+                self._admission.reject(
+                    peer, "a connection that does not speak this protocol" if malformed else ""
                 )
 
-    def _obey(self, peer: Peer, member: Member, line: list[Any]) -> None:
+    def _on_line(self, peer: Peer, member: Member, line: list[Any]) -> None:
         if line == ["bye"]:
             if not member.left:
                 member.left = True
                 self._coordination.handle(member.rank, "bye", None)
             return
         if len(line) != 4 or line[0] != "p":
-            raise Malformed("not what a rank says")
+            raise Malformed("not a post")
         number, kind = whole(line[1], 1), kind_of(line[2])
         if number > member.seen + 1:
             raise Malformed("not the next post")
         fresh = number > member.seen
         member.seen = max(member.seen, number)
-        self._broadcaster.owe(peer)
-        if fresh and kind not in BORN:
-            member.left = member.left or kind in FAREWELLS
+        self._broadcaster.acknowledge_later(peer)
+        if fresh and kind not in HUB_EVENTS:
+            member.left = member.left or kind in LEAVING
             self._coordination.handle(member.rank, kind, line[3])
 
-    def _heard_them(self) -> None:
-        """What had come has been heard."""
-        self._tell()
-        self._broadcaster.settle()
+    def _after_batch(self) -> None:
+        """Send what the last batch of received lines has led to."""
+        self._broadcast()
+        self._broadcaster.acknowledge()
 
     def _connected(self) -> list[Peer]:
         return [member.peer for member in list(self._members.values()) if member.peer is not None]
 
     def _watch(self, peer: Peer) -> None:
-        self._poller.watch(peer.fd, peer.events, functools.partial(self._hear, peer))
+        self._poller.watch(peer.fd, peer.events, functools.partial(self._on_ready, peer))
 
     def _drop(self, peer: Peer, why: str) -> None:
         member: Member = peer.member
-        self._hang_up(peer)
+        self._disconnect(peer)
         if not member.left and not self._closed:
-            # A live process whose line drops comes back at once: the kernel has closed a dead one's. What lies between
-            # two hosts (a firewall, a proxy) can close one, too, and keep a live rank away. Of one that is only silent
-            # nobody knows, and it may not know yet that its line is gone.
-            gone = why in _GONE
-            wait = BACK_WITHIN if gone else sockets.IDLE + BACK_WITHIN
-            member.lost_timer = self._loop.at(wait, lambda: self._count_lost(member, gone))
+            # 1. The kernel closes the connections of a dead process. A live process whose connection was closed
+            #    reconnects at once.
+            # 2. A device between two hosts (a firewall, a proxy) can close a connection, too, and keep a live rank
+            #    away.
+            # 3. When a connection only times out, the state of its rank is unknown, and a live rank may not have
+            #    noticed yet that the connection is broken.
+            by_peer = why in _CLOSED_BY_PEER
+            wait = RECONNECT_SECONDS if by_peer else sockets.KEEPALIVE_IDLE + RECONNECT_SECONDS
+            member.lost_timer = self._loop.at(wait, lambda: self._count_lost(member, by_peer))
         elif member.left and not self._closed:
             self._coordination.handle(member.rank, "closed", None)
-            self._tell_soon()
+            self._broadcast_soon()
 
-    def _hang_up(self, peer: Peer) -> None:
+    def _disconnect(self, peer: Peer) -> None:
         if peer.member is None:
-            self._admission.leave(peer)
+            self._admission.release(peer)
         elif peer.member.peer is peer:
             peer.member.peer = None
-            self._here -= 1
+            self._connected_count -= 1
         self._poller.unwatch(peer.fd)
         peer.close()
 
-    def _count_lost(self, member: Member, gone: bool) -> None:
+    def _count_lost(self, member: Member, by_peer: bool) -> None:
         if member.peer is None and not member.left:
-            dead = gone and (member.near or member.lost)
-            if gone and not dead:
+            dead = by_peer and (member.same_host or member.lost)
+            if by_peer and not dead:
                 member.lost_timer = self._loop.at(
-                    DEAD_AFTER - BACK_WITHIN, lambda: self._count_lost(member, gone)
+                    DEAD_AFTER - RECONNECT_SECONDS, lambda: self._count_lost(member, by_peer)
                 )
             member.lost = True
             self._coordination.handle(member.rank, "lost", dead)
-            self._tell_soon()
+            self._broadcast_soon()
 
-    # -- what the council says -----------------------------------------------------------------------------------------
+    # -- what the coordinator decides -----------------------------------------------------------------------------
 
-    def _tell_soon(self) -> None:
-        """When everything of this moment has happened: a thousand ranks that are lost at once make one message."""
-        if not self._to_tell:
-            self._to_tell = True
-            self._loop.call(self._tell)
+    def _broadcast_soon(self) -> None:
+        """Broadcast after this turn of the loop, so that a thousand ranks that are lost at once make one message."""
+        if not self._broadcast_scheduled:
+            self._broadcast_scheduled = True
+            self._loop.call(self._broadcast)
 
-    def _tell(self) -> None:
-        self._to_tell = False
+    def _broadcast(self) -> None:
+        self._broadcast_scheduled = False
         last = self._log.last
-        if self._told == last or self._closed:
+        if self._broadcast_index == last or self._closed:
             return
-        self._told = last
-        self._broadcaster.everybody()
-        mine, self._mine = self._mine, last
-        for kind, value in self._log.heard_by(0, mine):
+        self._broadcast_index = last
+        self._broadcaster.send_all()
+        delivered, self._delivered = self._delivered, last
+        for kind, value in self._log.messages_for(0, delivered):
             if self._closed:
                 return
             try:
                 self._deliver(kind, value)
             except Exception as error:
-                report_failure("to hear a message", error)
+                report_failure("to handle a message", error)

@@ -1,12 +1,13 @@
-"""One key in the group's store: where its hub is, and what it takes to be let in.
+"""Publishes the hub's address and token in one key of the group's c10d store, and reads it on the other ranks.
 
-A store client has one lock, and a blocking wait stalls every other user of it (F12): nobody waits here. Rank 0 writes
-the key; the others look, and look again later if it is not there. Each look is three quick operations on a thread that
-ends with it, because even those block while the program itself waits in that client.
-
-A store outlives groups (torchrun keeps its agent's over restarts; init and destroy in one process come back to the
-same prefix), and no name tells the generations apart on every rank alike. So rank 0 overwrites the key, and a rank
-that finds nobody, somebody else, or a group that has another process in its place looks again.
+1. A store client has one lock, and a blocking wait in it stalls every other user of that client (F12). So no rank waits
+   for the key: rank 0 writes it, and a rank that does not find it reads again later.
+2. A read is three quick operations on a thread of its own, because even those block while the program itself waits in
+   that client.
+3. A store outlives groups: torchrun keeps its agent's store over restarts, and init and destroy in one process come
+   back to the same prefix. No name tells the generations of a group apart in the same way on every rank. So rank 0
+   overwrites the key. A rank reads again when no hub answers, when another program answers, or when another process
+   holds its rank.
 """
 
 from __future__ import annotations
@@ -24,30 +25,30 @@ from autoteardown.event_loop import sockets
 from autoteardown.fail_open import report_failure
 
 KEY = "autoteardown/hub"
-_VERSION = 2  # the names of the messages are part of it
-_LIMIT = 4096
-_STUCK = 1.0  # seconds after which a thread in the store is taken to wait for the program
+_VERSION = 2  # changes with the format and with the names of the messages
+_LIMIT = 4096  # bytes
+_STUCK = 1.0  # seconds after which a thread in the store is assumed to wait for the program
 
 
 class HubAddress(NamedTuple):
-    """What the key holds."""
+    """The content of the key: where the hub listens, and the token."""
 
-    name: str  # of this generation of the group: random
+    name: str  # random; each generation of the group has another
     token: str
     world: int
-    here: str  # see `addresses.here`
+    here: str  # see `addresses.host_id`
     hosts: tuple[tuple[str, int], ...]
 
     def encode(self) -> str:
-        """As text."""
+        """The address as JSON."""
         return json.dumps({"version": _VERSION, **self._asdict()})
 
     @classmethod
     def decode(cls, data: bytes) -> HubAddress:
-        """The card in that text.
+        """Parse an address.
 
         Raises:
-            Malformed: there is none.
+            Malformed: the text is no address of this version.
         """
         try:
             if len(data) > _LIMIT:
@@ -64,28 +65,28 @@ class HubAddress(NamedTuple):
                 name_of(found["token"]),
                 whole(found["world"], 1),
                 here if isinstance(here, str) else "",
-                hosts[: addresses.MOST + 1],
+                hosts[: addresses.MAX_ADDRESSES + 1],
             )
         except (ValueError, KeyError, TypeError, OSError, RecursionError):
-            raise Malformed("no card") from None
+            raise Malformed("not a hub's address") from None
 
     def route(self) -> list[tuple[str, int]]:
-        """Where to try, best first: loopback leads to the hub on its own host, and to a stranger on any other."""
-        near = [each for each in self.hosts if is_loopback(each[0])]
-        far = [each for each in self.hosts if each not in near]
-        here = addresses.here()
+        """The addresses to try, best first. Loopback reaches the hub only on the hub's own host."""
+        loopback = [each for each in self.hosts if is_loopback(each[0])]
+        remote = [each for each in self.hosts if each not in loopback]
+        here = addresses.host_id()
         if not here or not self.here:
-            return far + near
-        return near + far if self.here == here else far
+            return remote + loopback
+        return loopback + remote if self.here == here else remote
 
     @property
-    def near(self) -> bool:
-        """Whether the hub is known to be on this host, in this network."""
-        return bool(self.here) and self.here == addresses.here()
+    def same_host(self) -> bool:
+        """Whether the hub is known to be on this host, in this network namespace."""
+        return bool(self.here) and self.here == addresses.host_id()
 
 
 class NoHubAddress(Exception):
-    """Why there is none, in words for a person."""
+    """The store has no usable address; the text says why."""
 
 
 def is_loopback(host: str) -> bool:
@@ -94,7 +95,7 @@ def is_loopback(host: str) -> bool:
 
 
 def no_store(store: Any) -> Optional[str]:
-    """Why nothing can be published in this store; None if something can."""
+    """The reason why this store cannot hold the key, or None if it can."""
     c10d = sys.modules.get("torch.distributed")
     root = _root(store)
     if root is None or type(root) is getattr(c10d, "Store", None):
@@ -110,12 +111,12 @@ def _root(store: Any) -> Any:
     return store
 
 
-def _start(errand: Callable[[], object]) -> None:
-    """Do it on a thread that ends with it."""
+def _start(function: Callable[[], object]) -> None:
+    """Call the function on a new thread."""
 
     def run() -> None:
         try:
-            native_calls.call(errand)
+            native_calls.call(function)
         except native_calls.InterpreterExiting:
             pass
         except Exception as error:
@@ -125,11 +126,11 @@ def _start(errand: Callable[[], object]) -> None:
 
 
 class Rendezvous:
-    """The key, for one rank.
+    """Writes and reads the key for one rank.
 
     Args:
-        store: held weakly: a FileStore removes its file when its last reference goes.
-        world: how many ranks; what says otherwise is another group's.
+        store: the group's store. Held weakly: a FileStore removes its file with its last reference.
+        world: number of ranks; an address with another number belongs to another group.
     """
 
     def __init__(self, store: Any, world: int) -> None:
@@ -139,16 +140,16 @@ class Rendezvous:
         tcp = getattr(sys.modules.get("torch.distributed"), "TCPStore", ())
         self.port: Optional[int] = root.port if isinstance(root, tcp) else None
         self._busy = unpatched.allocate_lock()
-        self._since = 0.0  # when it was taken
-        self._found = False  # whether there has been a card
-        self._seen = False  # whether a connection with the store's server has been seen
+        self._busy_since = 0.0
+        self._found = False  # whether an address has been read
+        self._seen = False  # whether a connection to the store's server has been seen
         self._cloning = False
 
     def publish(self, address: HubAddress) -> None:
-        """Write the key, on this thread. One operation.
+        """Write the key on the calling thread, with one store operation.
 
         Raises:
-            Exception: what the store raises.
+            Exception: any error of the store.
         """
         store = self._store()
         if store is not None:
@@ -158,16 +159,16 @@ class Rendezvous:
         """Read the key on a thread of its own; never waits.
 
         Args:
-            found: called there, with the card or None, and why there is none.
+            found: called on that thread with the address, or with None and the reason.
 
         Returns:
-            Whether a thread was started: False while another is still at it.
+            Whether a thread was started: False while another still runs.
         """
         if self.on_a_thread(lambda: self._read(found, self._store())):
             return True
-        # The program itself waits in that client: for NCCL's unique id, say, until rank 0 comes to its first
-        # collective. That may take long, and another client may not.
-        if unpatched.monotonic() - self._since < _STUCK or self._cloning:
+        # The program itself waits in that client: for example for NCCL's unique id, until rank 0 reaches its first
+        # collective. That may take long; another client of the same store is not blocked.
+        if unpatched.monotonic() - self._busy_since < _STUCK or self._cloning:
             return False
         clone = getattr(self._store(), "clone", None)
         if clone is None:  # torch before 2.8
@@ -183,15 +184,15 @@ class Rendezvous:
         _start(read)
         return True
 
-    def on_a_thread(self, errand: Callable[[], object]) -> bool:
-        """Have a thread do something in the store; False while another is still at it."""
+    def on_a_thread(self, function: Callable[[], object]) -> bool:
+        """Call a function that uses the store on a new thread; return False while another such thread runs."""
         if not self._busy.acquire(False):
             return False
-        self._since = unpatched.monotonic()
+        self._busy_since = unpatched.monotonic()
 
         def run() -> None:
             try:
-                errand()
+                function()
             finally:
                 self._busy.release()
 
@@ -209,16 +210,16 @@ class Rendezvous:
         except NoHubAddress as error:
             why = str(error)
         except Malformed as error:
-            why = f"what rank 0 has published is {error}"
+            why = f"rank 0 has published an address that is {error}"
         except Exception as error:
             why = f"the store cannot be read: {type(error).__name__}"
         found(address, why)
 
     def _address(self, store: Any) -> HubAddress:
         if store is None:
-            raise NoHubAddress("the store is gone")
-        if self.port and self._hung_up(self.port):
-            raise NoHubAddress("the store's server is gone")
+            raise NoHubAddress("the process group's store has been released")
+        if self.port and self._server_closed(self.port):
+            raise NoHubAddress("the store's server has closed its connections")
         if not store.check([KEY]):
             raise NoHubAddress("rank 0 has not published its hub")
         address = HubAddress.decode(bytes(store.get(KEY)))
@@ -227,13 +228,14 @@ class Rendezvous:
         self._found = True
         return address
 
-    def _hung_up(self, port: int) -> bool:
-        # c10d prints a warning with a backtrace when it finds that out by itself, whatever becomes of the exception.
+    def _server_closed(self, port: int) -> bool:
+        # When c10d itself finds a closed connection, it prints a warning with a backtrace, even if the exception is
+        # caught. So the connections are checked before the store is used.
         found = addresses.connections(port)
         try:
-            clients = [_is_over(sock) for sock, is_client in found if is_client]
-            # A connection that was reset has no other end any more, and is not found. Where nothing is ever found, the
-            # first time is worth it.
+            clients = [_is_closed(sock) for sock, is_client in found if is_client]
+            # A connection that was reset has no peer address any more, so it is not found. Where no connection has ever
+            # been found, one warning is accepted.
             self._seen = self._seen or bool(clients)
             return all(clients) if clients else self._seen or self._found
         finally:
@@ -241,7 +243,7 @@ class Rendezvous:
                 sock.close()
 
 
-def _is_over(sock: Any) -> bool:
+def _is_closed(sock: Any) -> bool:
     try:
         return not sock.recv(1, _socket.MSG_PEEK | _socket.MSG_DONTWAIT)
     except BlockingIOError:

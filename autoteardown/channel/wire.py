@@ -1,21 +1,22 @@
-"""Lines of JSON: what goes over a connection of the channel, as bytes and back. Pure.
+"""The wire format of the channel: encodes and parses lines of JSON, and computes the proofs of the token. No I/O.
 
 Every line is an array that begins with its kind. To the hub:
 
-    ["hello", rank, world, member, attempt, heard, near, proof]
-                                     the first line: who comes (`member` names one life of the rank), for which time,
-                                     the last index it has heard, and whether it is on the hub's host (0 or 1). The
-                                     proof holds for this once: attempts grow
+    ["hello", rank, world, incarnation, attempt, received, same_host, proof]
+                                     the first line. `incarnation` is random, and new each time that a rank joins;
+                                     `attempt` counts its connections; `received` is the index of the last message it
+                                     has received; `same_host` (0 or 1): the rank runs on the hub's host. The proof is
+                                     valid once, because attempts grow
     ["p", number, kind, value]       a post; numbers grow by one
     ["bye"]                          this rank has left the group
 
 From the hub:
 
-    ["welcome", seen, proof]         the hub knows the token too, and has the posts up to that number
-    ["no", reason]                   not now, or not a rank of this group
+    ["welcome", seen, proof]         the hub knows the token, too, and has the posts up to that number
+    ["no", reason]                   refused: no capacity, or not a rank of this group
     ["m", index, kind, value]        a message; indices grow
-    ["ack", number]                  the posts up to that number have come
-    ["end"]                          rank 0 has left the group, and the hub is no more
+    ["ack", number]                  the hub has the posts up to that number
+    ["end"]                          rank 0 has left the group, and the hub has closed
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from typing import Any, NoReturn
 LIMIT = 16384
 """Longest line, in bytes."""
 FIRST = 512
-"""Bytes that are read at a time while the other end has yet to prove who it is: all that is read is parsed. A first
-line has some 130."""
+"""Bytes read at a time before the other end is authenticated, because everything that is read is parsed. A first line
+has about 130."""
 KIND = 32
 """Longest kind of a message, in characters."""
 
@@ -36,14 +37,14 @@ Json = Any
 
 
 class Malformed(Exception):
-    """What came is no line of ours."""
+    """A received line does not follow this format."""
 
 
 def encode(*line: Json) -> bytes:
-    """One line.
+    """Encode one line.
 
     Raises:
-        TypeError, ValueError: it cannot be written as JSON, or is too long.
+        TypeError, ValueError: the line cannot be written as JSON, or is too long.
     """
     data = _encoder.encode(line).encode() + b"\n"
     if len(data) > LIMIT:
@@ -55,16 +56,17 @@ def _no_number(text: str) -> NoReturn:
     raise ValueError(text)
 
 
-# Made once: json.dumps and json.loads make new ones each time that they are told how, which takes as long as a line.
+# Made once: with options, json.dumps and json.loads make a new encoder or decoder for each call, which takes as long as
+# the line itself.
 _encoder = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
 _decoder = json.JSONDecoder(parse_constant=_no_number)
 
 
 def decode(line: bytes | bytearray) -> list[Json]:
-    """The array on a line.
+    """Parse one line.
 
     Raises:
-        Malformed: there is none.
+        Malformed: the line is not an array that begins with a kind.
     """
     try:
         found = _decoder.decode(line.decode())
@@ -76,10 +78,10 @@ def decode(line: bytes | bytearray) -> list[Json]:
 
 
 class Lines:
-    """Bytes in, lines out.
+    """Splits received bytes into lines and parses them.
 
     Args:
-        limit: longest line in bytes; a longer one is malformed before it has come to its end.
+        limit: longest line in bytes; a longer one is rejected before its end has arrived.
     """
 
     def __init__(self, limit: int = LIMIT) -> None:
@@ -87,10 +89,10 @@ class Lines:
         self._rest = b""
 
     def feed(self, data: bytes) -> list[list[Json]]:
-        """The lines that these bytes complete.
+        """Return the lines that these bytes complete.
 
         Raises:
-            Malformed: one of them is not ours. What came before it is lost with it.
+            Malformed: one of the lines is malformed. The lines before it are lost, too.
         """
         *lines, self._rest = (self._rest + data).split(b"\n") if self._rest else data.split(b"\n")
         if len(self._rest) > self._limit or any(len(line) > self._limit for line in lines):
@@ -99,7 +101,7 @@ class Lines:
 
 
 def whole(value: Json, low: int = 0, high: int = 2**53) -> int:
-    """The value, if it is a whole number in these bounds; else raises `Malformed`."""
+    """The value, if it is an integer in these bounds; else raises `Malformed`."""
     if type(value) is not int or not low <= value <= high:
         raise Malformed("not a number in its bounds")
     return value
@@ -119,12 +121,12 @@ def name_of(value: Json) -> str:
     return value
 
 
-def proof(token: str, *log: str | int) -> str:
-    """That whoever says this knows the token, which itself is never sent."""
-    text = "\n".join(map(str, log))
+def proof(token: str, *fields: str | int) -> str:
+    """An HMAC of the fields, which proves that the sender knows the token. The token itself is never sent."""
+    text = "\n".join(map(str, fields))
     return hmac.digest(token.encode(), text.encode(), "sha256").hex()
 
 
-def proven(found: Json, expected: str) -> bool:
-    """Whether a proof is right, in constant time."""
+def is_proof(found: Json, expected: str) -> bool:
+    """Whether a received proof is the expected one, compared in constant time."""
     return isinstance(found, str) and found.isascii() and hmac.compare_digest(found, expected)

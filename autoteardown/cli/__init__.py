@@ -1,6 +1,6 @@
-"""The command line: `autoteardown COMMAND …`, the same as `python -m autoteardown COMMAND …`.
+"""The command line `autoteardown COMMAND …`: parses the arguments and runs the command.
 
-A command is a module of this package with `configure(parser)` and `run(args) -> int`, imported when it is asked for.
+A command is a module of this package with `configure(parser)` and `run(args) -> int`, imported only when it is used.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; its exit status."""
+    """Run one command and return its exit status."""
     _prepare_streams()
     words = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="autoteardown", description=autoteardown.__doc__.splitlines()[0])
     parser.add_argument("--version", action="version", version=f"autoteardown {autoteardown.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    # The parser itself takes no option with a value, so the first plain word is the command.
+    # The main parser has no option with a value, so the first word without a dash is the command.
     chosen = next((word for word in words if not word.startswith("-")), None)
     for name, summary in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
@@ -44,11 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return int(status)
     except BrokenPipeError:
-        # `autoteardown ps | head`: nobody reads on.
-        _give_stdout_up()
+        # `autoteardown ps | head`: the reader has closed the pipe.
+        _discard_stdout()
         return 141
-    except OSError as error:  # a full disk behind stdout: what the command did is done
-        _give_stdout_up()
+    except OSError as error:  # a full disk behind stdout; the command itself has done its work
+        _discard_stdout()
         sys.stderr.write(f"autoteardown {args.command}: {printable(str(error))}\n")
         return 1
     except KeyboardInterrupt:
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _prepare_streams() -> None:
-    """Have streams that can be written to: a hook may run with closed ones, or in a locale that lacks our letters."""
+    """Make stdout and stderr writable, also in a hook with closed streams or a locale that lacks some characters."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
@@ -65,8 +65,8 @@ def _prepare_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _give_stdout_up() -> None:
-    """Python would complain once more when it flushes at exit."""
+def _discard_stdout() -> None:
+    """Redirect stdout to /dev/null; otherwise Python's flush at exit would report the error again."""
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, ValueError):

@@ -28,23 +28,30 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--pid", type=_pid, action="append", default=[], help="only this rank; may be given several times"
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="say whom it would signal, signal nobody, wait for nothing"
+        "--dry-run", action="store_true", help="list the ranks that would be signalled, and signal none"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
-    """0 when every rank left cleanly, or there was none; 1 otherwise. A dry run: 0 when the registry could be read."""
+    """Drain and print the results.
+
+    Returns:
+        0 if every rank left cleanly or there was none, else 1. A dry run: 0 if the registry could be read, else 1.
+    """
     found, refused = settings.load(os.environ)
     for line in refused:
         print(f"autoteardown: {line}", file=sys.stderr)
-    # No more of its name is kept than `ps` shows.
-    which = drain.Selection(None if args.job is None else args.job.strip()[: variables.JOB_LENGTH], args.pid)
+    # Cut like the names in the registry.
+    job = None if args.job is None else args.job.strip()[: variables.JOB_LENGTH]
+    selection = drain.Selection(job, args.pid)
     if args.dry_run:
-        return _dry_run(found, which, args.json)
+        return _dry_run(found, selection, args.json)
     timeout = found.grace + drain.MARGIN if args.timeout is None else args.timeout
     problems: dict[str, None] = {}  # each one once, in order
-    ranks, interrupted = drain.drain(found.runtime_dir, found.signals[0], timeout, problems.setdefault, which)
+    ranks, interrupted = drain.drain(
+        found.runtime_dir, found.signals[0], timeout, problems.setdefault, selection
+    )
     for problem in problems:
         print(f"autoteardown: {problem}", file=sys.stderr)
     clean = not problems and all(rank.clean for rank in ranks)
@@ -57,13 +64,13 @@ def run(args: argparse.Namespace) -> int:
         left = sum(rank.clean for rank in ranks)
         print(f"{'interrupted: ' if interrupted else ''}{left} of {len(ranks)} left cleanly")
     elif not problems:
-        print(_none(found, which))
+        print(_none(found, selection))
     return 0 if clean else 1
 
 
-def _dry_run(found: settings.Settings, which: drain.Selection, as_json: bool) -> int:
+def _dry_run(found: settings.Settings, selection: drain.Selection, as_json: bool) -> int:
     problems: list[str] = []
-    records = drain.would_signal(found.runtime_dir, which, problems.append)
+    records = drain.would_signal(found.runtime_dir, selection, problems.append)
     for problem in problems:
         print(f"autoteardown: {problem}", file=sys.stderr)
     signals = [settings.signal_name(record.signal or found.signals[0]) for record in records]
@@ -72,18 +79,18 @@ def _dry_run(found: settings.Settings, which: drain.Selection, as_json: bool) ->
         print(json.dumps({"dry_run": True, "ranks": ranks}, indent=2))
     elif records:
         for record, name in zip(records, signals):
-            print(f"{drain.named(record)}: would be sent {name}")
-        print(f"{len(records)} would be signalled; nobody was (--dry-run)")
+            print(f"{drain.describe(record)}: would be sent {name}")
+        print(f"{len(records)} would be signalled; none was (--dry-run)")
     elif not problems:
-        print(_none(found, which))
+        print(_none(found, selection))
     return 1 if problems else 0
 
 
-def _none(found: settings.Settings, which: drain.Selection) -> str:
-    there = len(registry.read(found.runtime_dir))
-    if not there or (which.job is None and not which.pids):
+def _none(found: settings.Settings, selection: drain.Selection) -> str:
+    count = len(registry.read(found.runtime_dir))
+    if not count or (selection.job is None and not selection.pids):
         return ps.none_here(found.runtime_dir)
-    return f"none of the {there} armed ranks on this node is meant; `autoteardown ps` lists them"
+    return f"none of the {count} armed ranks on this node is selected; `autoteardown ps` lists them"
 
 
 def _seconds(text: str) -> float:
@@ -91,7 +98,7 @@ def _seconds(text: str) -> float:
         seconds = float(text)
     except ValueError:
         seconds = -1.0
-    if not 0 <= seconds <= _DAY:  # NaN fails it, too
+    if not 0 <= seconds <= _DAY:  # also refuses NaN
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0 to {_DAY}")
     return seconds
 

@@ -1,4 +1,4 @@
-"""`autoteardown path`: the folder whose `sitecustomize` starts the agent without an installation."""
+"""`autoteardown path`: prints the folder whose `sitecustomize` starts the agent without an installation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import autoteardown
 
 
 def injection_folder() -> Path | None:
-    """Inside the package when installed, beside it in a source tree; None: this installation is damaged."""
+    """The folder: inside the package when installed, next to it in a source tree; None if it is missing."""
     package = Path(autoteardown.__file__).resolve().parent
     for folder in (package / "_inject", package.parent / "sitecustomize"):
         if (folder / "sitecustomize.py").is_file():
@@ -19,12 +19,12 @@ def injection_folder() -> Path | None:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Nothing to choose."""
+    """Declare the options: none."""
     parser.epilog = 'PYTHONPATH="$(autoteardown path)" AUTOTEARDOWN=1 python train.py'
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print it."""
+    """Print the folder."""
     folder = injection_folder()
     if folder is None:
         print(

@@ -1,4 +1,4 @@
-"""`autoteardown ps`: the armed ranks on this node."""
+"""`autoteardown ps`: lists the armed ranks on this node."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the table. 1 when the registry cannot be trusted, so that nothing is known."""
+    """Print the table; return 1 if the registry cannot be used, else 0."""
     runtime_dir = settings.load(os.environ)[0].runtime_dir
     problems: list[str] = []
     records = registry.read(runtime_dir, problems.append)
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def as_dict(record: Entry) -> dict[str, object]:
-    """What `--json` says of a rank."""
+    """A rank in the output of `--json`."""
     return {
         "pid": record.pid,
         "job": record.job,
@@ -60,26 +60,26 @@ def as_dict(record: Entry) -> dict[str, object]:
 
 
 def none_here(runtime_dir: str) -> str:
-    """Says that there is no rank, and where one may be instead."""
+    """The line for a node without ranks, with the number of ranks in other containers that share the folder."""
     others = registry.elsewhere(runtime_dir)
     hint = f" ({others} of other pid namespaces or boots)" if others else ""
     return f"no armed ranks on this node{hint}"
 
 
 def _row(record: Entry) -> tuple[str, ...]:
-    named = (printable(text) for text in (record.backend, record.program, record.state))
+    texts = (printable(text) for text in (record.backend, record.program, record.state))
     return (
         str(record.pid),
         printable(record.job),
         record.place,
-        *named,
+        *texts,
         _age(int(record.age)),
         peers(record),
     )
 
 
 def peers(record: Entry) -> str:
-    """Whether the other ranks would be told now that this one is evicted."""
+    """Whether the other ranks would be notified now of this rank's eviction."""
     if record.alone is None:
         return "-"
     return f"not told: {printable(record.alone)}" if record.alone else "connected"

@@ -1,4 +1,4 @@
-"""`autoteardown timeline DIR`: draws the reports of a job."""
+"""`autoteardown timeline DIR`: draws the reports of a job as a page, a picture or a trace."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from datetime import datetime, timezone
 from pathlib import Path
 
-from autoteardown.timeline import lanes, page, perfetto, picture, reports, story
+from autoteardown.timeline import drawing, page, perfetto, picture, reports, summary
 from autoteardown.timeline.stops import DEFAULT_GRACE, Rank, Stop, seconds, verdict
 
 DEFAULT_FILE = {"html": "timeline.html", "perfetto": "timeline.perfetto.json", "svg": "timeline.svg"}
@@ -36,7 +36,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Read, draw, write. Problems with single reports are told on stderr and do not fail the command."""
+    """Read the reports, draw them, write the file. Problems with single reports go to stderr, and do not fail it."""
     if not args.dir.is_dir():
         return _fail(f"{args.dir}: not a folder")
     try:
@@ -54,12 +54,12 @@ def run(args: argparse.Namespace) -> int:
     if args.format == "perfetto":
         text = perfetto.trace(stops, args.grace)
     elif args.format == "svg":
-        text = picture.svg([(*named, _grace(named[1], args.grace)) for named in _named(stops)])
+        text = picture.svg([(*each, _grace(each[1], args.grace)) for each in _with_headings(stops)])
     else:
         text = html(stops, problems, args.grace, reports.plain(str(args.dir)))
     target = args.output or DEFAULT_FILE[args.format]
     if target == "-":
-        # What the page says it is, whatever the locale.
+        # UTF-8, as the page declares, whatever the locale.
         sys.stdout.flush()
         sys.stdout.buffer.write(text.encode())
         return 0
@@ -67,38 +67,38 @@ def run(args: argparse.Namespace) -> int:
         _write(Path(target), text)
     except OSError as error:
         return _fail(f"{target}: {error.strerror}")
-    for heading, stop in _named(stops):
-        sys.stdout.write(f"{heading}: {story.sentence(stop)}\n{stop.summary(_grace(stop, args.grace))}\n")
+    for heading, stop in _with_headings(stops):
+        sys.stdout.write(f"{heading}: {summary.sentence(stop)}\n{stop.summary(_grace(stop, args.grace))}\n")
     sys.stdout.write(f"wrote {reports.plain(target)}\n")
     return 0
 
 
 def html(stops: list[Stop], problems: list[str], grace: float | None, source: str) -> str:
-    """The page for these stops."""
+    """The HTML page for these stops."""
     parts = [
         "<h1>Teardown timeline</h1>",
         f'<p class="soft">{page.esc(source)}: {_count(sum(len(s.ranks) for s in stops), "report")}, '
         f"{_count(len(stops), 'stop')}</p>",
         page.notice("What is missing", problems),
     ]
-    for heading, stop in _named(stops):
+    for heading, stop in _with_headings(stops):
         limit = _grace(stop, grace)
-        told = grace is not None or stop.grace is not None
+        known = grace is not None or stop.grace is not None
         parts += [
             f"<section><h2>{page.esc(heading)}</h2>",
-            f'<p class="story">{page.esc(story.sentence(stop))}</p>',
+            f'<p class="story">{page.esc(summary.sentence(stop))}</p>',
             f'<p class="summary soft">{page.esc(stop.summary(limit))}.'
-            + ("" if told else ' <span class="soft">The grace period is assumed; --grace sets it.</span>')
+            + ("" if known else ' <span class="soft">The grace period is assumed; --grace sets it.</span>')
             + "</p>",
             picture.key(stop),
-            f'<div class="scroll">{lanes.draw(stop, limit)}</div>',
+            f'<div class="scroll">{drawing.draw(stop, limit)}</div>',
             _table(stop),
             "</section>",
         ]
     return page.document("Teardown timeline", "\n".join(parts))
 
 
-def _named(stops: list[Stop]) -> list[tuple[str, Stop]]:
+def _with_headings(stops: list[Stop]) -> list[tuple[str, Stop]]:
     return [(_heading(stop, number, len(stops)), stop) for number, stop in enumerate(stops, 1)]
 
 
@@ -123,14 +123,14 @@ def _count(number: int, what: str) -> str:
 
 
 def _table(stop: Stop) -> str:
-    """The same as text: for screen readers, for the search of the browser, for whole stacks."""
+    """The reports as an HTML table: for screen readers, the browser's search, and complete stacks."""
     head = ["rank", "host", "pid", "cause", "outcome", "out after", "stopped at step", "phases"]
     if any(rank.stuck and rank.wedged for rank in stop.ranks):
         head.append("stacks")
     state = " open" if len(stop.ranks) <= 16 else ""
     return (
         f"<details{state}><summary>The reports as text</summary>"
-        + page.table(head, (_cells(rank)[: len(head)] for lane in story.lanes(stop) for rank in lane.ranks))
+        + page.table(head, (_cells(rank)[: len(head)] for lane in summary.lanes(stop) for rank in lane.ranks))
         + "</details>"
     )
 
@@ -165,7 +165,7 @@ def _grace(stop: Stop, given: float | None) -> float:
 
 
 def _write(path: Path, text: str) -> None:
-    """All of it or nothing: a page that is being looked at is never half of one."""
+    """Write the file atomically, so that a browser never reads half a page."""
     if path.exists() and not path.is_file():  # /dev/stdout must not be replaced by a file
         path.write_text(text, encoding="utf-8")
         return
@@ -180,7 +180,7 @@ def _positive(text: str) -> float:
         value = float(text)
     except ValueError:
         value = 0.0
-    if not 0 < value <= reports.LONGEST:  # NaN fails it, too
+    if not 0 < value <= reports.LONGEST:  # also refuses NaN
         raise argparse.ArgumentTypeError(
             f"{text!r} is not a number of seconds above 0, {reports.LONGEST:g} at most"
         )

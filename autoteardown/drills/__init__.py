@@ -1,5 +1,5 @@
-"""Fire drills: a real training job is started, evicted as a platform would do it, and looked at until it is gone.
+"""Fire drills: start a real training job, evict it as a platform would, and watch its ranks until they have exited.
 
-Only the `drill` command imports this. What runs in the job itself (`torchrun.py`, `training.py`, `handwritten.py`)
-imports nothing else of it.
+Only the `drill` command imports this. The modules that run in the job itself (`torchrun.py`, `training.py`,
+`handwritten.py`) import no other module of this folder.
 """

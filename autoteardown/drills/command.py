@@ -1,5 +1,6 @@
-"""A drill with a launch command of the user's: it runs as it is, with the agent on, and its ranks are found by their
-entries in a registry of the drill's own.
+"""Drills the user's own launch command: runs it unchanged with the agent on, and evicts its ranks.
+
+The ranks are found by their entries in the drill's own registry.
 """
 
 from __future__ import annotations
@@ -22,16 +23,21 @@ from autoteardown.node import registry
 from autoteardown.node.entry import Entry
 
 TICK = 0.05
-SETTLED = 5.0  # seconds without another rank: the rest of the world is on other nodes
+SETTLED = 5.0  # seconds without a new rank after which the other ranks are assumed to be on other nodes
 
 
 class CommandDrill:
     """One run of the command.
 
     Args:
-        wanted: how many ranks of this node to wait for; None: all of the world, or as many as come.
-        patience: longest wait for them, in seconds.
-        after: seconds from then to the eviction.
+        argv: the command.
+        scenario: `train` or `pod`.
+        grace: seconds from the signal to SIGKILL.
+        wanted: the number of ranks on this node to wait for; None: the world size, or as many as start.
+        patience: longest wait for the ranks, in seconds.
+        after: seconds from the start of the last rank to the eviction.
+        folder: for the reports and the registry.
+        display: shows the progress.
     """
 
     protection = AGENT
@@ -61,7 +67,7 @@ class CommandDrill:
         self._ranks: list[tuple[Entry, processes.Process, RankOutcome]] = []
 
     def run(self) -> Outcome:
-        """Start, evict, watch; what came of it."""
+        """Start the command, evict its ranks, watch them, and return the outcome."""
         self._display.line()
         (self._folder / "reports").mkdir(parents=True)
         self._started = time.monotonic()
@@ -103,7 +109,7 @@ class CommandDrill:
         self._display.line(f"drill: {text}", "bold")
 
     def _wait(self) -> str | None:
-        """Wait for armed ranks in a process group; what went wrong, if anything."""
+        """Wait for armed ranks in a process group; return the problem, or None."""
         deadline = time.monotonic() + self._patience
         count, since = 0, 0.0
         while True:
@@ -132,7 +138,7 @@ class CommandDrill:
         self.evicted_after = self._evicted_at - self._started
         signalled = self._settings.exit_code_for(signum)
         for _, _, rank in self._ranks:
-            # Launchers pass signals on, and send some of their own when a first worker has failed.
+            # Launchers pass signals on, and send their own when a first worker has failed.
             rank.right = {signalled, self._settings.peer_exit_code}
             rank.signalled = self._scenario.whole_pod
         if self._scenario.whole_pod:
@@ -145,7 +151,7 @@ class CommandDrill:
             self._say(f"{name} to rank {record.place} (pid {record.pid})")
 
     def _watch(self) -> None:
-        """Until all ranks and the command are gone, or have had their time."""
+        """Watch until all ranks and the command have ended, or their time is over."""
         over = False
         while True:
             elapsed = time.monotonic() - self._evicted_at
@@ -153,16 +159,16 @@ class CommandDrill:
                 if rank.seconds is None and not process.alive:
                     rank.seconds = elapsed
                     self._ended(record, rank)
-            gone = all(rank.seconds is not None for _, _, rank in self._ranks)
+            ended = all(rank.seconds is not None for _, _, rank in self._ranks)
             if not over and elapsed >= self._grace:
                 over = True
                 self._end_of_grace()
-            if (gone and self._process.poll() is not None) or elapsed >= self._grace + AFTERMATH:
+            if (ended and self._process.poll() is not None) or elapsed >= self._grace + AFTERMATH:
                 return
             time.sleep(TICK)
 
     def _ended(self, record: Entry, rank: RankOutcome) -> None:
-        """Its exit code only its launcher knows; what it has told the registry is next to it."""
+        """Note how a rank ended, by its entry in the registry: only its launcher knows the real exit code."""
         try:
             last = registry.reread(self._settings.runtime_dir, record)
         except OSError:
@@ -170,7 +176,7 @@ class CommandDrill:
         rank.withdrew = last is None
         rank.code = last.exit_code if last is not None else None
         how = "ended by itself" if rank.withdrew else "died" if rank.code is None else f"exit {rank.code}"
-        self._say(f"+{rank.seconds:.2f} s rank {record.place} is gone: {how}")
+        self._say(f"+{rank.seconds:.2f} s rank {record.place} has ended: {how}")
 
     def _end_of_grace(self) -> None:
         for record, process, rank in self._ranks:

@@ -1,4 +1,4 @@
-"""The same launch command with the agent off: what an eviction does to it without."""
+"""Drills the user's launch command with the agent off, to compare."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ from autoteardown.drills.outcome import Outcome, RankOutcome
 from autoteardown.drills.scenario import NONE, Scenario
 from autoteardown.node import procfs
 from autoteardown.node.entry import Entry
+from autoteardown.program import parent_of
 
 
 class ControlDrill(CommandDrill):
     """One run of the command without the agent.
 
-    Nothing arms there, so its ranks are known by the RANK in their environment, which launchers give them; and they are
-    evicted as long after the start as those with the agent were.
+    There are no registry entries without the agent, so the ranks are found by the RANK in their environment, which
+    launchers set. They are evicted at the same time after the start as the ranks with the agent.
 
     Args:
-        count: how many ranks there were with the agent.
+        argv, scenario, grace, patience, folder, display: as for `CommandDrill`.
+        count: the number of ranks with the agent.
         at: seconds from the start to the eviction.
     """
 
@@ -59,15 +61,15 @@ class ControlDrill(CommandDrill):
             time.sleep(TICK)
 
     def _ended(self, record: Entry, rank: RankOutcome) -> None:
-        # Only its launcher knows its exit code, which may be that of a handler of its own.
-        self._say(f"+{rank.seconds:.2f} s rank {record.place} is gone")
+        # Only its launcher knows its exit code, which may come from a handler of the program.
+        self._say(f"+{rank.seconds:.2f} s rank {record.place} has ended")
 
     def _conclude(self, found: Outcome) -> None:
         found.ranks = [rank for _, _, rank in self._ranks]
 
 
 def ranks_below() -> list[Entry]:
-    """The ranks among what this process has started: those with a RANK of their own, and not one of their parent's."""
+    """The ranks among this process's descendants: those with a RANK that differs from their parent's."""
     given: dict[int, dict[str, str]] = {}
     for pid in processes.descendants():
         try:
@@ -79,16 +81,8 @@ def ranks_below() -> list[Entry]:
     found = []
     for pid, variables in given.items():
         rank = variables.get("RANK", "")
-        if not rank.isdecimal() or given.get(_parent(pid), {}).get("RANK") == rank:  # a worker of a rank
+        if not rank.isdecimal() or given.get(parent_of(pid), {}).get("RANK") == rank:  # a worker of a rank
             continue
         fields = {name.lower(): int(value) for name, value in variables.items() if value.isdecimal()}
         found.append(Entry("", pid, procfs.start_time(pid) or 0, fields))
     return sorted(found, key=lambda record: record.rank or 0)
-
-
-def _parent(pid: int) -> int:
-    try:
-        text = Path(f"/proc/{pid}/stat").read_bytes()
-    except OSError:
-        return 0
-    return int(text[text.rindex(b")") + 1 :].split()[1])

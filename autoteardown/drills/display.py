@@ -1,4 +1,4 @@
-"""What a person sees while a drill runs: plain lines or, on a terminal with `rich`, the same with a live view."""
+"""Shows the progress of a drill: plain lines or, on a terminal with `rich`, the same lines with a live view."""
 
 from __future__ import annotations
 
@@ -12,47 +12,47 @@ from autoteardown.drills.scenario import Scenario
 if TYPE_CHECKING:
     from autoteardown.drills.job import Job
 
-_WIDTH = 12  # of the names of the protections
+_WIDTH = 12  # of the protections' names, in characters
 
 
 class Display:
-    """Plain lines."""
+    """Shows plain lines."""
 
     def __init__(self, out: TextIO) -> None:
         self._out = out
 
     def line(self, text: str = "", style: str = "") -> None:
-        """One line; `style` is for terminals."""
+        """Show one line; `style` is used on terminals only."""
         self._out.write(f"{text}\n")
         self._out.flush()
 
     def scenario(self, scenario: Scenario, jobs: Sequence[Job]) -> None:
-        """A scenario begins."""
+        """Show that a scenario begins."""
         self.line()
         self.line(f"{scenario.name}: {scenario.title}", "bold")
 
     def say(self, label: str, text: str) -> None:
-        """Something has happened to a job."""
+        """Show an event of a job."""
         self.line(f"  {label:{_WIDTH}}  {text}")
 
     def tick(self, jobs: Sequence[Job]) -> None:
-        """Time has passed."""
+        """Update the live view, if there is one."""
 
     def pause(self) -> None:
-        """Nothing is going on for a while."""
+        """End the live view, if there is one."""
 
     def outcome(self, outcome: Outcome) -> None:
-        """A job is over."""
+        """Show the outcome of a job."""
         self.line(f"  {outcome.label:{_WIDTH}}  {outcome.summary()}", "green" if outcome.clean else "red")
 
     def table(self, outcomes: Sequence[Outcome]) -> None:
-        """All of them."""
+        """Show the table of all outcomes."""
         for text in table.lines(outcomes):
             self.line(text)
 
 
 class RichDisplay(Display):
-    """The same on a terminal."""
+    """Shows lines in colour and a live view, with `rich`."""
 
     def __init__(self, out: TextIO) -> None:
         from rich.console import Console
@@ -62,11 +62,11 @@ class RichDisplay(Display):
         self._live: Any = None
 
     def line(self, text: str = "", style: str = "") -> None:
-        """Above the live view."""
+        """Show one line, above the live view."""
         self._console.print(text, style=style or None, markup=False)
 
     def scenario(self, scenario: Scenario, jobs: Sequence[Job]) -> None:
-        """The live view begins."""
+        """Show that a scenario begins, and start the live view."""
         from rich.live import Live
 
         super().scenario(scenario, jobs)
@@ -74,12 +74,12 @@ class RichDisplay(Display):
         self._live.start()
 
     def say(self, label: str, text: str) -> None:
-        """In colour."""
+        """Show an event of a job, in colour."""
         style = "dim" if text.startswith(" ") else "yellow" if "SIG" in text else ""
         self.line(f"  {label:{_WIDTH}}  {text}", style)
 
     def tick(self, jobs: Sequence[Job]) -> None:
-        """Renew the live view."""
+        """Update the live view."""
         from rich.table import Table
 
         view = Table.grid(padding=(0, 2))
@@ -88,13 +88,13 @@ class RichDisplay(Display):
         self._live.update(view)
 
     def pause(self) -> None:
-        """The live view ends."""
+        """End the live view."""
         if self._live is not None:
             self._live.stop()
             self._live = None
 
     def table(self, outcomes: Sequence[Outcome]) -> None:
-        """In colour."""
+        """Show the table of all outcomes, in colour."""
         from rich.table import Table
         from rich.text import Text
 
@@ -109,7 +109,7 @@ class RichDisplay(Display):
 
 
 def choose(out: TextIO) -> Display:
-    """The best that this stream can show."""
+    """The best display for this stream."""
     if out.isatty():
         try:
             return RichDisplay(out)

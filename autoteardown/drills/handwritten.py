@@ -1,4 +1,4 @@
-"""The handler that training scripts carry: drain, destroy, exit 0, each step guarded. The drill's control."""
+"""A SIGTERM handler as training scripts have it (drain, destroy, exit 0), which the drill compares the agent with."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from types import FrameType
 
 
 def on_signal(signum: int, frame: FrameType | None) -> None:
-    """Drain the device, leave the process group, exit."""
+    """Drain the device, destroy the process group, exit with 0; each step catches its errors."""
     import torch
     import torch.distributed as dist
 
@@ -27,5 +27,5 @@ def on_signal(signum: int, frame: FrameType | None) -> None:
 
 
 def install() -> None:
-    """Install it, as a script does at its top."""
+    """Install the handler, as a script does at its top."""
     signal.signal(signal.SIGTERM, on_signal)

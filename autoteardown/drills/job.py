@@ -1,4 +1,4 @@
-"""One training job of a drill: started by torchrun, evicted, and watched until the last of its ranks is gone."""
+"""Runs one training job of a drill: starts it with torchrun, evicts it, and watches until the last rank has ended."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from pathlib import Path
 
 from autoteardown.drills import processes
 from autoteardown.drills.environment import environment
-from autoteardown.drills.outcome import Outcome, RankOutcome, look_at_checkpoint
+from autoteardown.drills.outcome import Outcome, RankOutcome, check_checkpoint
 from autoteardown.drills.rank import Lines, Rank
 from autoteardown.drills.scenario import AGENT, HAND_WRITTEN, PROTECTIONS, Scenario
 
-AFTERMATH = 3.0  # seconds after the grace period in which a launcher may notice what was killed
+AFTERMATH = 3.0  # seconds after the grace period for a launcher to notice that its workers were killed
 _AGENT_LINE = re.compile(r"autoteardown rank=(\S+)/\S+ pid=\d+ host=\S+ (\+\d+\.\d+s .*)")
 
 
 class Job:
-    """A job under one kind of protection.
+    """A job with one kind of protection.
 
-    Its state goes from `starting` to `ready` (it is where the scenario begins), `going` (the next good moment is the
-    one), `evicted`, `over`; or to `failed`. `poll` moves it on.
+    Its state goes from `starting` to `ready` (the scenario can begin), `going` (evict it at the next suitable moment),
+    `evicted`, `over`; or to `failed`. `poll` advances it.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Job:
         grace: float,
         folder: Path,
         say: Callable[[str, str], object],
-        quotes: bool,
+        show_log: bool,
     ) -> None:
         self.scenario = scenario
         self.protection = protection
@@ -47,7 +47,7 @@ class Job:
         self.evicted_at = 0.0
         self.log: list[str] = []
         self._say = say
-        self._quotes = quotes
+        self._show_log = show_log
         self._output = Lines(folder / "output")
         self._exits = Lines(folder / "exits")
         self._codes: dict[int, int] = {}
@@ -55,23 +55,23 @@ class Job:
 
     @property
     def label(self) -> str:
-        """How a person calls it."""
+        """The protection's name for a reader."""
         return PROTECTIONS[self.protection]
 
     @property
     def status(self) -> str:
-        """What it is doing now."""
+        """What the job does now, for the live view."""
         if self.state == "evicted":
             left = [str(rank.number) for rank in self.ranks if rank.alive]
-            who = f"rank{'s' if len(left) > 1 else ''} {', '.join(left[:8])}" if left else "torchrun"
-            return f"{time.monotonic() - self.evicted_at:4.1f} s since the signal; still there: {who}"
+            running = f"rank{'s' if len(left) > 1 else ''} {', '.join(left[:8])}" if left else "torchrun"
+            return f"{time.monotonic() - self.evicted_at:4.1f} s since the signal; still running: {running}"
         if self.state in ("over", "failed"):
             return self.state
         steps = min(rank.steps for rank in self.ranks)
         return f"training, step {steps}" if steps else "starting"
 
     def start(self) -> None:
-        """Launch it."""
+        """Launch the job."""
         self.folder.mkdir()
         for name in ("reports", "tmp"):
             (self.folder / name).mkdir()
@@ -93,11 +93,13 @@ class Job:
                 cwd=self.folder,
                 start_new_session=True,
             )
-        self._tell(f"torchrun starts {len(self.ranks)} rank{'s' if len(self.ranks) > 1 else ''}")
+        self._show(f"torchrun starts {len(self.ranks)} rank{'s' if len(self.ranks) > 1 else ''}")
 
     def poll(self) -> None:
-        """See what has happened, and do what is due."""
-        ended = self._launcher.poll() is not None  # asked first: what was written last must be read too
+        """Read what has happened, and take the next step."""
+        ended = (
+            self._launcher.poll() is not None
+        )  # before the files are read, so that their last lines are read, too
         for rank in self.ranks:
             rank.read()
         self._read_output()
@@ -114,22 +116,24 @@ class Job:
                 self._end()
 
     def fail(self, problem: str) -> None:
-        """It did not come to an eviction."""
+        """Give up before the eviction."""
         self.state, self.problem = "failed", problem
-        self._tell(problem)
+        self._show(problem)
 
     def tail(self, count: int = 12) -> list[str]:
         """The last lines that torchrun and the ranks have printed."""
         return (self.folder / "output").read_text(errors="replace").splitlines()[-count:]
 
     def outcome(self) -> Outcome:
-        """What became of it, once everything of it is gone."""
+        """The outcome, once all processes of the job have ended."""
         ranks = [
             RankOutcome(
                 rank=rank.number,
                 pid=rank.process.pid if rank.process else None,
                 code=rank.code,
-                seconds=rank.out - self.evicted_at if rank.out is not None and self.evicted_at else None,
+                seconds=rank.exited_at - self.evicted_at
+                if rank.exited_at is not None and self.evicted_at
+                else None,
                 right=self.scenario.right_codes(rank.signalled),
                 signalled=rank.signalled,
                 lost=rank.lost,
@@ -147,50 +151,51 @@ class Job:
             ranks,
             backend=self.ranks[0].backend,
             launcher_code=self._launcher.returncode,
-            checkpoint=look_at_checkpoint(self.folder / "checkpoint.pt") if trains else None,
+            checkpoint=check_checkpoint(self.folder / "checkpoint.pt") if trains else None,
             compares_steps=self.scenario.stage == "step",
-            kept=self.ranks[0].kept if self.ranks[0].saved else None,
+            kept=self.ranks[0].saved_step if self.ranks[0].saved else None,
             log=self.log,
         )
         if self.state == "failed":
-            # Nothing more can be said of it.
             found.ranks, found.checkpoint, found.compares_steps = [], None, False
             found.problems = [self.problem or "", *self.tail()]
         else:
-            may_fail_alone = self.scenario.name == "peer-lost"  # before it hears of the signal
+            may_fail_alone = self.scenario.name == "peer-lost"  # a rank may fail before it is signalled
             reporting = ranks if self.protection == AGENT and not may_fail_alone else []
             found.read_reports(self.folder / "reports", reporting)
         return found
 
-    # -- on the way -----------------------------------------------------------------------------------------------
+    # -- the steps --------------------------------------------------------------------------------------------------
 
-    def _tell(self, text: str) -> None:
+    def _show(self, text: str) -> None:
         self._say(self.label, text)
 
     def _is_ready(self) -> bool:
         ranks, stage = self.ranks, self.scenario.stage
         if not self._up and all(rank.stage not in ("", "started") for rank in ranks):
             self._up = True
-            self._tell(f"all ranks are up and join a process group ({ranks[0].backend})")
+            self._show(f"all ranks are up and join a process group ({ranks[0].backend})")
         if stage == "waiting":
             there = ranks[0].stage == stage and all(rank.stage == "elsewhere" for rank in ranks[1:])
             ready = there and ranks[0].still()
         elif stage == "joining":
-            still = [rank.still() for rank in ranks]  # each one's clock runs from its own first look
+            still = [
+                rank.still() for rank in ranks
+            ]  # all are called: each call starts or continues a rank's clock
             ready = all(rank.stage == stage for rank in ranks) and all(still)
         else:
             ready = ranks[0].saved and all(rank.stage == stage for rank in ranks)
         if ready:
-            self._tell(
+            self._show(
                 {
-                    "waiting": "rank 0 waits in an all_reduce that nobody joins",
+                    "waiting": "rank 0 waits in an all_reduce that no other rank joins",
                     "joining": "the ranks wait in init_process_group",
                 }.get(stage, f"training is at step {ranks[0].steps}, a checkpoint is saved")
             )
         return ready
 
     def _evict(self) -> None:
-        """Send the signals: what a platform does first."""
+        """Send the signals, as a platform does at the beginning of the grace period."""
         self.evicted_at = time.monotonic()
         self.state = "evicted"
         number = self.scenario.lost(len(self.ranks))
@@ -198,13 +203,13 @@ class Job:
             lost = self.ranks[number]
             assert lost.process is not None
             lost.lost = lost.process.signal(signal.SIGKILL)
-            self._tell(f"SIGKILL to rank {number} (pid {lost.process.pid})")
+            self._show(f"SIGKILL to rank {number} (pid {lost.process.pid})")
         if self.scenario.whole_pod:
             self._launcher.send_signal(signal.SIGTERM)
             for rank in self.ranks:
                 rank.signalled = True
             busy = "; rank 0 is writing a checkpoint" if self.ranks[0].saving else ""
-            self._tell(
+            self._show(
                 f"SIGTERM to torchrun (pid {self._launcher.pid}), which passes it on to its ranks{busy}"
             )
         else:
@@ -212,42 +217,42 @@ class Job:
             assert victim.process is not None
             victim.signalled = victim.process.signal(signal.SIGTERM)
             step = f", at step {victim.steps}" if self.scenario.stage == "step" else ""
-            self._tell(f"SIGTERM to rank {victim.number} (pid {victim.process.pid}){step}")
+            self._show(f"SIGTERM to rank {victim.number} (pid {victim.process.pid}){step}")
 
     def _watch(self) -> None:
         now = time.monotonic()
         for rank in self.ranks:
-            if rank.out is None and not rank.alive:
-                rank.out = now
-        for rank in sorted(self.ranks, key=lambda rank: rank.out or now):
-            if rank.out is not None and rank.code is None and rank.process is not None:
+            if rank.exited_at is None and not rank.alive:
+                rank.exited_at = now
+        for rank in sorted(self.ranks, key=lambda rank: rank.exited_at or now):
+            if rank.exited_at is not None and rank.code is None and rank.process is not None:
                 rank.code = self._codes.get(rank.process.pid)
                 if rank.code is None:
                     rank.code = processes.reap(rank.process.pid)
                 if rank.code is not None:
-                    after = rank.out - self.evicted_at
+                    after = rank.exited_at - self.evicted_at
                     how = f"exit {rank.code}" if rank.code >= 0 else signal.Signals(-rank.code).name
-                    self._tell(f"+{after:.2f} s rank {rank.number} is gone: {how}")
+                    self._show(f"+{after:.2f} s rank {rank.number} has ended: {how}")
         if now >= self.evicted_at + self.grace + AFTERMATH:
             self._end()
         elif now >= self.evicted_at + self.grace:
             self._end_of_grace()
 
     def _end_of_grace(self) -> None:
-        """SIGKILL to whoever had the signal: what a platform does next."""
+        """SIGKILL the ranks that got the signal, as a platform does at the end of the grace period."""
         for rank in self.ranks:
             if rank.alive and not rank.sigkilled and not rank.hanging:
                 assert rank.process is not None
                 rank.sigkilled, rank.hanging = rank.signalled, not rank.signalled
                 what = "SIGKILL to" if rank.signalled else "hanging:"
-                self._tell(f"the grace period is over; {what} rank {rank.number} (pid {rank.process.pid})")
+                self._show(f"the grace period is over; {what} rank {rank.number} (pid {rank.process.pid})")
                 if rank.signalled:
                     rank.process.signal(signal.SIGKILL)
         if self.scenario.whole_pod and self._launcher.poll() is None:
             self._launcher.kill()
 
     def _end(self) -> None:
-        """Nothing more is waited for."""
+        """Stop waiting."""
         for rank in self.ranks:
             if rank.code is None and rank.sigkilled:
                 rank.code = -signal.SIGKILL
@@ -261,5 +266,5 @@ class Job:
             match = _AGENT_LINE.match(line)
             if match:
                 self.log.append(line)
-                if self._quotes:
-                    self._tell(f"    rank {match[1]}: {match[2]}")
+                if self._show_log:
+                    self._show(f"    rank {match[1]}: {match[2]}")

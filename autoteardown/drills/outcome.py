@@ -1,4 +1,4 @@
-"""What became of a job, and what is wrong with it."""
+"""The outcome of a drilled job: how each rank ended, what is wrong with that, and the checkpoint."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ WHOLE, CUT, NO_CHECKPOINT = "whole", "cut", "none"
 
 @dataclass
 class RankOutcome:
-    """One rank.
+    """How one rank ended.
 
     Attributes:
-        code: exit code; minus the signal that ended it; None: not known.
-        seconds: from the first signal to its end; None: it had to be ended with the drill.
-        right: the codes that it may have left with.
-        signalled: the platform (the drill) sent it SIGTERM, itself or through its launcher.
-        lost: the drill killed it as part of the scenario.
-        withdrew: it ended by itself: through a handler of its own, or because its work was done.
-        sigkilled: it had SIGTERM, and was still there when the grace period ended.
-        hanging: it had no signal, and was still there when the grace period ended.
-        step: the last optimizer step that it completed.
+        code: exit code, or minus the signal that ended the rank; None: unknown.
+        seconds: from the first signal to the rank's end; None: it ran until the drill ended it.
+        right: the exit codes that are right.
+        signalled: the drill sent the rank SIGTERM, itself or through its launcher.
+        lost: the drill killed the rank as part of the scenario.
+        withdrew: the rank ended by itself: through its own handler, or because its work was done.
+        sigkilled: the rank got SIGTERM, and still ran when the grace period ended.
+        hanging: the rank got no signal, and still ran when the grace period ended.
+        step: the last optimizer step that the rank completed.
     """
 
     rank: int | None
@@ -47,7 +47,7 @@ class RankOutcome:
 
     @property
     def name(self) -> str:
-        """How a person calls it."""
+        """The rank's name for a reader."""
         return f"rank {self.rank}" if self.rank is not None else f"pid {self.pid}"
 
     @property
@@ -55,7 +55,9 @@ class RankOutcome:
         """Its exit code, or the name of the signal that ended it."""
         if self.lost:
             return "lost"
-        if self.code is None and self.sigkilled:  # by the drill, which is not its parent
+        if (
+            self.code is None and self.sigkilled
+        ):  # by the drill, which is not the parent, so the code is unknown
             return "SIGKILL"
         if self.code is None:
             return "hangs" if self.hanging else "own" if self.withdrew else "unknown"
@@ -66,7 +68,7 @@ class RankOutcome:
 
     @property
     def fate(self) -> str:
-        """What became of it, without its exit code."""
+        """How the rank ended, without its exit code."""
         if self.lost:
             return "lost"
         if self.code is not None or self.sigkilled:
@@ -75,13 +77,13 @@ class RankOutcome:
 
     @property
     def problem(self) -> str | None:
-        """What is wrong with the way in which it ended, as something to say of one rank or of several."""
+        """What is wrong with the rank's end, as a predicate for one or several ranks; None if nothing."""
         if self.lost or self.withdrew:
             return None
         if self.sigkilled:
-            return "still there when the grace period ended, and SIGKILLed"
+            return "still ran when the grace period ended, and was SIGKILLed"
         if self.hanging:
-            return "left hanging: still there when the grace period ended"
+            return "left hanging: still ran when the grace period ended"
         if self.code in self.right:
             return None
         if self.code is None:
@@ -93,7 +95,7 @@ class RankOutcome:
 
 @dataclass
 class Outcome:
-    """One job in one scenario under one protection."""
+    """The outcome of one job: one scenario with one protection."""
 
     scenario: str
     protection: str
@@ -101,39 +103,39 @@ class Outcome:
     ranks: list[RankOutcome]
     backend: str | None = None
     launcher_code: int | None = None
-    checkpoint: str | None = None  # WHOLE, CUT or NO_CHECKPOINT; None: the scenario comes before the first
+    checkpoint: str | None = None  # WHOLE, CUT or NO_CHECKPOINT; None: the scenario has no training
     compares_steps: bool = False
     kept: int | None = None  # the step of the last checkpoint
     reports: list[dict[str, Any]] = field(default_factory=list)
     stops: list[Stop] = field(default_factory=list)
-    log: list[str] = field(default_factory=list)  # what the agent said
-    problems: list[str] = field(default_factory=list)  # beyond those of single ranks
+    log: list[str] = field(default_factory=list)  # the agent's log lines
+    problems: list[str] = field(default_factory=list)  # besides those of single ranks
 
     @property
     def label(self) -> str:
-        """The protection, in words."""
+        """The protection's name for a reader."""
         return PROTECTIONS[self.protection]
 
     @property
     def title(self) -> str:
-        """The scenario, in words."""
+        """The scenario's description."""
         return SCENARIOS[self.scenario].title
 
     @property
     def last_exit(self) -> float | None:
-        """Seconds from the first signal to the end of the last rank; None: somebody never left."""
+        """Seconds from the first signal to the end of the last rank; None if a rank did not end by itself."""
         ends = [rank.seconds for rank in self.ranks if not rank.lost]
         known = [end for end in ends if end is not None]
         return max(known) if known and len(known) == len(ends) else None
 
     @property
     def peers(self) -> list[RankOutcome]:
-        """The ranks that had no signal of the drill's: what an eviction should not take with it for minutes."""
+        """The ranks that the drill did not signal; the eviction of another rank should not block them for minutes."""
         return [rank for rank in self.ranks if not rank.signalled and not rank.lost]
 
     @property
     def peers_freed(self) -> float | None:
-        """Seconds from the first signal until the last of the peers was free; None: never, or there are none."""
+        """Seconds from the first signal until the last peer had exited; None: never, or there are no peers."""
         ends = [rank.seconds for rank in self.peers]
         if not ends or any(rank.hanging for rank in self.peers):
             return None
@@ -141,36 +143,36 @@ class Outcome:
 
     @property
     def hanging(self) -> int:
-        """How many ranks were left hanging."""
+        """The number of ranks that were left hanging."""
         return sum(rank.hanging for rank in self.ranks)
 
     @property
     def sigkilled(self) -> int:
-        """How many ranks were SIGKILLed at the end of the grace period."""
+        """The number of ranks that were SIGKILLed at the end of the grace period."""
         return sum(rank.sigkilled for rank in self.ranks)
 
     @property
     def steps(self) -> list[int]:
-        """The last steps of the ranks, where they are to be compared."""
+        """The last steps of the ranks, if they are to be compared; else empty."""
         return (
             [r.step for r in self.ranks if r.step is not None and not r.lost] if self.compares_steps else []
         )
 
     @property
     def same_step(self) -> bool | None:
-        """Whether all stopped at the same step; None: there is nothing to compare."""
+        """Whether all ranks stopped at the same step; None if there is nothing to compare."""
         return len(set(self.steps)) == 1 if self.steps else None
 
     @property
     def steps_lost(self) -> int | None:
-        """How many steps a job that is started again has to do once more; None: there is nothing to compare."""
+        """The number of steps that a restarted job has to repeat; None if it is unknown."""
         if not self.steps or self.kept is None or self.checkpoint != WHOLE:
             return None
         return max(self.steps) - self.kept
 
     @property
     def wrong(self) -> list[str]:
-        """Everything that is wrong, a line each."""
+        """One line for each problem."""
         found = list(self.problems)
         for text in dict.fromkeys(rank.problem for rank in self.ranks):
             if text is not None:
@@ -184,18 +186,18 @@ class Outcome:
 
     @property
     def clean(self) -> bool:
-        """Every rank out in time, with the right code, nothing lost."""
+        """Whether every rank exited in time with the right code, and nothing was lost."""
         return not self.wrong
 
     def summary(self) -> str:
-        """In one line."""
+        """The outcome as one line."""
         if not self.clean:
             return "not clean: " + "; ".join(self.wrong)
         where = f", all at step {self.steps[0]}" if len(self.steps) > 1 else ""
         return f"clean: all out {seconds(self.last_exit or 0.0)} after the signal{where}"
 
     def as_dict(self) -> dict[str, Any]:
-        """For `--json`."""
+        """The outcome in the output of `--json`."""
         return {
             "scenario": self.scenario,
             "title": self.title,
@@ -229,24 +231,34 @@ class Outcome:
         }
 
     def read_reports(self, folder: Path, expected: Iterable[RankOutcome]) -> None:
-        """Take up what the agent has reported; whoever is expected to have left a report must have told the truth."""
+        """Read the agent's reports, and check those of the expected ranks against the real exit codes.
+
+        Args:
+            folder: of the reports.
+            expected: the ranks that must have left a report.
+        """
         self.stops, unreadable = reports.read(folder)
         for path in sorted(folder.glob("*.json")):
             try:
                 self.reports.append(json.loads(path.read_bytes()))
             except (OSError, ValueError):
                 pass  # named by `reports.read`
-        told = {report.pid: report.exit_code for stop in self.stops for report in stop.ranks}
+        codes = {report.pid: report.exit_code for stop in self.stops for report in stop.ranks}
         for rank in expected:
-            if rank.pid not in told:
+            if rank.pid not in codes:
                 self.problems.append(f"{rank.name} left no report")
-            elif rank.code is not None and told[rank.pid] != rank.code:
-                self.problems.append(f"{rank.name} reported exit {told[rank.pid]}, and left with {rank.code}")
+            elif rank.code is not None and codes[rank.pid] != rank.code:
+                self.problems.append(
+                    f"{rank.name} reported exit {codes[rank.pid]}, and left with {rank.code}"
+                )
         self.problems += [line for line in unreadable if "left out" in line]
 
 
-def look_at_checkpoint(path: Path) -> str:
-    """Whether a file that `torch.save` wrote is all there. No torch: it is a zip archive, its directory comes last."""
+def check_checkpoint(path: Path) -> str:
+    """Whether a file by `torch.save` is complete.
+
+    It is a zip archive with its directory at the end, so torch is not needed to check it.
+    """
     if not path.exists():
         return NO_CHECKPOINT
     try:

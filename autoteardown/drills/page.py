@@ -1,4 +1,4 @@
-"""`drill --html`: what the terminal shows, and a drawing of it, as one self-contained page."""
+"""Writes the HTML page of `drill --html`: the terminal's table and a drawing of each scenario."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from itertools import groupby
 
 from autoteardown.drills import table
 from autoteardown.drills.outcome import Outcome, RankOutcome
-from autoteardown.timeline import lanes, page, picture
+from autoteardown.timeline import drawing, page, picture
 from autoteardown.timeline.stops import Phase, Rank, Stop
 
 
 def html(outcomes: Sequence[Outcome], introduction: str) -> str:
-    """The whole page."""
+    """The complete page."""
     parts = [
         "<h1>Fire drill</h1>",
         f'<p class="story">{page.esc(table.headline(outcomes))}</p>',
@@ -22,13 +22,16 @@ def html(outcomes: Sequence[Outcome], introduction: str) -> str:
     ]
     for name, run in groupby(outcomes, key=lambda outcome: outcome.scenario):
         group = list(run)
-        stop, told = stop_of(group)
+        stop, reported = stop_of(group)
         parts += [f"<section><h2>{page.esc(name)}: {page.esc(group[0].title)}</h2>"]
         for outcome in group:
             kind = "" if outcome.clean else ' class="bad"'
             parts.append(f"<p{kind}><b>{page.esc(outcome.label)}</b> {page.esc(outcome.summary())}</p>")
         if stop.ranks:
-            parts += [picture.key(told), f'<div class="scroll">{lanes.draw(stop, group[0].grace)}</div>']
+            parts += [
+                picture.key(reported),
+                f'<div class="scroll">{drawing.draw(stop, group[0].grace)}</div>',
+            ]
         for outcome in group:
             if outcome.log:
                 log = page.esc("\n".join(outcome.log))
@@ -38,18 +41,18 @@ def html(outcomes: Sequence[Outcome], introduction: str) -> str:
 
 
 def stop_of(outcomes: Sequence[Outcome]) -> tuple[Stop, Stop]:
-    """All ranks of one scenario as one stop, a lane each, and those of them alone that the agent has reported.
+    """All ranks of one scenario as one stop, and those of them that have left a report as another.
 
-    The protection stands where the host would.
+    The protection takes the place of the host.
     """
-    everyone, reported = [], []
+    ranks, reported = [], []
     for outcome in outcomes:
-        told = {report.pid: report for stop in outcome.stops for report in stop.ranks}
+        known = {report.pid: report for stop in outcome.stops for report in stop.ranks}
         for rank in outcome.ranks:
-            everyone.append(_drawn(outcome, rank, told.get(rank.pid)))
-            if rank.pid in told:
-                reported.append(everyone[-1])
-    return Stop(everyone), Stop(reported)
+            ranks.append(_drawn(outcome, rank, known.get(rank.pid)))
+            if rank.pid in known:
+                reported.append(ranks[-1])
+    return Stop(ranks), Stop(reported)
 
 
 def _drawn(outcome: Outcome, rank: RankOutcome, report: Rank | None) -> Rank:
@@ -64,7 +67,7 @@ def _drawn(outcome: Outcome, rank: RankOutcome, report: Rank | None) -> Rank:
         exit_code=rank.code,
     )
     if report is None:
-        # It says nothing of itself: all that is known is how long it was there.
+        # The rank has left no report: only the time until its exit is known.
         drawn.outcome = rank.fate
         drawn.phases = [Phase("alive", 0.0, rank.seconds, "ok", "no handler or agent has reported")]
         return drawn

@@ -1,4 +1,4 @@
-"""The processes that a drill has started, however far down: see them, signal them, end them all."""
+"""Watches, signals and ends the processes that a drill has started, with all their descendants."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Process:
-    """Another process; never a stranger that got its pid later."""
+    """Another process, identified by pid and start time, so that a reused pid is not mistaken for it."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
@@ -25,11 +25,11 @@ class Process:
 
     @property
     def alive(self) -> bool:
-        """Whether it runs; a zombie does not."""
+        """Whether the process runs; False for a zombie."""
         return self._started is not None and procfs.lives(self.pid, self._started)
 
     def signal(self, signum: int) -> bool:
-        """Send a signal; whether it was there to get it."""
+        """Send a signal; return whether the process got it."""
         if not self.alive:
             return False
         try:
@@ -39,7 +39,7 @@ class Process:
         return True
 
     def main_thread(self) -> tuple[str, int]:
-        """State letter and processor time (in ticks) of its main thread, where Python code would run."""
+        """State letter and processor time (in ticks) of its main thread."""
         try:
             text = Path(f"/proc/{self.pid}/task/{self.pid}/stat").read_bytes()
             fields = text[text.rindex(b")") + 1 :].split()
@@ -50,9 +50,9 @@ class Process:
 
 @contextlib.contextmanager
 def contained() -> Iterator[None]:
-    """Nothing that is started inside outlives the block, whichever way that ends: Ctrl-C, SIGTERM and SIGHUP included.
+    """Context manager that ends every process that was started inside, also after Ctrl-C, SIGTERM and SIGHUP.
 
-    Of several such signals the first ends the block in an orderly way, and those after it change nothing.
+    The first of these signals ends the block by an exception; later ones are ignored.
     """
     _adopt_orphans()
     before = {signum: signal.signal(signum, _interrupt) for signum in _INTERRUPTS}
@@ -77,38 +77,22 @@ def _ignore_interrupts() -> None:
 
 
 def _adopt_orphans() -> None:
-    """Become the parent of every descendant that loses its own: none can slip out of the tree."""
+    """Become the parent of every descendant whose own parent ends, so that all can be found."""
     import ctypes
 
     try:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     except (OSError, AttributeError):
-        pass  # orphans go to init then; the ranks themselves are known by their pids
+        pass  # then orphans become init's children; the ranks themselves are known by their pids
 
 
 def descendants() -> set[int]:
-    """The pids of all living processes below this one."""
-    children: dict[int, list[int]] = {}
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            try:
-                text = Path(f"/proc/{entry}/stat").read_bytes()
-            except OSError:
-                continue
-            state, parent = text[text.rindex(b")") + 1 :].split()[:2]
-            if state not in (b"Z", b"X"):
-                children.setdefault(int(parent), []).append(int(entry))
-    found: set[int] = set()
-    queue = [os.getpid()]
-    while queue:
-        below = [pid for pid in children.get(queue.pop(), ()) if pid not in found]
-        found.update(below)
-        queue += below
-    return found
+    """The pids of all running processes below this one; zombies are left out."""
+    return {pid for pid in procfs.descendants(os.getpid()) if procfs.start_time(pid) is not None}
 
 
 def end_all(patience: float = 5.0) -> set[int]:
-    """SIGKILL every descendant, and reap what is a child. Whoever could not be killed in that time is returned."""
+    """SIGKILL every descendant, and reap the children; return the pids that still run after `patience` seconds."""
     deadline = time.monotonic() + patience
     while True:
         left = descendants()
@@ -128,7 +112,7 @@ def end_all(patience: float = 5.0) -> set[int]:
 
 
 def reap(pid: int) -> int | None:
-    """The exit code of an orphan that has become our child and is dead, as `subprocess` counts; else None."""
+    """The exit code of a dead orphan that has become this process's child, as in `subprocess`; else None."""
     try:
         found, status = os.waitpid(pid, os.WNOHANG)
     except ChildProcessError:

@@ -1,4 +1,4 @@
-"""One rank of the drill's own job, as its notes and its process show it."""
+"""Tracks one rank of the drill's own job, from the lines that it writes and from its process."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 
 from autoteardown.drills import processes
 
-STILL = 0.5  # seconds without a tick of processor time: the main thread waits in C
+STILL = 0.5  # seconds without processor time after which the main thread counts as waiting in C
 
 
 class Rank:
-    """What is known of it; `read` brings it up to date."""
+    """The state of one rank; `read` updates it."""
 
     def __init__(self, number: int, folder: Path) -> None:
         self.number = number
@@ -21,16 +21,16 @@ class Rank:
         self.steps = 0
         self.saving = False
         self.saved = False
-        self.kept = 0  # the step of its last checkpoint
+        self.saved_step = 0  # of its last checkpoint
         self.signalled = self.lost = self.sigkilled = self.hanging = False
         self.code: int | None = None
-        self.out: float | None = None  # when it was seen to be gone
+        self.exited_at: float | None = None  # monotonic time at which its exit was noticed
         self._notes = Lines(folder / f"rank-{number}")
         self._idle: tuple[str, int] | None = None
         self._idle_since = 0.0
 
     def read(self) -> None:
-        """Take in what it has noted since."""
+        """Read the lines that it has written since the last call."""
         for line in self._notes.new():
             what, _, value = line.partition(" ")
             if what == "started":
@@ -41,17 +41,17 @@ class Rank:
                 self.backend = value
             self.saving = what == "saving"
             if what == "saved":
-                self.saved, self.kept = True, int(value)
+                self.saved, self.saved_step = True, int(value)
             if what not in ("saving", "saved"):
                 self.stage = what
 
     @property
     def alive(self) -> bool:
-        """Whether its process runs."""
+        """Whether its process is running."""
         return self.process is not None and self.process.alive
 
     def still(self) -> bool:
-        """Whether its main thread has been asleep for a while."""
+        """Whether its main thread has been sleeping for `STILL` seconds."""
         now = self.process.main_thread() if self.process is not None else ("X", 0)
         if now != self._idle or now[0] != "S":
             self._idle, self._idle_since = now, time.monotonic()
@@ -59,7 +59,7 @@ class Rank:
 
 
 class Lines:
-    """The lines that a file has got since the last look."""
+    """Reads new lines of a growing file."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -67,7 +67,7 @@ class Lines:
         self._rest = b""
 
     def new(self) -> list[str]:
-        """Whole lines only; none while there is no file."""
+        """The complete lines since the last call; none if there is no file yet."""
         try:
             with self._path.open("rb") as file:
                 file.seek(self._offset)

@@ -1,4 +1,4 @@
-"""Runs scenarios: the jobs of one side by side, so that they share the waiting, and one scenario after another."""
+"""Runs scenarios one after another, and the jobs of each scenario in parallel."""
 
 from __future__ import annotations
 
@@ -28,8 +28,13 @@ def run(
     """Drill every scenario with every protection.
 
     Args:
-        patience: longest wait for the jobs to get to where a scenario begins.
-        folder: an empty one, for everything that the jobs write.
+        scenarios: in this order.
+        protections: a job for each runs in every scenario.
+        ranks: number of ranks of each job.
+        grace: seconds from the signal to SIGKILL.
+        patience: longest wait, in seconds, until the jobs are ready for a scenario.
+        folder: an empty folder for all files of the jobs.
+        display: shows the progress.
     """
     found: list[Outcome] = []
     for scenario in scenarios:
@@ -63,7 +68,7 @@ def _drill(jobs: Sequence[Job], patience: float, display: Display) -> None:
             job.poll()
         late = time.monotonic() > deadline
         if not any(job.state == "starting" for job in jobs):
-            # All of them now, none before: while one starts, it would take the processors from the others' teardown.
+            # All jobs now, and none earlier: a job that still starts would take processor time from another's teardown.
             for job in jobs:
                 if job.state == "ready":
                     job.state = "going"

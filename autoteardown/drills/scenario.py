@@ -1,4 +1,4 @@
-"""What a drill puts a job through, and by which measure it has come out well."""
+"""The scenarios of a drill: which processes are signalled in which state of the job, and which exit codes are right."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import NamedTuple
 NONE, HAND_WRITTEN, AGENT = "none", "hand-written", "agent"
 
 PROTECTIONS = {NONE: "no handler", HAND_WRITTEN: "hand-written", AGENT: "the agent"}
-"""What a job has against an eviction, and how a person calls it."""
+"""The protections of a job against an eviction, with their labels."""
 
 
 class Scenario(NamedTuple):
-    """One way to lose a rank.
+    """One kind of eviction.
 
     Attributes:
         title: what happens, in a sentence.
         whole_pod: the launcher gets the signal, and passes it on to all ranks; else one rank gets it.
-        stage: what a rank must have noted for the job to be where the scenario begins.
-        least: the fewest ranks that it makes sense with.
+        stage: the line that a rank has written when the job is ready for the scenario.
+        least: the smallest number of ranks.
     """
 
     name: str
@@ -27,19 +27,20 @@ class Scenario(NamedTuple):
     least: int = 1
 
     def victim(self, ranks: int) -> int:
-        """The rank that gets the signal where only one does."""
+        """The rank that gets the signal, if only one does."""
         return ranks - 1 if self.name in ("train", "save") else 0
 
     def lost(self, ranks: int) -> int | None:
-        """The rank that is SIGKILLed beforehand."""
+        """The rank that is SIGKILLed before the signal; None in most scenarios."""
         return ranks - 1 if self.name == "peer-lost" else None
 
     def right_codes(self, signalled: bool) -> set[int]:
-        """The exit codes that a rank of a job with the agent may leave with, at the default settings.
+        """The exit codes that are right for a rank with the agent, at the default settings.
 
-        torchrun sends SIGTERM to the rest as soon as one worker has failed, so that a rank which is already on its
-        way out because of a peer may get a signal of its own. And gloo tells the peers of a dead rank at once: they
-        may fail by themselves before they hear of any signal, and torchrun's may then hit them in their last moments.
+        1. torchrun sends SIGTERM to the other workers as soon as one has failed. So a rank that already stops because
+           of a peer may get a signal of its own.
+        2. gloo reports a dead rank to its peers at once. They may fail by themselves before they get any signal, and
+           torchrun's signal may arrive while they exit.
         """
         codes = {0} if signalled and not self.whole_pod else {0, 143}
         if self.name == "peer-lost":
@@ -50,7 +51,7 @@ class Scenario(NamedTuple):
 SCENARIOS = {
     scenario.name: scenario
     for scenario in (
-        # First what people know from their clusters: one rank goes, and the job hangs.
+        # First what users know from their clusters: one rank is evicted, and the job hangs.
         Scenario(
             "stuck",
             "rank 0 waits in a collective that the others never join, and gets SIGTERM",

@@ -1,4 +1,4 @@
-"""The comparison as rows of words, for the terminal and for the page."""
+"""Makes the table that compares the outcomes of a drill, for the terminal and for the page."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from autoteardown.drills.outcome import Outcome
 from autoteardown.drills.scenario import AGENT
 from autoteardown.timeline.stops import seconds
 
-# In 80 columns, also with the longest of everything: hence "clean: no" and not "not clean".
+# The table fits in 80 columns with the longest values. So the column says "no", and not "not clean".
 HEAD = ("scenario", "protection", "clean", "peers", "gone", "KILL", "steps", "lost", "exit codes")
 LEGEND = (
     "Peers: how long until the ranks without a signal were free; gone: all of them.",
@@ -21,14 +21,14 @@ LEGEND = (
 
 
 class Cell(NamedTuple):
-    """What a cell says, and whether that is bad."""
+    """The text of a cell, and whether it shows a problem."""
 
     text: str
     bad: bool = False
 
 
 def rows(outcomes: Iterable[Outcome]) -> list[list[Cell]]:
-    """A row for each outcome; the name of a scenario only in its first."""
+    """One row for each outcome; only the first of a scenario has its name."""
     found, last = [], ""
     for outcome in outcomes:
         name, last = ("" if outcome.scenario == last else outcome.scenario), outcome.scenario
@@ -44,27 +44,27 @@ def lines(outcomes: Sequence[Outcome]) -> list[str]:
 
 
 def headline(outcomes: Sequence[Outcome]) -> str:
-    """What it came to, in a sentence or two: first that of the first scenario in which another protection failed."""
+    """The result in one or two sentences, which begin with the first scenario in which another protection failed."""
     agents = [outcome for outcome in outcomes if outcome.protection == AGENT]
     bad = [outcome for outcome in agents if not outcome.clean]
     if not agents:
         return ""
-    said = "With the agent, everything came out clean." if not bad else (
+    result = "With the agent, everything came out clean." if not bad else (
         f"With the agent, {len(bad)} of {len(agents)} scenarios did not come out clean."
     )  # fmt: skip
     for outcome in outcomes:
-        mate = next((each for each in agents if each.scenario == outcome.scenario and each.clean), None)
-        if mate is None or outcome.protection == AGENT or not outcome.hanging:
+        guarded = next((each for each in agents if each.scenario == outcome.scenario and each.clean), None)
+        if guarded is None or outcome.protection == AGENT or not outcome.hanging:
             continue
         count = outcome.hanging
-        who = "a peer was" if count == 1 else f"{count} peers were"
-        freed = mate.peers_freed
+        peers = "a peer was" if count == 1 else f"{count} peers were"
+        freed = guarded.peers_freed
         after = f"free after {seconds(freed)}" if freed is not None else "free in time"
         return (
-            f"{outcome.scenario}: with {outcome.label} {who} still there when the {outcome.grace:g} s of grace were "
-            f"over; with the agent, {'it was' if count == 1 else 'they were'} {after}. {said}"
+            f"{outcome.scenario}: with {outcome.label} {peers} still running when the {outcome.grace:g} s of grace "
+            f"were over; with the agent, {'it was' if count == 1 else 'they were'} {after}. {result}"
         )
-    return said
+    return result
 
 
 def _cells(outcome: Outcome) -> list[Cell]:
@@ -86,7 +86,7 @@ def _cells(outcome: Outcome) -> list[Cell]:
 
 
 def _codes(outcome: Outcome) -> str:
-    """`0, 143`; with many ranks `0, 143 (x7)`."""
+    """Exit codes as `0, 143`; with many ranks as `0, 143 (x7)`."""
     endings = [rank.ending.replace("SIG", "") for rank in outcome.ranks]
     if len(endings) <= 2:
         return ", ".join(endings)

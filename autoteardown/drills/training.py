@@ -1,7 +1,7 @@
-"""The training job of a drill: an MLP learns scikit-learn's digits, under DDP, and rank 0 saves checkpoints.
+"""The training job of a drill: trains an MLP on scikit-learn's digits with DDP, and saves checkpoints on rank 0.
 
-A script like any other (see `examples/train_ddp.py`) but for two things: it gets itself into the state that the
-scenario asks for, and it notes what it does in `<folder>/rank-<n>`, for the drill to read.
+It is a usual script (see `examples/train_ddp.py`) with two additions: it brings itself into the state that the scenario
+needs, and it writes what it does to `<folder>/rank-<n>`, which the drill reads.
 """
 
 from __future__ import annotations
@@ -24,30 +24,28 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-LIFETIME = 900.0  # seconds; nobody has stopped the job by then
-STEP_SECONDS = 0.01  # what a step takes at least: a drill is no benchmark, and needs its processors itself
+LIFETIME = 900.0  # seconds after which the job ends by itself
+STEP_SECONDS = 0.01  # the least time of a step: a drill is no benchmark, and needs the processors itself
 CHECKPOINT_STEPS = 20
-DISK_BYTES_PER_SECOND = (
-    200_000  # makes saving 80 kB a matter of 0.4 s, as large checkpoints to network storage are
-)
+DISK_BYTES_PER_SECOND = 200_000  # saving 80 kB takes 0.4 s, as large checkpoints on network storage do
 
 
 class Notes:
-    """What the drill is told, a line at a time."""
+    """Writes lines for the drill to read."""
 
     def __init__(self, path: Path) -> None:
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
 
     def __call__(self, what: str, value: object = "") -> None:
-        """Write one."""
+        """Write one line."""
         os.write(self._file, f"{what} {value}\n".encode())
 
 
 class SlowDisk(io.FileIO):
-    """A file on storage that takes its time."""
+    """A file on slow storage."""
 
     def write(self, data: Any) -> int:
-        """As ever, later."""
+        """Write after a delay in proportion to the size."""
         time.sleep(memoryview(data).nbytes / DISK_BYTES_PER_SECOND)
         return super().write(data)
 
@@ -55,7 +53,7 @@ class SlowDisk(io.FileIO):
 def digits() -> TensorDataset:
     """1,797 images of handwritten digits, from the file that `sklearn.datasets.load_digits` reads.
 
-    Importing scikit-learn itself would take each rank two more seconds.
+    Importing scikit-learn itself would take two more seconds in each rank.
     """
     sklearn = find_spec("sklearn")
     assert sklearn is not None and sklearn.submodule_search_locations
@@ -65,7 +63,7 @@ def digits() -> TensorDataset:
 
 
 def batches(world: int, rank: int) -> Iterator[Any]:
-    """Shuffled batches, epoch after epoch, each rank its share."""
+    """Endless shuffled batches of this rank's share of the data."""
     data = digits()
     sampler: Any = DistributedSampler(data, world, rank)
     loader: Any = DataLoader(data, batch_size=64, sampler=sampler)
@@ -74,8 +72,8 @@ def batches(world: int, rank: int) -> Iterator[Any]:
         yield from loader
 
 
-def stick(note: Notes, rank: int, device: Any) -> None:
-    """Rank 0 waits in a collective; the others have taken another turn and never join it."""
+def get_stuck(note: Notes, rank: int, device: Any) -> None:
+    """Wait on rank 0 in a collective that the other ranks never join."""
     note("waiting" if rank == 0 else "elsewhere")
     if rank == 0:
         dist.all_reduce(torch.ones(1, device=device))
@@ -87,7 +85,7 @@ def stick(note: Notes, rank: int, device: Any) -> None:
 
 
 def train(scenario: str, folder: Path) -> None:
-    """Train until somebody stops it."""
+    """Train until the process is stopped, at most `LIFETIME`."""
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     note = Notes(folder / f"rank-{rank}")
     note("started", os.getpid())
@@ -95,7 +93,7 @@ def train(scenario: str, folder: Path) -> None:
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-    if scenario == "init":  # one rank more than torchrun has started: it is on a node that never comes up
+    if scenario == "init":  # one rank more than torchrun starts, as if its node never came up
         os.environ["WORLD_SIZE"] = str(int(os.environ["WORLD_SIZE"]) + 1)
     note("joining", "nccl" if on_gpu else "gloo")
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(seconds=LIFETIME))
@@ -122,7 +120,7 @@ def train(scenario: str, folder: Path) -> None:
         import autoteardown
 
         autoteardown.on_teardown(save)
-    # In the optimizer's own hook: whoever is stopped right after a step has noted it before.
+    # In the optimizer's own hook, so that a rank that is stopped right after a step has written it before.
     optimizer.register_step_post_hook(stepped)
     end = time.monotonic() + LIFETIME
     for step, (images, labels) in enumerate(batches(dist.get_world_size(), rank), 1):
@@ -133,7 +131,7 @@ def train(scenario: str, folder: Path) -> None:
         if step % CHECKPOINT_STEPS == 0 and rank == 0:
             save()
         if scenario == "stuck" and step == CHECKPOINT_STEPS:
-            stick(note, rank, device)
+            get_stuck(note, rank, device)
         if time.monotonic() > end:
             break
         time.sleep(STEP_SECONDS)
@@ -141,11 +139,11 @@ def train(scenario: str, folder: Path) -> None:
 
 
 def main() -> None:
-    """The command line."""
+    """Parse the command line and train."""
     parser = argparse.ArgumentParser()
     parser.add_argument("scenario")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--hand-written", action="store_true", help="install that handler")
+    parser.add_argument("--hand-written", action="store_true", help="install the handler of `handwritten.py`")
     options = parser.parse_args()
     if options.hand_written:
         from autoteardown.drills import handwritten

@@ -1,1 +1,1 @@
-"""The one thread of an armed rank, and the non-blocking sockets that it serves."""
+"""The agent's event loop: one thread in each armed rank, with the non-blocking sockets that it serves."""

@@ -1,14 +1,16 @@
-"""Sockets that never make the loop thread wait, and that are closed only while they are still ours.
+"""Non-blocking TCP sockets, each closed only if its descriptor still refers to it.
 
-A program that becomes a daemon closes every descriptor it knows nothing of (`os.closerange`), and its next files get
-their numbers: a socket that closed its descriptor then would close the program's file.
+A program that becomes a daemon closes every descriptor that it does not know (`os.closerange`), and its next files get
+the same numbers. A socket that closed its descriptor after that would close the program's file.
 """
 
 from __future__ import annotations
 
 import _socket
+import fcntl
 import os
 import select
+import termios
 from typing import Any
 
 from autoteardown import unpatched
@@ -16,29 +18,33 @@ from autoteardown import unpatched
 READ = select.POLLIN | select.POLLHUP | select.POLLERR | select.POLLNVAL
 WRITE = select.POLLOUT
 
-# An address translator forgets a connection that is idle for some minutes, and a host that loses power says nothing.
-# What the hub says over a line that was forgotten is swallowed: the rank at its other end hears of an eviction when it
-# has noticed, and made a new one. So it asks often; the kernels do that, 2,700 small packets a second for 4,096 ranks.
-IDLE = 3
-"""Seconds after which an idle connection is tried."""
-_INTERVAL, _PROBES = 1, 3  # seconds, how many: where there is no time-out for what is not acknowledged
-UNANSWERED = 6.0
-"""Seconds after which the kernel gives a connection up whose other end acknowledges nothing, idle or not."""
+# A NAT device forgets a connection that is idle for some minutes, and a host that loses power sends nothing. The hub's
+# messages over such a connection are lost: its rank learns of an eviction only when it has noticed and reconnected. So
+# TCP keepalive probes often. The kernels do that, with 2,700 small packets a second for 4,096 ranks.
+KEEPALIVE_IDLE = 3
+"""Seconds after which the kernel probes an idle connection."""
+_INTERVAL, _PROBES = 1, 3  # seconds, count: they decide where the system has no TCP_USER_TIMEOUT
+USER_TIMEOUT = 6.0
+"""Seconds without an acknowledgement after which the kernel closes a connection, idle or not."""
 _CHUNK = 1 << 16  # bytes
 
 
 def family_of(host: str) -> int:
-    """Of a numeric address; OSError for anything else."""
+    """The address family of a numeric address.
+
+    Raises:
+        OSError: the host is no numeric address.
+    """
     family = _socket.AF_INET6 if ":" in host else _socket.AF_INET
     _socket.inet_pton(family, host)
     return int(family)
 
 
 def listen(host: str) -> Any:
-    """A listening socket on a numeric address, at a port of the kernel's choice.
+    """A listening socket on a numeric address, at a port that the kernel chooses.
 
     Raises:
-        OSError: there is no such address here.
+        OSError: this host has no such address.
     """
     family = family_of(host)
     listener = unpatched.socket(family, _socket.SOCK_STREAM)
@@ -46,7 +52,7 @@ def listen(host: str) -> Any:
         listener.setblocking(False)
         if family == _socket.AF_INET6:
             listener.setsockopt(_socket.IPPROTO_IPV6, _socket.IPV6_V6ONLY, 1)
-        keep(listener)  # for those that it accepts
+        set_options(listener)  # inherited by the connections that it accepts
         listener.bind((host, 0))
         listener.listen(4096)
     except BaseException:
@@ -56,10 +62,10 @@ def listen(host: str) -> Any:
 
 
 def connect(host: str, port: int) -> Any:
-    """A socket that is on its way to this numeric address: no name is ever looked up.
+    """A socket that is connecting to a numeric address; no name is ever resolved.
 
     Raises:
-        OSError: it cannot even set out (no route, no descriptor).
+        OSError: the connection cannot be started (no route, no descriptor).
     """
     sock = unpatched.socket(family_of(host), _socket.SOCK_STREAM)
     try:
@@ -75,23 +81,23 @@ def connect(host: str, port: int) -> Any:
 
 
 def accepted(fd: int) -> Any:
-    """A connection as a listener of ours gives it: with its options."""
-    # Told what it is, it need not ask the kernel: many ranks come at once. The family it has to ask for all the same.
+    """The socket object for a descriptor that a listener from `listen` has accepted; it has the listener's options."""
+    # With type and protocol given, the constructor asks the kernel only for the family: many ranks connect at once.
     sock = unpatched.socket(type=_socket.SOCK_STREAM, proto=_socket.IPPROTO_TCP, fileno=fd)
-    if _socket.getdefaulttimeout() is not None:  # then a send would wait that long
+    if _socket.getdefaulttimeout() is not None:  # else a send would wait that long
         sock.setblocking(False)
     return sock
 
 
-def keep(sock: Any) -> None:
-    """No waiting for more to send, and a connection whose other end is gone is known to be."""
+def set_options(sock: Any) -> None:
+    """Send without delay (TCP_NODELAY), and detect a dead peer (keepalive, TCP_USER_TIMEOUT)."""
     sock.setsockopt(_socket.IPPROTO_TCP, _socket.TCP_NODELAY, 1)
     sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_KEEPALIVE, 1)
     options = (
-        ("TCP_KEEPIDLE", IDLE),
+        ("TCP_KEEPIDLE", KEEPALIVE_IDLE),
         ("TCP_KEEPINTVL", _INTERVAL),
         ("TCP_KEEPCNT", _PROBES),
-        ("TCP_USER_TIMEOUT", int(UNANSWERED * 1000)),
+        ("TCP_USER_TIMEOUT", int(USER_TIMEOUT * 1000)),
     )
     for name, value in options:
         option = getattr(_socket, name, None)
@@ -100,13 +106,13 @@ def keep(sock: Any) -> None:
 
 
 def identity(fd: int) -> tuple[int, int]:
-    """What tells an open file from the next one of the same number."""
+    """Device and inode of an open file: they differ from those of a later file at the same descriptor number."""
     found = os.fstat(fd)
     return found.st_dev, found.st_ino
 
 
 def close(sock: Any, known: tuple[int, int]) -> None:
-    """Close a socket unless its descriptor is somebody else's by now. May be called again; raises nothing."""
+    """Close a socket, unless its descriptor now refers to another file. May be called again; raises nothing."""
     try:
         fd = sock.fileno()
         if fd == -1:
@@ -119,15 +125,20 @@ def close(sock: Any, known: tuple[int, int]) -> None:
         sock.detach()
 
 
+def unacknowledged(fd: int) -> int:
+    """Bytes in the kernel's send buffer that the other host has not acknowledged."""
+    return int.from_bytes(fcntl.ioctl(fd, termios.TIOCOUTQ, bytes(4)), "little")
+
+
 class ConnectionClosed(Exception):
-    """A connection is over; says why in a few words."""
+    """A connection has ended; the text is the reason."""
 
 
 class Stream:
-    """A TCP connection that takes bytes as fast as the kernel does, and gives what has come.
+    """A TCP connection with a send buffer; no call waits.
 
     Args:
-        sock: non-blocking; closed with this.
+        sock: non-blocking; `close` closes it.
     """
 
     def __init__(self, sock: Any) -> None:
@@ -143,7 +154,7 @@ class Stream:
 
     @property
     def events(self) -> int:
-        """What to wait for."""
+        """The `poll` events to watch for."""
         return READ | WRITE if self._waiting else READ
 
     @property
@@ -151,32 +162,35 @@ class Stream:
         """Whether `close` has been called."""
         return bool(self._sock.fileno() == -1)
 
-    def connected(self) -> None:
-        """To be called when a socket on its way can be written to.
+    def check_connected(self) -> None:
+        """Complete a connection from `connect`, once its socket is writable.
 
         Raises:
-            Ended: it did not arrive.
+            ConnectionClosed: the connection could not be established.
         """
         problem = self._sock.getsockopt(_socket.SOL_SOCKET, _socket.SO_ERROR)
         if problem:
             raise ConnectionClosed(os.strerror(problem).lower())
         try:
-            # A port that nobody listens on any more may be the one that the kernel has given to this very socket.
+            # The kernel may have given this socket the very port that it connects to, if no listener holds it any more:
+            # the socket is then connected to itself.
             if self._sock.getsockname() == self._sock.getpeername():
                 raise ConnectionClosed("connection refused")
-            keep(self._sock)  # not before: one that is opened may lose more packets in a row
+            set_options(
+                self._sock
+            )  # not earlier: the handshake may lose more packets in a row than these allow
         except OSError as error:
-            raise ConnectionClosed(words(error)) from None
+            raise ConnectionClosed(reason(error)) from None
 
     def put(self, data: bytes) -> None:
-        """Have bytes go out with the next `send`."""
+        """Buffer bytes for the next `send`."""
         self._waiting += data
 
     def send(self, data: bytes | bytearray) -> None:
-        """Hand bytes to the kernel; what it does not take waits for the next call.
+        """Send the buffered bytes and these, as far as the kernel takes them; buffer the rest.
 
         Raises:
-            Ended: the connection is broken.
+            ConnectionClosed: the connection is broken.
         """
         waiting = self._waiting
         if not waiting and not data:
@@ -189,33 +203,33 @@ class Stream:
         except BlockingIOError:
             sent = 0
         except OSError as error:
-            raise ConnectionClosed(words(error)) from None
+            raise ConnectionClosed(reason(error)) from None
         if waiting:
             del waiting[:sent]
         elif sent < len(data):
             waiting += data[sent:]
 
     def receive(self, most: int = _CHUNK) -> bytes:
-        """What has come, so many bytes of it at most; empty if nothing has.
+        """Return at most so many received bytes; empty if there are none.
 
         Raises:
-            Ended: the connection is over.
+            ConnectionClosed: the connection has ended.
         """
         try:
             data: bytes = self._sock.recv(most, _socket.MSG_DONTWAIT)
         except BlockingIOError:
             return b""
         except OSError as error:
-            raise ConnectionClosed(words(error)) from None
+            raise ConnectionClosed(reason(error)) from None
         if not data:
             raise ConnectionClosed("closed by the other end")
         return data
 
     def close(self) -> None:
-        """Close it; may be called again."""
+        """Close the socket. May be called again."""
         close(self._sock, self._identity)
 
 
-def words(error: OSError) -> str:
-    """Why, as a person would say it."""
+def reason(error: OSError) -> str:
+    """The error's reason, for a message."""
     return (error.strerror or str(error)).lower()

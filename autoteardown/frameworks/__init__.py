@@ -1,1 +1,1 @@
-"""What frameworks do that a stop has to know of: one small module each."""
+"""Integrations with training frameworks: one small module for each, imported only where the framework is."""

@@ -1,8 +1,10 @@
-"""Accelerate: `save_state` at an eviction, `AUTOTEARDOWN_CHECKPOINT=on`.
+"""Accelerate: calls `save_state` at an eviction, with `AUTOTEARDOWN_CHECKPOINT=on`.
 
-The loop is the program's own, so this is an `on_teardown` callback: every rank stopped after the agreed iteration.
-With `automatic_checkpoint_naming` the checkpoint is the next of the numbered ones; without, it is the folder
-`autoteardown-checkpoint` in the project's folder, or in the current one. It has either name when it is whole.
+1. The training loop is the program's own, so this is an `on_teardown` callback: it runs when every rank has stopped
+   after the agreed iteration.
+2. With `automatic_checkpoint_naming`, the checkpoint is the next of the numbered ones. Without, it is the folder
+   `autoteardown-checkpoint` in the project's folder, or in the current one.
+3. The checkpoint gets its name when it is complete.
 """
 
 from __future__ import annotations
@@ -22,14 +24,14 @@ _NAME = "autoteardown-checkpoint"
 
 
 def patch(
-    module: ModuleType, on_teardown: Callable[[Callable[[], object]], object], spare: Callable[[], bool]
+    module: ModuleType, on_teardown: Callable[[Callable[[], object]], object], skip: Callable[[], bool]
 ) -> None:
     """Hook `accelerate.accelerator`.
 
     Args:
         module: the module, just imported.
         on_teardown: registers a callback.
-        spare: whether somebody else saves: the Trainer has an accelerator, too.
+        skip: whether another integration saves: the Trainer has an accelerator, too.
     """
     made: list[weakref.ref[Any]] = []
     accelerator = module.Accelerator
@@ -45,7 +47,7 @@ def patch(
     def save() -> None:
         for reference in made:
             one = reference()
-            if one is not None and one._models and not spare():
+            if one is not None and one._models and not skip():
                 _save(one)
 
     accelerator.__init__ = __init__
@@ -54,10 +56,10 @@ def patch(
 def _save(accelerator: Any) -> None:
     project = accelerator.project_configuration
     folder = project.project_dir or "."
-    # Not among the numbered ones, of which `load_state` takes the last.
+    # Not among the numbered checkpoints, because `load_state` takes the last of them.
     unfinished = os.path.join(folder, _NAME + ".unfinished")
     if accelerator.is_local_main_process:
-        shutil.rmtree(unfinished, ignore_errors=True)  # of a stop that did not get so far
+        shutil.rmtree(unfinished, ignore_errors=True)  # left by an earlier stop that could not complete it
     accelerator.wait_for_everyone()
     numbered, project.automatic_checkpoint_naming = project.automatic_checkpoint_naming, False
     try:
@@ -74,7 +76,7 @@ def _save(accelerator: Any) -> None:
 
 
 def _next(checkpoints: str) -> str:
-    """The numbered name after the last."""
+    """The numbered path after the last one."""
     os.makedirs(checkpoints, exist_ok=True)
     names = [name.rpartition("_")[2] for name in os.listdir(checkpoints)]
     number = max((int(name) + 1 for name in names if name.isdecimal()), default=0)

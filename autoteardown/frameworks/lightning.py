@@ -1,9 +1,9 @@
-"""Lightning: a checkpoint at an eviction, `AUTOTEARDOWN_CHECKPOINT=on`.
+"""Lightning: writes a checkpoint at an eviction, with `AUTOTEARDOWN_CHECKPOINT=on`.
 
-Its own SIGTERM handler already runs on every rank after the same iteration, and ends the loop at the end of the batch.
-What is missing is the checkpoint, unless a callback has been told to write one. It goes where Lightning puts that of
-an interrupted SLURM job (`hpc_ckpt_1.ckpt` in `default_root_dir`, written whole or not at all), and
-`trainer.fit(ckpt_path="last")` finds it there if it is the latest.
+1. Lightning's own SIGTERM handler already runs on every rank after the same iteration, and ends the loop at the end of
+   the batch. But it writes no checkpoint, unless a callback of the program does.
+2. The checkpoint goes where Lightning puts that of an interrupted SLURM job (`hpc_ckpt_1.ckpt` in `default_root_dir`),
+   and is written atomically. `trainer.fit(ckpt_path="last")` finds it there if it is the latest.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ def patch_resume(module: ModuleType) -> None:
     connector._parse_ckpt_path = _parse_ckpt_path
 
 
-def _latest(found: Any, ours: str | None) -> Any:
-    if found is None or ours is None or not (os.path.exists(found) and os.path.exists(ours)):
-        return found or ours
-    return max(found, ours, key=os.path.getmtime)
+def _latest(found: Any, hpc: str | None) -> Any:
+    if found is None or hpc is None or not (os.path.exists(found) and os.path.exists(hpc)):
+        return found or hpc
+    return max(found, hpc, key=os.path.getmtime)
 
 
 def _save(trainer: Any) -> None:
@@ -59,5 +59,5 @@ def _save(trainer: Any) -> None:
 
 
 def _agreed(trainer: Any, path: str) -> str:
-    """The first rank's: another may look for the next number when that has begun to write."""
+    """The first rank's path on all ranks: another rank may choose the next number if the first has begun to write."""
     return str(trainer.strategy.broadcast(path))

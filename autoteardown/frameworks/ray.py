@@ -1,4 +1,4 @@
-"""What Ray's own layers do to a process that is a rank, and what a teardown has to do about it."""
+"""Ray: decides how a rank in an actor or a driver can exit, given what Ray itself does with signals and exits."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 _STANDARD_LIBRARY = os.path.join(os.path.dirname(os.__file__), "")
 _METHODS_ARE_CALLED_IN = "/ray/_private/function_manager.py"
 _TRACED_TASKS_ARE_CALLED_IN = "/ray/util/tracing/tracing_helper.py"
-# Ray Train's thread for the training function reports whatever comes out of it, a SystemExit too, as an error of the
-# program's: then it would be no preemption, and the retry not free.
+# Ray Train's thread for the training function reports every exception that leaves it, also a SystemExit, as an error of
+# the program. Then the stop would not count as a preemption, and the retry would not be free.
 _TRAINING_IS_CALLED_IN = "/ray/train/v2/_internal/execution/worker_group/thread_runner.py"
 _MAIN_LOOP = "/ray/_private/worker.py"
 _WORKER = 1  # `ray.WORKER_MODE`
@@ -30,23 +30,23 @@ def _is_ray() -> bool:
     return "ray._raylet" in sys.modules
 
 
-def call_abort_off() -> None:
-    """In a driver, Ray's C++ handler for SIGTERM runs first and has the process aborted (exit code 134) 3 s later.
+def cancel_abort() -> None:
+    """Cancel the alarm by which Ray's C++ handler for SIGTERM would abort a driver (exit code 134) after 3 s.
 
-    By abseil's failure signal handler, through `alarm(3)` (ray-project/ray#64830): it hands on to Python's handler
-    after that, so by the time that anybody hears of the signal, the alarm is set. An application that uses alarms has
-    a Python handler for them.
+    Abseil's failure signal handler sets it with `alarm(3)` (ray-project/ray#64830), and calls Python's handler only
+    afterwards. So the alarm is set before any Python code sees the signal. An application that uses alarms has a Python
+    handler for SIGALRM; then nothing is cancelled.
     """
     if _is_ray() and signal.getsignal(signal.SIGALRM) is signal.SIG_DFL:
         signal.alarm(0)
 
 
 def exit_code_in_method(code: int) -> int:
-    """With which code the SystemExit is raised that a worker's own method leaves with.
+    """The code of the SystemExit that ends a worker's method.
 
-    0 out of a method is an intended exit to Ray, but only there: out of an idle actor, an async one or one that is
-    stuck it cannot be had. So it is none anywhere, or what restarts actors would depend on luck. The process itself
-    ends with `code`.
+    Ray takes SystemExit(0) from a method for an intended exit, and does not restart the actor. An actor that is idle,
+    async or stuck cannot exit that way. So no actor does, or it would depend on luck which actors are restarted. The
+    process itself exits with `code`.
     """
     return 143 if code == 0 and _is_worker() else code
 
@@ -57,10 +57,10 @@ def _is_worker() -> bool:
 
 
 def _outside_method() -> bool:
-    """Whether the main thread of a worker is in no task's code.
+    """Whether the main thread of a worker runs Ray's own code, and no task's.
 
-    A SystemExit that comes up in Ray's own part of a call is lost there, and fails a check in C++: SIGABRT. Of what
-    comes up there Ray itself catches Exceptions only (ray-project/ray#57247).
+    A SystemExit that is raised in Ray's own part of a call is lost there, and fails a check in C++: SIGABRT. Ray
+    catches only Exceptions there (ray-project/ray#57247).
     """
     if not _is_worker():
         return False
@@ -75,53 +75,52 @@ def _outside_method() -> bool:
 
 
 def _is_task(file: str) -> bool:
-    """Whether a function of that file, called by Ray's C++ layer, is a task or calls a method.
+    """Whether a function in this file, when Ray's C++ layer calls it, is a task or calls an actor's method.
 
-    That layer calls functions of Ray's own, too, and of the standard library: contextlib's for a context manager.
+    That layer also calls functions of Ray itself and of the standard library: contextlib's for a context manager.
     """
     if file.endswith((_METHODS_ARE_CALLED_IN, _TRACED_TASKS_ARE_CALLED_IN)):
         return True
-    its_own = os.path.join(os.path.dirname(sys.modules["ray"].__file__ or ""), "")
-    installed = "-packages" in file  # below the standard library, and none of it
-    return not file.startswith((PACKAGE, its_own, "<frozen ")) and (
+    rays_own = os.path.join(os.path.dirname(sys.modules["ray"].__file__ or ""), "")
+    installed = "-packages" in file  # in a folder below the standard library, but not part of it
+    return not file.startswith((PACKAGE, rays_own, "<frozen ")) and (
         installed or not file.startswith(_STANDARD_LIBRARY)
     )
 
 
 def waits_for_method(inside: Callable[[str], list[int]], loop: Any, parked: Iterable[int] = ()) -> bool:
-    """Whether a SystemExit would not end the process as it should: then it ends without.
+    """Whether a SystemExit would not end the process properly, so that the process has to exit without one.
 
-    Ray waits for the methods of an actor that still run, and does not expect it everywhere.
-
-    Those on the main thread and on parked threads leave by themselves.
+    Ray waits for an actor's methods that still run, and does not expect a SystemExit everywhere. Methods on the main
+    thread and on parked threads end by themselves.
 
     Args:
-        inside: tells which threads are in a function of a file.
-        loop: the event loop of the thread that called init, if it has one: then the actor is an async one.
-        parked: identities of threads.
+        inside: returns the threads that are inside a function of a file.
+        loop: the event loop of the thread that called init, if it has one: the actor is async then.
+        parked: identifiers of the parked threads.
     """
     asyncio = sys.modules.get("asyncio")
     if not _is_ray():
         return False
     if inside(_TRAINING_IS_CALLED_IN) or _outside_method():
         return True
-    # Those of threaded actors and concurrency groups are on threads of a pool.
+    # The methods of threaded actors and of concurrency groups run on threads of a pool.
     if set(inside(_METHODS_ARE_CALLED_IN)).difference(parked, [unpatched.main_ident()]):
         return True
     if loop is None or asyncio is None:
         return False
     try:
         return any(not task.done() for each in _loops(loop) for task in asyncio.all_tasks(each))
-    except RuntimeError:  # tasks come and go on another thread
+    except RuntimeError:  # another thread has added or removed a task meanwhile
         return True
 
 
 def _loops(loop: Any) -> list[Any]:
-    """That loop; where every concurrency group has one, on a thread that Ray names so, all that run."""
-    # Not threading.enumerate(): it takes a lock, which the main thread may hold.
+    """The event loops of an async actor: this one, or all running loops if each concurrency group has its own."""
+    # Not threading.enumerate(): it takes a lock that the main thread may hold.
     names = [thread.name for thread in list(threading._active.values())]  # type: ignore[attr-defined]
     if sum(name.startswith("AsyncIO Thread: ") for name in names) < 2:
         return [loop]
-    # Neither Ray nor asyncio tells which loops there are. By type: isinstance() would wake proxies up.
+    # Neither Ray nor asyncio lists the loops. Compared by type, because isinstance() would run the code of proxies.
     kind = sys.modules["asyncio"].AbstractEventLoop
     return [each for each in gc.get_objects() if issubclass(type(each), kind) and each.is_running()]

@@ -1,8 +1,8 @@
-"""Hugging Face Trainer, and what is built on it (TRL): its own checkpoint at an eviction, `AUTOTEARDOWN_CHECKPOINT=on`.
+"""Hugging Face Trainer (and TRL): writes the Trainer's checkpoint at an eviction, with `AUTOTEARDOWN_CHECKPOINT=on`.
 
-The end of its step polls, so every rank is at the same one; what it then writes is its usual, resumable checkpoint,
-under a name that nothing resumes from until all of it is there. After that the program is left: what follows
-`trainer.train()` would take a half-trained model for the result.
+1. The hook at the end of each step calls `stop_requested()`, so every rank saves at the same step.
+2. The Trainer writes its usual, resumable checkpoint. Until it is complete, it has a name that no run resumes from.
+3. After that the program exits: the code after `trainer.train()` would take a half-trained model for the result.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _UNFINISHED = "unfinished-checkpoint"
 in_use = False
-"""Whether a Trainer trains here: then nobody else has to save."""
+"""Whether a Trainer trains in this process; no other integration has to save then."""
 
 
 def patch(module: ModuleType, stop_requested: Callable[[], bool], exit_code: Callable[[], int]) -> None:
@@ -27,8 +27,8 @@ def patch(module: ModuleType, stop_requested: Callable[[], bool], exit_code: Cal
 
     Args:
         module: the module, just imported.
-        stop_requested: whether the program is to save and leave, the same on all ranks.
-        exit_code: what this rank is to leave with.
+        stop_requested: returns whether the program should save and exit, the same on all ranks.
+        exit_code: returns the exit code of this rank.
     """
     trainer, handler = module.Trainer, module.CallbackHandler
     stopping = False
@@ -79,7 +79,7 @@ def patch(module: ModuleType, stop_requested: Callable[[], bool], exit_code: Cal
 
 @contextmanager
 def _unfinished(module: Any) -> Iterator[str]:
-    """Meanwhile, checkpoints have a name that `get_last_checkpoint` does not take for one. Gives the usual one."""
+    """Inside the block, checkpoints get a name that `get_last_checkpoint` does not recognize; yields the usual name."""
     usual: str = module.PREFIX_CHECKPOINT_DIR
     module.PREFIX_CHECKPOINT_DIR = _UNFINISHED
     try:

@@ -1,1 +1,1 @@
-"""Processes that start ranks: what they do when the platform evicts them."""
+"""Processes that start ranks: how the agent changes what they do when the platform evicts them."""

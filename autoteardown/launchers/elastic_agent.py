@@ -1,7 +1,7 @@
 """What torchrun does with its workers in an eviction: how long it waits, which signals they get, what it returns.
 
 1. `PContext.close` ends the workers: signal, wait, SIGKILL. It waits as long as `AUTOTEARDOWN_GRACE` says where that is
-   longer than torch's own 30 s. A `--shutdown-timeout` that somebody has set (torch 2.13) is obeyed.
+   longer than torch's own 30 s. A `--shutdown-timeout` on the command line (torch 2.13) is obeyed.
 2. `PContext.start` installs `_terminate_process_handler`, which raises SignalException out of whatever torchrun does;
    that ends in `close`, with the same signal. The signals of `AUTOTEARDOWN_SIGNALS` get this handler, too.
 3. torchrun's handler raises at every signal. A second one out of `close` begins the wait again, a third one ends

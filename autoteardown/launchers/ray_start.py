@@ -1,19 +1,19 @@
-"""`ray start --block`: Ray reacts to SIGTERM at once, as without us; the node's ranks are out before Ray kills them.
+"""Drains a node's ranks when `ray start --block` gets SIGTERM, before Ray kills them.
 
-On Kubernetes that process gets the pod's SIGTERM and the actors never do: raylet SIGKILLs them. Ray's handler
-(`ray/_private/node.py`, `Node._register_shutdown_hooks`) tells the cluster that the node is being preempted and until
-when, from which come `ray.train.get_preemption_info()`, the just-in-time checkpoint, `RayActorError.preempted` and
-retries that are free. It leaves the actors running for up to `RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S` = 30 s, or until
-nobody uses the node, then kills every process (`Node.kill_all_processes`) and exits with 1.
-
-So beside that handler a thread waits with it. When the time that is left is what a teardown may need, it drains the
-ranks that Ray would kill. The deadline that Ray tells is a little before that: Ray Train stops its workers by then. If
-Ray is ready to kill earlier (the drain was rejected, is turned off, or raylet is gone), that waits for the drain.
-
-The handler is set with `signal.signal`, late, once; so in this one process, which is never a rank, a stand-in for
-that function wraps whatever handler SIGTERM gets. `kill_all_processes` is looked up when the signal comes: without it
-the node is drained in time all the same. Rejected: to drain first, which is what this module once did. Ray Train then
-saw ranks fail that nobody had told it were being preempted.
+1. On Kubernetes that process gets the pod's SIGTERM, and the actors do not: raylet SIGKILLs them.
+2. Ray's handler (`ray/_private/node.py`, `Node._register_shutdown_hooks`) tells the cluster that the node is being
+   preempted, and until when. From this come `ray.train.get_preemption_info()`, the just-in-time checkpoint,
+   `RayActorError.preempted`, and retries that cost nothing. The handler leaves the actors running for up to
+   `RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S` = 30 s, or until the node is idle. Then it kills every process
+   (`Node.kill_all_processes`) and exits with 1.
+3. So Ray's handler runs at once, as without the agent, and a thread waits in parallel. When the time that is left is
+   what a teardown may need, the thread drains the ranks that Ray would kill. The deadline that Ray announces is set a
+   little earlier, because Ray Train stops its workers by that deadline. If Ray is ready to kill earlier (the drain was
+   rejected or is turned off, or raylet has exited), `kill_all_processes` waits for the drain.
+4. Ray sets its handler with `signal.signal`, late and once. This process is never a rank, so here a replacement of that
+   function wraps every handler that SIGTERM gets. `kill_all_processes` is looked up when the signal arrives; if it does
+   not exist, the node is still drained in time.
+5. Rejected: to drain first, as this module once did. Ray Train then saw ranks fail without an announced preemption.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ if TYPE_CHECKING:
 
 _MODULES = ("ray.scripts.scripts",)
 _WITH_VALUE = ("--logging-level", "--logging-format")  # options of `ray` itself, before the command
-_RAYS_OWN = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
-_RAYS_DEFAULT = 30.0
-_PODS = "TERMINATION_GRACE_PERIOD_SECONDS"
-_MARGIN = 2.0  # seconds that a teardown may need beside the time for an iteration
-# Seconds between the deadline that Ray is told and the drain. Ray Train looks every 2 s, and takes a worker that ends
-# before that deadline for a failed one; at the deadline it stops its workers itself, and its retry is free.
+_RAY_TIMEOUT = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
+_RAY_DEFAULT = 30.0
+_POD_GRACE = "TERMINATION_GRACE_PERIOD_SECONDS"
+_MARGIN = 2.0  # seconds that a teardown may need besides the time for an iteration
+# Seconds between the deadline that Ray announces and the drain. Ray Train checks every 2 s, and treats a worker that
+# ends before that deadline as failed. At the deadline it stops its workers itself, and its retry costs nothing.
 _LEAD = 4.0
 _LAST = 0.5  # half of the second that every rank keeps free at the end of its grace period
 
 
 def command(argv: Sequence[str] | None = None) -> list[str]:
-    """The command of `ray` that this process is, or one with that command line, and its arguments; else nothing."""
+    """The `ray` command of this process, or of the given command line, with its arguments; empty if it is not `ray`."""
     words = program.command_line() if argv is None else list(argv)
     kind, name = program.parse(words)
     if not ((kind == "script" and os.path.basename(name) == "ray") or (kind == "-m" and name in _MODULES)):
@@ -62,7 +62,7 @@ def command(argv: Sequence[str] | None = None) -> list[str]:
 
 
 def serve(module: ModuleType) -> None:
-    """Do what this process needs if it is a command of Ray's that ends a node. `module` is `signal`."""
+    """Hook `ray start`, or drain for `ray stop`, if this process is one of them. `module` is `signal`."""
     words = command()
     if words[:1] == ["start"]:
         install(module)
@@ -72,16 +72,15 @@ def serve(module: ModuleType) -> None:
         ray_stop.drain_first(words[1:])
 
 
-class DrainBeside:
-    """A handler that does what the handler it stands for does, and has the node drained meanwhile."""
+class DrainingHandler:
+    """A signal handler that calls the program's handler, and drains the node in parallel."""
 
     def __init__(self, handler: Handler) -> None:
-        """Stand for `handler`."""
         self.handler = handler
         self._drain: NodeDrain | None = None
 
     def __call__(self, signum: int, frame: FrameType | None) -> object:
-        """Handle the signal; a second one is left to the handler alone."""
+        """Handle the signal; at a second one, only call the program's handler."""
         if self._drain is None:
             try:
                 self._drain = NodeDrain()
@@ -92,7 +91,7 @@ class DrainBeside:
 
 
 class NodeDrain:
-    """The drain of one node: begun by the signal, carried out when time is short or Ray is about to kill."""
+    """The drain of one node: it signals the ranks when time is short, or when Ray is about to kill them."""
 
     def __init__(self) -> None:
         from autoteardown import settings
@@ -100,45 +99,45 @@ class NodeDrain:
         self._settings, _ = settings.load(os.environ)
         self._started = unpatched.monotonic()
         self._total, self._notice = times(self._settings, os.environ)
-        self._told = 0.0  # the deadline that Ray was given by us
-        self._hurry = unpatched.allocate_lock()
-        self._over = unpatched.allocate_lock()
-        self._hurry.acquire()
-        self._over.acquire()
+        self._announced = 0.0  # seconds: the timeout that this module has set for Ray; 0 if none
+        self._drain_now = unpatched.allocate_lock()  # released to make the thread drain at once
+        self._done = unpatched.allocate_lock()  # released when the drain has ended
+        self._drain_now.acquire()
+        self._done.acquire()
 
     def begin(self) -> None:
-        """Start the thread, and have Ray wait for it before it kills. Silent on a node without ranks."""
+        """Start the thread, and make Ray wait for it before it kills. Does nothing on a node without ranks."""
         waiting = self._waiting()
         if not waiting:
             return
         when = f"in {self._notice:.0f}s at the latest" if self._notice else "now"
         self._say(f"SIGTERM: Ray drains this node; its {waiting} rank(s) are drained {when}")
         unpatched.start_new_thread(self._run, ())
-        self._hold_back()
-        self._tell_deadline()
+        self._delay_kill()
+        self._set_deadline()
 
-    def _tell_deadline(self) -> None:
-        """Have Ray tell the cluster a deadline that is true: that of the drain, not that of its own processes."""
+    def _set_deadline(self) -> None:
+        """Make Ray announce the deadline of this drain to the cluster, instead of that of its own processes."""
         constants = sys.modules.get("ray._private.ray_constants")
-        theirs, told = getattr(constants, _RAYS_OWN, None), self._notice - _LEAD
-        if isinstance(theirs, (int, float)) and theirs > told >= 1:
-            setattr(constants, _RAYS_OWN, told)
-            self._told = told
+        default, wanted = getattr(constants, _RAY_TIMEOUT, None), self._notice - _LEAD
+        if isinstance(default, (int, float)) and default > wanted >= 1:
+            setattr(constants, _RAY_TIMEOUT, wanted)
+            self._announced = wanted
 
     def _run(self) -> None:
         try:
             until = self._started + self._notice
             while unpatched.monotonic() < until and self._waiting():
-                if self._hurry.acquire(timeout=min(0.2, max(0.0, until - unpatched.monotonic()))):
+                if self._drain_now.acquire(timeout=min(0.2, max(0.0, until - unpatched.monotonic()))):
                     break
             self._drain()
         except Exception as error:
             _say(f"the node was not drained: {error!r}")
         finally:
-            self._over.release()
+            self._done.release()
 
     def _waiting(self) -> int:
-        """How many ranks of the node are left."""
+        """The number of ranks of the node that still run."""
         from autoteardown.node import drain
 
         return len(drain.would_signal(self._settings.runtime_dir, _of_this_node(), self._say))
@@ -149,18 +148,18 @@ class NodeDrain:
         found = self._settings
         left = max(0.0, self._left())
         ranks, _ = drain.drain(
-            found.runtime_dir, found.signals[0], left, which=_of_this_node(), killed_after=True
+            found.runtime_dir, found.signals[0], left, selection=_of_this_node(), killed_after=True
         )
         for rank in ranks:
             self._say(rank.line())
         clean = sum(rank.clean for rank in ranks)
         how = f"{clean} of {len(ranks)} left cleanly" if ranks else "its ranks have left"
-        self._say(f"{how}; Ray's own shutdown goes on")
+        self._say(f"{how}; Ray's own shutdown continues")
 
     def _left(self) -> float:
         return self._started + self._total - _LAST - unpatched.monotonic()
 
-    def _hold_back(self) -> None:
+    def _delay_kill(self) -> None:
         node = getattr(sys.modules.get("ray._private.node"), "Node", None)
         real = getattr(node, "kill_all_processes", None)
         if node is None or real is None:
@@ -174,12 +173,12 @@ class NodeDrain:
         node.kill_all_processes = kill_all_processes
 
     def finish(self) -> None:
-        """Drain now, and wait until that is over; at most while there is time."""
-        early = unpatched.monotonic() < self._started + self._told - _LAST or not self._told
-        if early and self._hurry.locked():
-            self._hurry.release()
-        if self._over.acquire(timeout=max(0.0, self._left()) + _LAST / 2):
-            self._over.release()
+        """Drain now, and wait until that has ended, at most until the time is up."""
+        early = unpatched.monotonic() < self._started + self._announced - _LAST or not self._announced
+        if early and self._drain_now.locked():
+            self._drain_now.release()
+        if self._done.acquire(timeout=max(0.0, self._left()) + _LAST / 2):
+            self._done.release()
 
     def _say(self, text: str) -> None:
         if self._settings.log != "quiet":
@@ -187,15 +186,16 @@ class NodeDrain:
 
 
 def times(found: Settings, environ: Any) -> tuple[float, float]:
-    """How long the node has from the signal on, and when its ranks are to be drained, in seconds.
+    """How long the node has after the signal, and when its ranks have to be drained, both in seconds.
 
-    The least of what Ray, the pod and the ranks' own grace period give counts, less the longest wait for an iteration.
+    The least of Ray's timeout, the pod's grace period and the ranks' own counts, less the longest wait for an
+    iteration.
     """
-    pods = _seconds(environ.get(_PODS), found.grace)
-    total = min(found.grace, pods) if pods > 0 else found.grace
-    patience = min(total, max(0.0, _seconds(environ.get(_RAYS_OWN), _RAYS_DEFAULT)))
+    pod = _seconds(environ.get(_POD_GRACE), found.grace)
+    total = min(found.grace, pod) if pod > 0 else found.grace
+    until_kill = min(total, max(0.0, _seconds(environ.get(_RAY_TIMEOUT), _RAY_DEFAULT)))
     need = found.step_timeout + _MARGIN
-    return total, max(0.0, patience - need)
+    return total, max(0.0, until_kill - need)
 
 
 def _seconds(text: str | None, otherwise: float) -> float:
@@ -203,7 +203,7 @@ def _seconds(text: str | None, otherwise: float) -> float:
         seconds = float(text or otherwise)
     except ValueError:
         return otherwise
-    return seconds if abs(seconds) < 1e9 else otherwise  # NaN is not
+    return seconds if abs(seconds) < 1e9 else otherwise  # also for NaN
 
 
 def install(module: ModuleType) -> None:
@@ -212,8 +212,8 @@ def install(module: ModuleType) -> None:
 
     @functools.wraps(real_signal)
     def signal(signalnum: Any, handler: Any) -> Any:
-        if signalnum == module.SIGTERM and callable(handler) and not isinstance(handler, DrainBeside):
-            handler = DrainBeside(handler)
+        if signalnum == module.SIGTERM and callable(handler) and not isinstance(handler, DrainingHandler):
+            handler = DrainingHandler(handler)
         return _real(real_signal(signalnum, handler))
 
     @functools.wraps(real_getsignal)
@@ -224,9 +224,9 @@ def install(module: ModuleType) -> None:
 
 
 def _of_this_node() -> Any:
-    """Which ranks Ray's shutdown would end: as the main process of a container all, else the node's own.
+    """Selects the ranks that Ray's shutdown would end: all if this is a container's main process, else its descendants.
 
-    Several nodes may share a machine, and other jobs with them.
+    Several Ray nodes may share a machine, and so may other jobs.
     """
     from autoteardown.node import drain, procfs
 
@@ -237,14 +237,14 @@ def _of_this_node() -> Any:
             return super().matches(record) and own in procfs.ancestors(record.pid)
 
     own = os.getpid()
-    return drain.Selection() if own == 1 or not procfs.is_ours() else OfThisNode()
+    return drain.Selection() if own == 1 or not procfs.available() else OfThisNode()
 
 
 def _say(text: str) -> None:
     from autoteardown import stderr
 
-    stderr.say(f"autoteardown: ray start: {text}")  # dropped rather than waited for, if the pipe is full
+    stderr.say(f"autoteardown: ray start: {text}")  # dropped if the pipe is full
 
 
 def _real(handler: Any) -> Any:
-    return handler.handler if isinstance(handler, DrainBeside) else handler
+    return handler.handler if isinstance(handler, DrainingHandler) else handler

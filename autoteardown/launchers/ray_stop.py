@@ -1,8 +1,9 @@
-"""`ray stop` drains Ray's ranks of this machine before it does anything else.
+"""Drains the machine's Ray ranks before `ray stop` does anything.
 
-It sends SIGTERM to raylet, which signals its workers and kills them 0.2 s later: too soon for any rank, and nobody on
-other nodes is told. `ray stop` has no place for a hook, and acts as soon as it runs; so the drain is done while the
-process starts. `--force` is not kept waiting.
+1. `ray stop` sends SIGTERM to raylet, which signals its workers and kills them 0.2 s later. That is too soon for any
+   rank, and the ranks on other nodes are not notified.
+2. `ray stop` has no hook, and acts as soon as it runs. So the drain runs while the process starts.
+3. `ray stop --force` does not wait.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
 
-_NOT = ("-f", "--force", "--help")
-_DEFAULT = 16.0  # seconds: what `ray stop` gives every process unless it is told
+_WITHOUT_DRAIN = ("-f", "--force", "--help")
+_DEFAULT = 16.0  # seconds: the default of `ray stop --grace-period`
 _RAYLET = "raylet"
 
 
 def grace_period(words: Sequence[str]) -> float:
-    """How many seconds these arguments of `ray stop` give the processes; 0: none."""
-    if any(word in _NOT for word in words):
+    """The grace period in these arguments of `ray stop`, in seconds; 0: none."""
+    if any(word in _WITHOUT_DRAIN for word in words):
         return 0.0
     found = _DEFAULT
     for place, word in enumerate(words):
@@ -37,12 +38,12 @@ def grace_period(words: Sequence[str]) -> float:
         try:
             found = float(value)
         except ValueError:
-            return 0.0  # `ray stop` will say so
+            return 0.0  # `ray stop` will report the error
     return found if 0 < found < 1e6 else 0.0
 
 
 def drain_first(words: Sequence[str]) -> None:
-    """Drain, and say on stderr what became of each rank. Never raises; silent where there is none."""
+    """Drain the ranks, and write each result to stderr. Never raises; writes nothing if there are no ranks."""
     from autoteardown import settings, stderr
     from autoteardown.node import drain
 
@@ -54,14 +55,14 @@ def drain_first(words: Sequence[str]) -> None:
             if found.log != "quiet":
                 stderr.say(f"autoteardown: ray stop: {text}")
 
-        which = _below_raylet()
-        if not seconds or not drain.would_signal(found.runtime_dir, which, say):
+        selection = _below_raylet()
+        if not seconds or not drain.would_signal(found.runtime_dir, selection, say):
             return
         ranks, _ = drain.drain(
             found.runtime_dir,
             found.signals[0],
             min(seconds, found.hard + 0.5),
-            which=which,
+            selection=selection,
             killed_after=True,
         )
         for rank in ranks:
@@ -75,7 +76,7 @@ def _below_raylet() -> Any:
     from autoteardown.node import drain, procfs
 
     class BelowRaylet(drain.Selection):
-        """The ranks that `ray stop` ends: it looks for every raylet of the machine, and for nobody else's processes."""
+        """Selects the ranks that `ray stop` ends: the descendants of every raylet of the machine, and no others."""
 
         __slots__ = ()
 

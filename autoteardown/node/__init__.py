@@ -1,1 +1,1 @@
-"""The armed ranks of this node: their registry, and how they are drained."""
+"""The node's registry of armed ranks, draining them, and reading processes from /proc."""

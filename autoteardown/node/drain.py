@@ -1,9 +1,8 @@
-"""Drains this node: signals its armed ranks and waits until they are gone.
+"""Drains this node: signals its armed ranks, waits until they have exited, and collects their outcomes.
 
-For whatever forwards no signal to the ranks: raylet, which SIGKILLs its actors, or a shell as PID 1.
-
-A rank is signalled through a pidfd that was opened before its identity was checked. So a signal cannot reach
-a stranger, however the pid is reused in between: the pidfd is the process that was checked, or a dead one.
+1. It is for parents that forward no signal to the ranks: raylet, which SIGKILLs its actors, or a shell as PID 1.
+2. A rank is signalled through a pidfd that is opened before the rank's identity is checked. So the signal cannot reach
+   another process that has got the same pid meanwhile: the pidfd refers to the process that was checked, or to none.
 """
 
 from __future__ import annotations
@@ -21,20 +20,20 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 MARGIN = 2.0
-"""How much longer than a grace period to wait, in seconds: a rank's own clock starts with its signal."""
+"""Seconds to wait beyond a grace period, because a rank's own clock starts when it gets its signal."""
 
-# On their way out already. A second signal could reach one in the last moments of its interpreter, when the
-# default action, and with it another exit code, is back in force.
-_ON_ITS_WAY = ("yielding", "stopping", "parked", "leaving", "left")
+# Ranks in these states are stopping already. A second signal could reach a rank in the last moments of its interpreter,
+# when the default action, with another exit code, is back in force.
+_STOPPING = ("yielding", "stopping", "parked", "leaving", "left")
 _POLL = 0.1
 
 
 class Drained:
-    """What became of one rank.
+    """The result of draining one rank.
 
-    `outcome` is what its own teardown said (`clean`, `partial`, `aborted`, `forced`), or `ended`: it withdrew its
-    entry, as at the normal end of a job; `died`: it left its entry and said nothing; `unknown`: it is gone, and
-    its entry cannot be read; `running`: it is still there; `refused`: it could not be signalled.
+    `outcome` is that of the rank's own teardown (`clean`, `partial`, `aborted`, `forced`), or one of these. `ended`:
+    the rank removed its entry, as at the normal end of a job. `died`: it left its entry without an outcome. `unknown`:
+    it has exited, and its entry cannot be read. `running`: it still runs. `refused`: it could not be signalled.
     """
 
     __slots__ = ("_pidfd", "detail", "exit_code", "outcome", "record", "seconds", "signalled")
@@ -51,33 +50,33 @@ class Drained:
 
     @property
     def clean(self) -> bool:
-        """Whether it left as it should."""
+        """Whether the rank stopped cleanly or ended by itself."""
         return self.outcome in ("clean", "ended")
 
     def line(self) -> str:
-        """In words."""
-        said = {
+        """The result as one line for a log."""
+        words = {
             "ended": "ended on its own",
             "died": "died without a teardown",
-            "unknown": f"gone, nothing is known of how: {self.detail}",
+            "unknown": f"exited, and its outcome is unknown: {self.detail}",
             "running": "still running",
             "refused": f"not signalled: {self.detail}",
         }.get(self.outcome, printable(self.outcome))
         code = "" if self.exit_code is None else f", exit {self.exit_code}"
-        return f"{named(self.record)}: {said}{code} ({self.seconds:.2f}s)"
+        return f"{describe(self.record)}: {words}{code} ({self.seconds:.2f}s)"
 
     def _start(self, signum: int) -> bool:
-        """Signal the rank; whether there is something to wait for."""
+        """Signal the rank; return whether its exit has to be waited for."""
         try:
             self._pidfd = os.pidfd_open(self.record.pid)
-        except (AttributeError, OSError):  # an old kernel, gVisor, seccomp; or gone
+        except (AttributeError, OSError):  # an old kernel, gVisor or seccomp; or the process has exited
             self._pidfd = None
-        if not procfs.is_ours():
-            return self._refuse("without a /proc of this pid namespace it could be any process")
+        if not procfs.available():
+            return self._refuse("/proc does not show this pid namespace, so the pid could be any process")
         if not registry.alive(self.record):
-            self.close()  # it may be a stranger's
+            self.close()  # the pidfd may refer to another process
             return True
-        if self.record.state in _ON_ITS_WAY:
+        if self.record.state in _STOPPING:
             return True
         wanted = self.record.signal
         if wanted in signal.valid_signals() and wanted not in (signal.SIGKILL, signal.SIGSTOP):
@@ -95,7 +94,7 @@ class Drained:
         return True
 
     def close(self) -> None:
-        """Give the pidfd back."""
+        """Close the pidfd."""
         if self._pidfd is not None:
             os.close(self._pidfd)
             self._pidfd = None
@@ -105,7 +104,7 @@ class Drained:
         return False
 
     def _conclude(self, runtime_dir: str) -> None:
-        """It is gone: as what?"""
+        """Read the outcome of a rank that has exited."""
         try:
             last = registry.reread(runtime_dir, self.record)
         except OSError as error:
@@ -114,18 +113,18 @@ class Drained:
         if last is None:
             self.outcome = "ended"
         else:
-            executed = procfs.lives(last.pid, last.start_time)  # another program
+            executed = procfs.lives(last.pid, last.start_time)  # the process now runs another program
             self.outcome, self.exit_code = last.outcome or ("ended" if executed else "died"), last.exit_code
 
 
-def named(record: Entry) -> str:
-    """A rank as the lines of a drain call it."""
+def describe(record: Entry) -> str:
+    """A rank's name in the lines of a drain."""
     job = f" job={printable(record.job).replace(' ', '?')}" if record.job else ""
     return f"rank={record.place} pid={record.pid}{job} {printable(record.program)}"
 
 
 class Selection:
-    """Which of the armed ranks are meant: all but this process, or only those of a job, or only these pids."""
+    """Selects armed ranks: all except this process, or only those of a job, or only some pids."""
 
     __slots__ = ("job", "pids")
 
@@ -134,17 +133,17 @@ class Selection:
         self.pids = tuple(pids)
 
     def matches(self, record: Entry) -> bool:
-        """Whether this rank is one of them."""
+        """Whether this rank is selected."""
         if record.pid == os.getpid() or record.outcome is not None:
             return False
         return (self.job is None or record.job == self.job) and (not self.pids or record.pid in self.pids)
 
 
 def would_signal(
-    runtime_dir: str, which: Selection, problem: Callable[[str], object] | None = None
+    runtime_dir: str, selection: Selection, problem: Callable[[str], object] | None = None
 ) -> list[Entry]:
-    """Those whom `drain` would signal and wait for, if it were called now; signals nobody."""
-    return [record for record in registry.read(runtime_dir, problem) if which.matches(record)]
+    """The ranks that `drain` would signal and wait for now; signals none."""
+    return [record for record in registry.read(runtime_dir, problem) if selection.matches(record)]
 
 
 def drain(
@@ -152,21 +151,24 @@ def drain(
     signum: int,
     timeout: float,
     problem: Callable[[str], object] | None = None,
-    which: Selection | None = None,
+    selection: Selection | None = None,
     killed_after: bool = False,
 ) -> tuple[list[Drained], bool]:
-    """Signal the armed ranks, wait for all; also whether Ctrl-C cut the waiting short.
+    """Signal the armed ranks and wait until all have exited.
 
     Args:
         runtime_dir: folder of the registry.
-        signum: for ranks that do not name their own eviction signal.
+        signum: the signal for ranks whose entries do not name one.
         timeout: longest wait for all of them together, in seconds.
-        problem: hears of a registry that cannot be used, each time that it is looked at.
-        which: default all. Those of them that arm meanwhile (a launcher that restarts its workers) are drained, too.
-        killed_after: whether somebody kills who is left then. A rank's own grace period begins with its signal; it is
-            told that it has no more than this.
+        problem: called with one line each time that the registry is read and cannot be used.
+        selection: default: all. Selected ranks that arm meanwhile are drained, too: a launcher may restart its workers.
+        killed_after: whether the remaining ranks will be killed after the timeout. A rank's own grace period begins
+            with its signal, so the ranks are told that they have no more time than this.
+
+    Returns:
+        The result for each rank, and whether Ctrl-C ended the wait.
     """
-    which = which or Selection()
+    selection = selection or Selection()
     ranks: dict[str, Drained] = {}
     waiting: list[Drained] = []
     interrupted = False
@@ -174,19 +176,19 @@ def drain(
     marker = registry.DrainMarker(runtime_dir)
     try:
         while True:
-            found = would_signal(runtime_dir, which, problem)
+            found = would_signal(runtime_dir, selection, problem)
             new = [record for record in found if record.name not in ranks]
             ranks.update((record.name, Drained(record)) for record in new)
             if new and killed_after:
-                marker.tell(list(ranks), began + timeout)
+                marker.announce(list(ranks), began + timeout)
             for rank in [ranks[record.name] for record in new]:
                 if rank._start(signum):
                     waiting.append(rank)
             left = max(0.0, timeout - (time.monotonic() - began))
-            gone = _wait(waiting, min(left, _POLL)) if waiting else []
+            exited = _wait(waiting, min(left, _POLL)) if waiting else []
             for rank in waiting:
                 rank.seconds = time.monotonic() - began
-            for rank in gone:
+            for rank in exited:
                 waiting.remove(rank)
                 rank._conclude(runtime_dir)
             if not waiting or not left:
@@ -197,12 +199,12 @@ def drain(
         marker.close()
         for rank in ranks.values():
             rank.close()
-    registry.read(runtime_dir)  # removes the entries of the dead, now that they have been read
+    registry.read(runtime_dir)  # removes the entries of dead ranks, which have been read now
     return list(ranks.values()), interrupted
 
 
 def _wait(ranks: list[Drained], seconds: float) -> list[Drained]:
-    """Those of the ranks that are gone, as soon as one is, or after so many seconds."""
+    """Wait until one of the ranks has exited, at most so many seconds; return those that have."""
     poll = select.poll()
     for rank in ranks:
         if rank._pidfd is not None:

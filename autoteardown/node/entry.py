@@ -1,10 +1,10 @@
-"""One entry of the registry: its name, and what its content is worth.
+"""One entry of the node's registry: makes and parses its file name, and validates its content.
 
-The name is the identity of its process: `<pid>-<start time>-<pid namespace>-<boot>.json`. So
+The name identifies its process: `<pid>-<start time>-<pid namespace>-<boot>.json`. So:
 
-- whether an entry is alive is known without believing anything that is written in it;
-- no other process ever has the same name: removing a dead one's entry cannot hit a living one's, and
-  containers that share the folder (a hostPath volume) neither see nor overwrite each other's.
+1. Whether the process of an entry runs is known without trusting the content.
+2. No two processes have the same name. Removing the entry of a dead process cannot remove that of a running one, and
+   containers that share the folder (a hostPath volume) neither see nor overwrite each other's entries.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 MARKER = "drain-"
-"""What the name of a drain's marker begins with; the rest of it is an identity too."""
+"""The prefix of the name of a drain's marker; the rest of the name identifies a process, too."""
 
 
 class Entry:
-    """An entry as it was read: whatever of it has the right type, for the file may say anything."""
+    """An entry as read from its file. Fields of the wrong type are dropped, because the file may contain anything."""
 
     __slots__ = (
         "age",
@@ -60,7 +60,7 @@ class Entry:
         self.host = text(fields.get("host"))
         self.program = text(fields.get("program"))
         self.state = text(fields.get("state")) or "armed"
-        # Why its peers cannot be told now; empty: they can; None: unknown.
+        # Why the rank cannot reach its peers; empty: it can; None: unknown.
         self.alone = text(fields.get("alone"))
         self.outcome = text(fields.get("outcome"))
         self.exit_code = whole(fields.get("exit_code"))
@@ -72,7 +72,7 @@ class Entry:
 
     @property
     def place(self) -> str:
-        """As `3/16`; a rank that is still in rendezvous may not know its number."""
+        """Rank and world size as `3/16`; a rank that is still in rendezvous may not know them."""
         rank, world = ("?" if number is None else number for number in (self.rank, self.world_size))
         return f"{rank}/{world}"
 
@@ -84,12 +84,12 @@ def own_name() -> str:
 
 def name_of(pid: int) -> str:
     """The name of a process's entry."""
-    started = procfs.start_time(pid) if procfs.is_ours() else None
+    started = procfs.start_time(pid) if procfs.available() else None
     return f"{pid}-{started or 0}-{procfs.space()}.json"
 
 
 def identity(name: str) -> tuple[int, int] | None:
-    """Pid and start time in the name of an entry, a marker or a temporary file of this space."""
+    """The pid and start time in the name of an entry, a marker or a temporary file; None if it is not of this space."""
     stem, found, _ = name.lstrip(".").partition(".json")
     tail = f"-{procfs.space()}"
     if not found or not stem.endswith(tail) or len(name) > 200:
@@ -100,19 +100,19 @@ def identity(name: str) -> tuple[int, int] | None:
 
 
 def load(descriptor: int, name: str) -> Entry | None:
-    """The entry of that name in the opened folder; None when it is missing, or not an entry at all."""
-    named = identity(name)
-    if named is None:
+    """Read the entry of that name in the opened folder; None if it is missing, or is no entry."""
+    process = identity(name)
+    if process is None:
         return None
     try:
         fields = json.loads(safe_folder.read(descriptor, name))
-        return Entry(name, *named, fields) if isinstance(fields, dict) else None
+        return Entry(name, *process, fields) if isinstance(fields, dict) else None
     except (OSError, ValueError, OverflowError, RecursionError):
         return None
 
 
 def plain(value: object) -> str | int | float | None:
-    """What json writes and reads back as it is, no longer than an entry needs."""
+    """The value if JSON can hold it unchanged; other objects as text of at most 1,000 characters."""
     if value is None or isinstance(value, int):
         return value
     if isinstance(value, float):
@@ -120,17 +120,17 @@ def plain(value: object) -> str | int | float | None:
     return str(value)[:1000]
 
 
-def printable(said: str | None) -> str:
-    """For people: names come from files and command lines, and must not steer a terminal or forge a line."""
-    return "".join(letter if letter.isprintable() else "?" for letter in said or "-")
+def printable(name: str | None) -> str:
+    """The name without control characters: it comes from a file or a command line, and could steer a terminal."""
+    return "".join(letter if letter.isprintable() else "?" for letter in name or "-")
 
 
 def whole(value: object) -> int | None:
-    """The value if it is a whole number that anything else can hold, too."""
+    """The value if it is an integer of at most 64 bits; else None."""
     fits = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
     return value if fits else None  # type: ignore[return-value]
 
 
 def text(value: object) -> str | None:
-    """The value if it is text, and no more of it than anybody needs."""
+    """The first 1,000 characters of the value if it is text; else None."""
     return value[:1000] if isinstance(value, str) else None

@@ -1,16 +1,17 @@
-"""Who a process is, by /proc, so that whoever got a dead rank's pid is never mistaken for it.
+"""Reads facts about processes from /proc, and identifies a process so that a reused pid is never mistaken for it.
 
-A pid alone names nobody: it is reused, and it means one process in this container and another in the next.
-A process is named here by its pid, its start time and its *space*: the pid namespace and the kernel's boot.
-
-Where there is no /proc of our own (other systems, or the host's /proc mounted into a container) processes
-cannot be told apart: start times are 0 then, and whoever wants to signal a process must leave it alone.
+1. A pid alone does not identify a process: the kernel reuses pids, and each container counts its own. Here a process is
+   identified by its pid, its start time and its *space*: the pid namespace and the kernel's boot.
+2. Where /proc does not show this process's own pid namespace (other systems, or the host's /proc mounted into a
+   container), processes cannot be told apart. Start times are 0 then, and no process may be signalled.
 """
 
 from __future__ import annotations
 
 import os
 import time
+
+from autoteardown import program
 
 _boot = ""
 
@@ -23,8 +24,8 @@ def _read(path: str) -> bytes:
         os.close(descriptor)
 
 
-def is_ours() -> bool:
-    """Whether /proc exists and shows the pid namespace that this process lives in."""
+def available() -> bool:
+    """Whether /proc exists and shows the pid namespace of this process."""
     try:
         return os.readlink("/proc/self") == str(os.getpid())
     except OSError:
@@ -32,22 +33,22 @@ def is_ours() -> bool:
 
 
 def _fields(pid: int) -> list[bytes]:
-    """A /proc/<pid>/stat, from its third field (the state) on: field N is the one at N - 3."""
+    """The fields of /proc/<pid>/stat from the third (the state) on: field N is at index N - 3."""
     stat = _read(f"/proc/{pid}/stat")
     return stat[stat.rindex(b")") + 1 :].split()
 
 
 def parse_stat(text: bytes) -> tuple[str, int]:
-    """The state letter and the start time (field 22, in ticks since boot) of a /proc/<pid>/stat.
+    """The state letter and the start time (field 22, in ticks since boot) from the text of a /proc/<pid>/stat.
 
-    The second field is the program's name in parentheses, and may itself hold spaces and parentheses.
+    The second field is the program's name in parentheses, which may itself contain spaces and parentheses.
     """
     fields = text[text.rindex(b")") + 1 :].split()
     return fields[0].decode("ascii"), int(fields[19])
 
 
 def start_time(pid: int) -> int | None:
-    """The start time of a running process; None when there is none, or only a zombie is left of it."""
+    """The start time of a running process; None if there is no such process, or only its zombie."""
     try:
         state, started = parse_stat(_read(f"/proc/{pid}/stat"))
     except (OSError, ValueError, IndexError):
@@ -56,7 +57,7 @@ def start_time(pid: int) -> int | None:
 
 
 def age_and_use(pid: int) -> tuple[float, float] | None:
-    """Seconds since a process has started, and of processor time that it has used; None when it has ended."""
+    """A process's age and the processor time that it has used, in seconds; None if it has ended."""
     try:
         fields = _fields(pid)
         user, system, started = int(fields[11]), int(fields[12]), int(fields[19])
@@ -69,26 +70,43 @@ def age_and_use(pid: int) -> tuple[float, float] | None:
 
 
 def descendants(pid: int) -> list[int]:
-    """Children, their children and so on, as far as the kernel tells (CONFIG_PROC_CHILDREN)."""
+    """The pids of a process's children, their children and so on; zombies are included."""
+    listed = os.path.exists(f"/proc/self/task/{os.getpid()}/children")  # CONFIG_PROC_CHILDREN
+    children_of = _listed_children if listed else _scan().get
     found: list[int] = []
     parents = [pid]
     while parents:
-        parent = parents.pop()
-        try:
-            for thread in os.listdir(f"/proc/{parent}/task"):
-                children = [int(child) for child in _read(f"/proc/{parent}/task/{thread}/children").split()]
-                found += children
-                parents += children
-        except (OSError, ValueError):
-            continue
+        children = children_of(parents.pop()) or []
+        found += children
+        parents += children
+    return found
+
+
+def _listed_children(pid: int) -> list[int]:
+    found: list[int] = []
+    try:
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            found += map(int, _read(f"/proc/{pid}/task/{thread}/children").split())
+    except (OSError, ValueError):
+        pass
+    return found
+
+
+def _scan() -> dict[int, list[int]]:
+    """The children of every process, found through all processes' parents, which takes longer."""
+    found: dict[int, list[int]] = {}
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            found.setdefault(program.parent_of(int(name)), []).append(int(name))
     return found
 
 
 def open_files(pid: int) -> list[tuple[str, int]]:
-    """Path and flags (of open(2)) of the files that a process has open; those without a path, or deleted, are left out.
+    """The paths and open(2) flags of the files that a process has open, without those that are deleted or have no path.
 
     Raises:
-        OSError: that cannot be seen (PermissionError), or there is no such process (FileNotFoundError).
+        PermissionError: this user may not see them.
+        FileNotFoundError: there is no such process.
     """
     found = []
     for descriptor in os.listdir(f"/proc/{pid}/fd"):
@@ -103,7 +121,7 @@ def open_files(pid: int) -> list[tuple[str, int]]:
 
 
 def queued(tid: int) -> float:
-    """Seconds that a thread of this process has been ready to run while others had the processors; 0 if unknown."""
+    """Seconds that a thread of this process has waited for a processor while it could run; 0 if unknown."""
     try:
         return int(_read(f"/proc/self/task/{tid}/schedstat").split()[1]) / 1e9
     except (OSError, ValueError, IndexError):
@@ -111,13 +129,10 @@ def queued(tid: int) -> float:
 
 
 def ancestors(pid: int) -> list[int]:
-    """Parent, its parent and so on, as far as can be seen."""
+    """The pids of a process's parent, its parent and so on, as far as they can be read."""
     found: list[int] = []
     while len(found) < 64:
-        try:
-            pid = int(_fields(pid)[1])
-        except (OSError, ValueError, IndexError):
-            break
+        pid = program.parent_of(pid)
         if pid < 1:
             break
         found.append(pid)
@@ -125,7 +140,7 @@ def ancestors(pid: int) -> list[int]:
 
 
 def name(pid: int) -> str:
-    """The name of the program that a process executes, of at most 15 characters; empty if there is none."""
+    """The name of a process's program, at most 15 characters; empty if there is no such process."""
     try:
         return _read(f"/proc/{pid}/comm").decode("utf-8", "replace").strip()
     except OSError:
@@ -133,9 +148,9 @@ def name(pid: int) -> str:
 
 
 def image(pid: int) -> str:
-    """Names what a process executes: where the kernel put its code and its stack, anew and at random with each exec.
+    """Identifies the program that a process executes, by the random addresses of its code and stack, new at each exec.
 
-    Empty where that cannot be seen.
+    Empty where they cannot be read.
     """
     try:
         code, _, stack = _fields(pid)[23:26]  # fields 26 and 28
@@ -145,9 +160,9 @@ def image(pid: int) -> str:
 
 
 def user(pid: int) -> int | None:
-    """The effective uid of a process.
+    """The effective uid of a process; None if unknown.
 
-    Not the owner of /proc/<pid>, which is root for a process that may not be dumped.
+    Not the owner of /proc/<pid>: that is root for a process that is not dumpable.
     """
     try:
         for line in _read(f"/proc/{pid}/status").splitlines():
@@ -159,8 +174,8 @@ def user(pid: int) -> int | None:
 
 
 def lives(pid: int, started: int) -> bool:
-    """Whether that very process runs; without /proc, whether any process has the pid."""
-    if is_ours():
+    """Whether the process with this pid and start time runs; without /proc, whether any process has the pid."""
+    if available():
         return start_time(pid) == started
     try:
         os.kill(pid, 0)
@@ -169,15 +184,15 @@ def lives(pid: int, started: int) -> bool:
     return True
 
 
-def belongs_to_us(pid: int) -> bool:
-    """Whether the process runs as this user, as far as can be told."""
+def same_user(pid: int) -> bool:
+    """Whether the process runs as this user; True if unknown."""
     return user(pid) in (os.geteuid(), None)
 
 
 def space() -> str:
-    """Names the set of processes within which a pid means something: the pid namespace and the boot."""
+    """Identifies the set of processes in which a pid is unique: the pid namespace and the kernel's boot."""
     global _boot
-    if not is_ours():
+    if not available():
         return "0-0"
     if not _boot:
         try:

@@ -1,4 +1,4 @@
-"""This process's own entry in the registry of its node, as an armed rank keeps it."""
+"""Writes and removes this process's own entry in the node's registry of armed ranks."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ if TYPE_CHECKING:
 
     from autoteardown.node.registry import Problem
 
-    Soon = Callable[[Callable[[], object]], object]
+    Defer = Callable[[Callable[[], object]], object]
 
 
 class Registration:
     """This process's own entry. Any thread may call any method at any time; none raises, none locks."""
 
-    __slots__ = ("_fields", "_gone", "_over", "_path", "_pid", "_soon", "name")
+    __slots__ = ("_defer", "_fields", "_final", "_path", "_pid", "_removed", "name")
 
-    def __init__(self, path: str, name: str, fields: Mapping[str, object], soon: Soon) -> None:
+    def __init__(self, path: str, name: str, fields: Mapping[str, object], defer: Defer) -> None:
         """Use `enter`."""
         self.name = name
-        self._soon = soon
+        self._defer = defer
         self._path = path
         self._pid = os.getpid()
-        self._over = False  # nothing more is to be told
-        self._gone = False  # and it is to be there no more
+        self._final = False  # the fields do not change any more
+        self._removed = False  # and the file must not exist any more
         self._fields = {key: plain(value) for key, value in fields.items()}
 
     def update(self, **fields: object) -> None:
-        """Change fields, and have the entry published."""
-        if self._over or os.getpid() != self._pid:  # a forked child has inherited its parent's entry
+        """Change fields, and publish the entry."""
+        if self._final or os.getpid() != self._pid:  # a forked child has inherited its parent's entry
             return
         self._fields.update({key: plain(value) for key, value in fields.items()})
-        self._soon(self._try_to_publish)
+        self._defer(self._try_to_publish)
 
     def _try_to_publish(self) -> None:
         try:
@@ -48,46 +48,62 @@ class Registration:
             pass
 
     def leave(self, outcome: str | None = None, exit_code: int | None = None) -> None:
-        """Disarmed; or, with an outcome, about to exit. May be called again: the last outcome counts."""
+        """Remove the entry, or leave it with the outcome if a drain waits for it.
+
+        Args:
+            outcome: None: the rank is disarmed; else the process is about to exit with this outcome. May be called
+                again: the last outcome counts.
+            exit_code: the exit code that the process is about to return.
+        """
         if os.getpid() != self._pid or (outcome is None and "outcome" in self._fields):
             return
-        self._over = True
+        self._final = True
         try:
             descriptor = safe_folder.open_own(self._path)
         except Exception:
-            self._gone = True  # it may yet be made
+            self._removed = True  # another thread may still create it
             return
         try:
             try:
                 if outcome is None or not registry.markers(descriptor):
-                    self._gone = True  # first: who publishes it just now looks afterwards
+                    # Set first: a thread that is publishing the entry checks this afterwards.
+                    self._removed = True
                     safe_folder.remove(descriptor, self.name)
                     return
             finally:
                 os.close(descriptor)
-            self._gone = False  # for those who drain this node
+            self._removed = False  # a drain of this node will read it
             self._fields.update(state="left", outcome=plain(outcome), exit_code=plain(exit_code))
             self._publish()
         except Exception:
             pass
 
     def time_left(self) -> float | None:
-        """Seconds until whoever drains this process kills it; None: nobody has said so. Reads a file or two."""
+        """Seconds until the drain of this process kills it; None if no drain has announced that. Reads a few files."""
         try:
             descriptor = safe_folder.open_own(self._path)
             try:
-                told = [
-                    registry.told(descriptor, marker, self.name) for marker in registry.markers(descriptor)
+                announced = [
+                    registry.kill_time(descriptor, marker, self.name)
+                    for marker in registry.markers(descriptor)
                 ]
             finally:
                 os.close(descriptor)
-            known = [until for until in told if until is not None]
+            known = [until for until in announced if until is not None]
             return min(known) - unpatched.monotonic() if known else None
         except Exception:
             return None
 
     def begin(self, runtime_dir: str, problem: Problem | None = None) -> bool:
-        """Publish it for the first time. On a failure: False, one line to `problem`, and nothing is tried again."""
+        """Publish the entry for the first time.
+
+        Args:
+            runtime_dir: the registry's folder, for the message.
+            problem: called with one line on a failure.
+
+        Returns:
+            Whether it worked. After a failure the entry is never tried again.
+        """
         try:
             descriptor = safe_folder.open_own(self._path, create=True)
             try:
@@ -96,22 +112,24 @@ class Registration:
                 os.close(descriptor)
             self._publish()
         except Exception as error:
-            self._over = True
-            registry.say(problem, _unlisted(runtime_dir, error))
+            self._final = True
+            registry.notify(problem, _unlisted(runtime_dir, error))
             return False
         return True
 
     def _publish(self) -> None:
-        if self._gone:
+        if self._removed:
             return
-        # Two threads may be here at once, and the slower one would put back what the faster one has replaced:
-        # whoever finds, after its own rename, that more is known by now sets it right.
-        descriptor = safe_folder.open_own(self._path, create=True)  # a cleaner of /tmp may have been there
+        # Two threads may publish at once, and the slower one would replace the newer content with the older. So each
+        # thread checks after its own rename whether the fields have changed meanwhile, and then publishes again.
+        descriptor = safe_folder.open_own(
+            self._path, create=True
+        )  # a cleaner of /tmp may have removed the folder
         try:
             for _ in range(5):
                 snapshot = dict(self._fields)
                 safe_folder.replace(descriptor, self.name, json.dumps(snapshot).encode("ascii"))
-                if self._gone:
+                if self._removed:
                     safe_folder.remove(descriptor, self.name)
                     return
                 if snapshot == self._fields:
@@ -124,27 +142,29 @@ def enter(
     runtime_dir: str,
     fields: Mapping[str, object],
     problem: Problem | None = None,
-    soon: Soon | None = None,
+    defer: Defer | None = None,
 ) -> Registration | None:
-    """List this process. On any failure: None, and one line to `problem`; never raises.
+    """Register this process. Never raises.
 
     Args:
         runtime_dir: the registry's folder.
-        fields: what is known of it.
-        problem: called with the line, on the thread that writes.
-        soon: calls a function, maybe on another thread: that writes the files, and there is an entry even if it cannot.
-            None: this thread writes.
+        fields: the entry's content, besides state, time and image.
+        problem: called with one line on a failure, on the thread that writes.
+        defer: calls a function, possibly on another thread, which then writes the files. None: this thread writes.
+
+    Returns:
+        The registration; None on a failure. With `defer` it is returned even if the files cannot be written later.
     """
     try:
         image = procfs.image(os.getpid())
         fields = {"state": "armed", "armed_at": time.time(), "image": image, **fields}
-        entry = Registration(safe_folder.absolute(runtime_dir), own_name(), fields, soon or _now)
+        entry = Registration(safe_folder.absolute(runtime_dir), own_name(), fields, defer or _now)
     except Exception as error:
-        registry.say(problem, _unlisted(runtime_dir, error))
+        registry.notify(problem, _unlisted(runtime_dir, error))
         return None
-    if soon is None:
+    if defer is None:
         return entry if entry.begin(runtime_dir, problem) else None
-    soon(lambda: entry.begin(runtime_dir, problem))
+    defer(lambda: entry.begin(runtime_dir, problem))
     return entry
 
 

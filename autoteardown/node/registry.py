@@ -1,8 +1,9 @@
-"""The armed processes of this node: one small file each, in a folder that only their user can write.
+"""The node's registry of armed ranks: one small file for each rank, in a folder that only their user can write to.
 
-What a rank came to is lost with its process, whose exit code only its parent can read. So a rank leaves its
-entry behind, with the outcome in it, while a drain has put up its marker; otherwise it removes it. Whoever is
-killed on the way leaves a file whose name is dead (see `record.py`), and the next reader removes that.
+1. Only the parent of a process can read its exit code, so the outcome of a rank would be lost with its process. While a
+   drain's marker exists, a rank leaves its entry behind with the outcome in it; otherwise it removes its entry.
+2. A rank that is killed leaves a file whose name says that its process is dead (see `entry.py`). The next reader
+   removes the file.
 """
 
 from __future__ import annotations
@@ -21,26 +22,26 @@ if TYPE_CHECKING:
 
 
 class DrainMarker:
-    """While it is up, ranks that leave let their entries stay, for the drain to read and to remove."""
+    """A file that tells ranks to leave their entries when they exit, for the drain to read and to remove."""
 
     def __init__(self, runtime_dir: str) -> None:
-        """Put it up if the folder can be written; a drain without it only learns less."""
+        """Create the marker if the folder is writable. Without it, the drain only learns less."""
         self._path = safe_folder.absolute(runtime_dir)
         self._name = MARKER + own_name()
         self._act(lambda descriptor: safe_folder.replace(descriptor, self._name, b"{}"))
 
-    def tell(self, names: Sequence[str], until: float) -> None:
-        """Write into it, before they are signalled, when the processes of these entries will be killed.
+    def announce(self, names: Sequence[str], until: float) -> None:
+        """Write into the marker when ranks will be killed; call this before they are signalled.
 
         Args:
-            names: of the entries.
+            names: of their entries.
             until: on the clock of `time.monotonic`, which all processes of a machine share.
         """
         content = json.dumps({"until": until, "ranks": list(names)}).encode("ascii")
         self._act(lambda descriptor: safe_folder.replace(descriptor, self._name, content))
 
     def close(self) -> None:
-        """Take it down."""
+        """Remove the marker."""
         self._act(lambda descriptor: safe_folder.remove(descriptor, self._name))
 
     def _act(self, act: Callable[[int], None]) -> None:
@@ -55,7 +56,12 @@ class DrainMarker:
 
 
 def read(runtime_dir: str, problem: Problem | None = None) -> list[Entry]:
-    """The living ranks of this user and pid namespace. What is certainly dead is removed on the way."""
+    """The entries of this user's running ranks in this pid namespace, by rank; removes entries of dead processes.
+
+    Args:
+        runtime_dir: the registry's folder.
+        problem: called with one line if the folder cannot be used; the list is empty then.
+    """
     try:
         descriptor = safe_folder.open_own(safe_folder.absolute(runtime_dir))
         try:
@@ -66,16 +72,17 @@ def read(runtime_dir: str, problem: Problem | None = None) -> list[Entry]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        say(problem, reason(runtime_dir, error))
+        notify(problem, reason(runtime_dir, error))
         return []
-    ours = [record for record in records if record is not None and _is_still(record)]
-    return sorted(ours, key=lambda record: (record.rank is None, record.rank or 0, record.pid))
+    ranks = [record for record in records if record is not None and _is_same_program(record)]
+    return sorted(ranks, key=lambda record: (record.rank is None, record.rank or 0, record.pid))
 
 
 def reread(runtime_dir: str, record: Entry) -> Entry | None:
-    """What the entry says now, whether its process lives or not; None when it was removed.
+    """Read an entry again, whether its process runs or not; None if it has been removed.
 
-    Raises OSError when that cannot be told: the folder is no longer to be trusted, or the file is no entry.
+    Raises:
+        OSError: the folder is not safe any more, or the file is no entry.
     """
     descriptor = safe_folder.open_own(safe_folder.absolute(runtime_dir))
     try:
@@ -88,30 +95,30 @@ def reread(runtime_dir: str, record: Entry) -> Entry | None:
 
 
 def elsewhere(runtime_dir: str) -> int:
-    """How many entries belong to other pid namespaces or boots: to containers that share the folder."""
+    """The number of entries of other pid namespaces or boots, that is, of containers that share the folder."""
     try:
         names = os.listdir(safe_folder.absolute(runtime_dir))
     except OSError:
         return 0
-    ours = f"-{procfs.space()}.json"
+    suffix = f"-{procfs.space()}.json"
     return sum(
-        n.endswith(".json") and not n.endswith(ours) and not n.startswith((".", MARKER)) for n in names
+        n.endswith(".json") and not n.endswith(suffix) and not n.startswith((".", MARKER)) for n in names
     )
 
 
 def alive(record: Entry) -> bool:
-    """Whether the very process that wrote the entry runs, as this user, and runs the same program."""
-    return procfs.lives(record.pid, record.start_time) and _is_still(record)
+    """Whether the process that wrote the entry runs, as this user, and still runs the same program."""
+    return procfs.lives(record.pid, record.start_time) and _is_same_program(record)
 
 
-def _is_still(record: Entry) -> bool:
-    """Whether that process is this user's, and has not executed another program since."""
+def _is_same_program(record: Entry) -> bool:
+    """Whether the process is this user's, and has not executed another program since."""
     image = procfs.image(record.pid) if record.image else ""
-    return image in ("", record.image) and procfs.belongs_to_us(record.pid)
+    return image in ("", record.image) and procfs.same_user(record.pid)
 
 
 def state_of(runtime_dir: str, pid: int) -> str | None:
-    """The state of one armed process; None when it is none. A few system calls, for whoever asks often."""
+    """The state of one armed process; None if it is not armed. Takes a few system calls, so it may be called often."""
     try:
         descriptor = safe_folder.open_own(safe_folder.absolute(runtime_dir))
         try:
@@ -124,11 +131,11 @@ def state_of(runtime_dir: str, pid: int) -> str | None:
 
 
 def sweep(descriptor: int) -> list[str]:
-    """Remove what dead processes have left; return the names of all files of living ones."""
+    """Remove the files of dead processes, unless a drain will read them; return the names of the other files."""
     identities = {name: identity(name) for name in os.listdir(descriptor)}
-    known = {name: procfs.lives(*named) for name, named in identities.items() if named is not None}
+    known = {name: procfs.lives(*process) for name, process in identities.items() if process is not None}
     living = [name for name in known if known[name]]
-    if not any(name.startswith(MARKER) for name in living):  # a drain has yet to read the entries of the dead
+    if not any(name.startswith(MARKER) for name in living):
         for name in known:
             if not known[name]:
                 safe_folder.remove(descriptor, name)
@@ -136,29 +143,29 @@ def sweep(descriptor: int) -> list[str]:
 
 
 def markers(descriptor: int) -> list[str]:
-    """The names of the markers of drains that go on."""
+    """The names of the markers of drains that are in progress."""
     markers = {name: identity(name) for name in os.listdir(descriptor) if name.startswith(MARKER)}
     return [name for name, drain in markers.items() if drain is not None and procfs.lives(*drain)]
 
 
-def told(descriptor: int, marker: str, name: str) -> float | None:
-    """What that drain has told the process with this entry."""
+def kill_time(descriptor: int, marker: str, name: str) -> float | None:
+    """When the drain with this marker will kill the process with this entry; None if it has not announced that."""
     try:
         content = json.loads(safe_folder.read(descriptor, marker))
         until = plain(content["until"])
         return float(until) if name in content["ranks"] and isinstance(until, (int, float)) else None
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        return None  # it has just been taken down, or tells nothing
+        return None  # the marker has just been removed, or announces nothing
 
 
 def reason(runtime_dir: str, error: Exception) -> str:
-    """Why the registry is of no use, in words."""
+    """One line for a log: why the registry cannot be used."""
     detail = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return f"the registry folder {runtime_dir!r} is not used: {detail}"
 
 
-def say(problem: Problem | None, line: str) -> None:
-    """Tell whoever wants to hear of it; never raises."""
+def notify(problem: Problem | None, line: str) -> None:
+    """Call `problem` with the line if it is given; never raises."""
     if problem is not None:
         try:
             problem(line)

@@ -1,11 +1,11 @@
-"""Folders used without following what others may have put there; and one that only this user can write.
+"""Reads and writes files in a folder that other users may have tampered with, without following their links.
 
-The default one lies in a folder that everybody can write, so whatever is found under its name may be somebody
-else's: a link to a folder of ours, a folder of theirs, a FIFO that never answers. Everything is checked on a
-descriptor, after opening, and done relative to it.
-
-No locks, and nothing is written in place: a teardown's thread may be here while the main thread is held here
-too. All functions raise OSError, and nothing else.
+1. The default folder lies in a folder that every user can write to. So the file found at a name may belong to another
+   user: a link to one of this user's folders, a folder of the other user, or a FIFO that never answers. Everything is
+   checked on a descriptor after opening, and done relative to that descriptor.
+2. No locks, and no file is written in place: a teardown's thread may run these functions while the main thread is held
+   inside one of them.
+3. All functions raise OSError, and nothing else.
 """
 
 from __future__ import annotations
@@ -17,12 +17,20 @@ LIMIT = 65536
 
 
 def absolute(path: str) -> str:
-    """Without the trailing slash, too: with one, the kernel follows a link in the last component."""
+    """The absolute path, without a trailing slash: with one, the kernel follows a link in the last component."""
     return os.path.abspath(path)
 
 
 def open_own(path: str, create: bool = False) -> int:
-    """The descriptor of an absolute path's folder, if nobody else can write to it."""
+    """Open a folder that belongs to this user and that no other user can write to.
+
+    Args:
+        path: absolute.
+        create: make the folder, with mode 0700, if it does not exist.
+
+    Returns:
+        The folder's descriptor.
+    """
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
     if create:
         try:
@@ -31,7 +39,7 @@ def open_own(path: str, create: bool = False) -> int:
             pass
     try:
         folder = os.open(path, flags)
-    except NotADirectoryError:  # what O_NOFOLLOW with O_DIRECTORY makes of a link
+    except NotADirectoryError:  # O_NOFOLLOW with O_DIRECTORY raises this for a link, too
         raise NotADirectoryError("it is a link, or no folder") from None
     about = os.fstat(folder)
     if about.st_uid != os.geteuid():
@@ -47,15 +55,15 @@ def open_own(path: str, create: bool = False) -> int:
 
 
 def open_any(path: str) -> int:
-    """The descriptor of a folder that others may write to: for `create` and `replace`, which follow nothing there.
+    """Open a folder that other users may write to, for `create` and `replace`, which follow no links in it.
 
-    Enough where all may write and nobody may list.
+    Works also where this user may write to the folder but not list it.
     """
     return os.open(path, getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_CLOEXEC)
 
 
 def replace(folder: int, name: str, data: bytes, mode: int = 0o600) -> None:
-    """Write a file so that a reader finds the old content or the new, never a part."""
+    """Write a file atomically: a reader finds the old content or the new, never a part."""
     temporary = _write_beside(folder, name, data, mode)
     try:
         os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
@@ -65,13 +73,19 @@ def replace(folder: int, name: str, data: bytes, mode: int = 0o600) -> None:
 
 
 def create(folder: int, name: str, data: bytes, mode: int = 0o600) -> None:
-    """Write a new file so that a reader finds all of it; FileExistsError where anything has that name already."""
+    """Write a new file atomically.
+
+    Raises:
+        FileExistsError: the name exists already.
+    """
     temporary = _write_beside(folder, name, data, mode)
     try:
         os.link(temporary, name, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
     except FileExistsError:
         raise
-    except OSError:  # object stores and FAT have no links: take the name first, then put the content under it
+    except (
+        OSError
+    ):  # object stores and FAT have no links: reserve the name first, then rename the content to it
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         os.close(os.open(name, flags, mode, dir_fd=folder))
         os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
@@ -80,12 +94,12 @@ def create(folder: int, name: str, data: bytes, mode: int = 0o600) -> None:
 
 
 def _write_beside(folder: int, name: str, data: bytes, mode: int) -> str:
-    temporary = f".{name}.{os.urandom(8).hex()}"  # a name that nobody can have put something under
+    temporary = f".{name}.{os.urandom(8).hex()}"  # a name that no other user can have guessed
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
         descriptor = os.open(temporary, flags, mode, dir_fd=folder)
-    except FileExistsError:  # of its temporary name: no word on the name itself
-        raise OSError("somebody is in the way") from None
+    except FileExistsError:  # the temporary name exists; callers take FileExistsError for the name itself
+        raise OSError("a temporary file of that name exists") from None
     try:
         try:
             written = os.write(descriptor, data)
@@ -100,21 +114,21 @@ def _write_beside(folder: int, name: str, data: bytes, mode: int) -> str:
 
 
 def read(folder: int, name: str) -> bytes:
-    """A file's content, as far as `LIMIT`, if it is a plain file of this user."""
-    # O_NONBLOCK: a FIFO would hold us until somebody writes.
+    """The first `LIMIT` bytes of a regular file that belongs to this user."""
+    # O_NONBLOCK: opening a FIFO would block until a writer comes.
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     descriptor = os.open(name, flags, dir_fd=folder)
     try:
         about = os.fstat(descriptor)
         if not stat.S_ISREG(about.st_mode) or about.st_uid != os.geteuid():
-            raise OSError("not a file of ours")
+            raise OSError("not a regular file of this user")
         return os.read(descriptor, LIMIT)
     finally:
         os.close(descriptor)
 
 
 def remove(folder: int, name: str) -> None:
-    """Remove a file, if it is there and can be removed."""
+    """Remove a file if it exists and can be removed."""
     try:
         os.unlink(name, dir_fd=folder)
     except OSError:

@@ -187,7 +187,7 @@ class Guard(RankState):
             repeated = arrived and self._repeats.arrived()
             first, self._signalled = not self._signalled, True
             if self.teardown is not None:
-                ray.call_abort_off()
+                ray.cancel_abort()
                 self.teardown.also_signalled(signum)
                 if not first:
                     return repeated or not arrived
@@ -195,7 +195,7 @@ class Guard(RankState):
             if self._begun.acquire(False):
                 # Before anything else: on a starved machine, this thread may not get the GIL again for long.
                 self._timer.arm(self.settings.hard, self.settings.exit_code_for(signum))
-                ray.call_abort_off()
+                ray.cancel_abort()
                 self.signum = signum
                 own = {"rank": self.identity.rank, "host": self.identity.host, "pid": os.getpid()}
                 self._begin("signal", signum, own)

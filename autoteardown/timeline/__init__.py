@@ -1,1 +1,1 @@
-"""The reports of a job, read and drawn: what `autoteardown timeline` and the pages of `drill` are made of."""
+"""Reads the reports of a job and draws them, for `autoteardown timeline` and for the pages of `autoteardown drill`."""

@@ -1,7 +1,7 @@
-"""The shell of a self-contained HTML page: style, script, escaping. Shared by `timeline` and `drill --html`.
+"""Builds a self-contained HTML page or SVG file: style, script, escaping. Used by `timeline` and `drill --html`.
 
-No request leaves the page: everything is inline, and a content security policy forbids the rest. It also
-forbids any script but ours (by its hash): a name in a report that got past the escaping could still not run.
+1. The page makes no requests: everything is inline, and a content security policy forbids the rest.
+2. The policy allows only this page's script (by its hash). A name in a report that got past the escaping could not run.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import hashlib
 import html
 from collections.abc import Iterable
 
-# Neighbours can be told apart by the colour-blind, too. Bars need a contrast of 3:1 with the page, and the words in
-# them 4.5:1 with the bar (WCAG 1.4.11, 1.4.3).
+# Colour-blind readers can distinguish neighbours, too. Bars have a contrast of at least 3:1 with the page, and the
+# text in them 4.5:1 with the bar (WCAG 1.4.11, 1.4.3).
 PAPER = {"light": "#ffffff", "dark": "#14171c"}
 PHASES = {
     "light": {
@@ -115,7 +115,7 @@ summary{cursor:pointer;padding:4px 0}
 """
 )
 
-# Fill patterns are defined once a page: two SVG with the same ids would fight over them.
+# Fill patterns are defined once for each page, because ids must be unique in it.
 PATTERNS = (
     '<defs><pattern id="timeout" width="6" height="6" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">'
     '<rect width="2.4" height="6" fill="var(--paper)" fill-opacity=".7"/></pattern>'
@@ -125,7 +125,7 @@ PATTERNS = (
     '<rect width="1.5" height="8" fill="var(--soft)" fill-opacity=".6"/></pattern></defs>'
 )
 
-# Without it, the browser's own tooltips show the same text.
+# Shows the tooltips. Without this script, the browser's own tooltips show the same text.
 SCRIPT = """
 (()=>{const tip=document.getElementById("tip");
 const show=(text,x,y)=>{tip.textContent=text;tip.hidden=false;
@@ -143,12 +143,12 @@ addEventListener("keydown",e=>{if(e.key==="Escape")hide()});addEventListener("sc
 
 
 def esc(value: object) -> str:
-    """A value as HTML text or as the value of a quoted attribute."""
+    """Escape a value as HTML text, or as the value of a quoted attribute."""
     return html.escape(str(value), quote=True)
 
 
 def document(title: str, body: str) -> str:
-    """A whole page around `body`, which is HTML already."""
+    """A complete page around `body`, which is HTML already."""
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     hidden = f'<svg width="0" height="0" style="position:absolute" aria-hidden="true">{PATTERNS}</svg>'
@@ -162,7 +162,7 @@ def document(title: str, body: str) -> str:
 
 
 def picture(width: int, height: float, body: str) -> str:
-    """An SVG file of its own around `body`. It brings its own background: a reader's page may be of either scheme."""
+    """A complete SVG file around `body`, with a background, because the page that shows it may be light or dark."""
     size = f'width="{width}" height="{height:.0f}" viewBox="0 0 {width} {height:.0f}"'
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" {size}><style>{COLOURS}{DRAWING}</style>{PATTERNS}'
@@ -171,13 +171,13 @@ def picture(width: int, height: float, body: str) -> str:
 
 
 def notice(heading: str, lines: Iterable[str]) -> str:
-    """A box of warnings; nothing when there are none."""
+    """A box of warnings; empty if there are none."""
     items = "".join(f"<li>{esc(line)}</li>" for line in lines)
     return f'<div class="notice"><b>{esc(heading)}</b><ul>{items}</ul></div>' if items else ""
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A table of cells that are HTML already."""
+    """A table; its cells are HTML already."""
     top = "".join(f"<th>{esc(cell)}</th>" for cell in head)
     body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
     return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'

@@ -1,7 +1,8 @@
-"""Stops as a trace for ui.perfetto.dev, in the Chrome trace event format that PyTorch's profiler writes too.
+"""Writes stops as a trace for ui.perfetto.dev, in the Chrome trace event format that PyTorch's profiler writes, too.
 
-A process is a host, a thread is a rank, a slice is a phase. Stops lie on top of each other, each counted from
-its own first signal: attempts of a job are hours apart, and what one wants to do with them is compare.
+1. A process of the trace is a host, a thread is a rank, a slice is a phase.
+2. All stops start at time 0, their own first signal. The attempts of a job are hours apart, and a reader wants to
+   compare them.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def trace(stops: list[Stop], grace: float | None) -> str:
         for rank in stop.ranks:
             host = f"{rank.host} (stop {number})" if len(stops) > 1 else rank.host
             if host not in processes:
-                # Far from the thread ids: a thread that has its process's id is taken for its main thread.
+                # Different from all thread ids: perfetto takes a thread with its process's id for the main thread.
                 processes[host] = 1_000_000 + len(processes)
                 events.append(_name("process", processes[host], 0, host))
                 events.append(_sort("process", processes[host], 0, len(processes)))
@@ -39,9 +40,9 @@ def trace(stops: list[Stop], grace: float | None) -> str:
 
 
 def _slices(stop: Stop, rank: Rank, pid: int, tid: int) -> list[Event]:
-    """The rank's whole stop, its phases inside it, and the moment it heard."""
+    """The slices of a rank's whole stop and of its phases, and the instant of its signal or notice."""
     begin = _us(stop.offset(rank))
-    # At least 1 us: a slice of no length cannot carry the flow that binds to it.
+    # At least 1 us: a flow cannot bind to a slice of length 0.
     finish = max(begin + 1, _us(stop.offset(rank) + rank.lasted))
     common = {"ph": "X", "cat": "teardown", "pid": pid, "tid": tid}
     whole = {
@@ -74,7 +75,7 @@ def _slices(stop: Stop, rank: Rank, pid: int, tid: int) -> list[Event]:
     ]
     free = begin
     for phase in rank.phases:
-        # Slices of a thread must nest, and rounding can make neighbours overlap; the args have the true times.
+        # Slices of a thread must nest, and rounding can make neighbours overlap. The args have the exact times.
         start = min(max(free, _us(stop.offset(rank) + phase.start)), finish)
         end = finish if phase.end is None else min(max(start, _us(stop.offset(rank) + phase.end)), finish)
         free = end
@@ -85,7 +86,7 @@ def _slices(stop: Stop, rank: Rank, pid: int, tid: int) -> list[Event]:
 
 
 def _flows(stop: Stop, where: dict[int, tuple[int, int]]) -> list[Event]:
-    """An arrow from the rank that was signalled first to each rank it took along."""
+    """An arrow from the rank that was signalled first to each of its peers."""
     source = next((r for r in stop.ranks if r.is_origin), None)
     if source is None:
         return []
@@ -94,16 +95,16 @@ def _flows(stop: Stop, where: dict[int, tuple[int, int]]) -> list[Event]:
         if rank.cause != "peer":
             continue
         begin = _us(stop.offset(source))
-        # Clocks of hosts differ: an arrow that would go back in time is drawn straight down.
-        hear = max(begin, _us(stop.offset(rank)))
-        if hear > max(_us(stop.offset(rank)) + 1, _us(stop.offset(rank) + rank.lasted)):
+        # The clocks of hosts differ. An arrow that would go back in time is drawn vertically.
+        received = max(begin, _us(stop.offset(rank)))
+        if received > max(_us(stop.offset(rank)) + 1, _us(stop.offset(rank) + rank.lasted)):
             continue
         pid, tid = where[id(rank)]
         flow = {"cat": "notice", "name": "notice", "id": tid}
         events.append(
             {**flow, "ph": "s", "pid": where[id(source)][0], "tid": where[id(source)][1], "ts": begin}
         )
-        events.append({**flow, "ph": "f", "bp": "e", "pid": pid, "tid": tid, "ts": hear})
+        events.append({**flow, "ph": "f", "bp": "e", "pid": pid, "tid": tid, "ts": received})
     return events
 
 

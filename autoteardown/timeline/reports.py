@@ -1,8 +1,8 @@
-"""Reads the JSON reports of a job.
+"""Reads and validates the JSON reports of a job.
 
-They come from a shared folder that any process of the job can write, possibly while this runs. So nothing in
-them is trusted: sizes are bounded, numbers are finite, text loses its control characters, and a report that
-cannot be read is named and left out.
+Any process of the job can write to the shared folder of the reports, possibly while this runs. So no content is
+trusted: sizes are bounded, numbers are finite, control characters are removed from text, and a report that cannot be
+read is named and left out.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from autoteardown.timeline.stops import Phase, Rank, Stop, group, ranges
 
 SCHEMAS = (1, 2)
 MAX_BYTES = 4 << 20
-# No grace period is a day long: a phase beyond this is a broken clock, and would squash every other bar.
+# Seconds. No grace period is a day long: a longer phase comes from a broken clock, and would make all other bars
+# invisible.
 LONGEST = 86_400.0
 MOST_RANKS = 1 << 17
 MOST_PHASES = 100
@@ -34,12 +35,14 @@ def read(folder: Path) -> tuple[list[Stop], list[str]]:
     """
     ranks: list[Rank] = []
     problems: list[str] = []
-    # Not `glob`, to which a folder that may not be read is an empty one.
+    # Not `glob`, which treats a folder without read permission as an empty one.
     for path in sorted(path for path in folder.iterdir() if path.suffix == ".json"):
         name = plain(path.name)
         try:
             value = _load(path)
-            if isinstance(value, dict) and "traceEvents" in value:  # our own output, written beside its input
+            if (
+                isinstance(value, dict) and "traceEvents" in value
+            ):  # this command's own output, in the same folder
                 continue
             rank, wrong = _rank(name, value)
         except (OSError, ValueError, RecursionError) as error:
@@ -78,7 +81,7 @@ def _not_finite(text: str) -> Any:
 
 
 def _rank(file: str, value: Any) -> tuple[Rank, list[str]]:
-    """A report's fields, each checked on its own, and the names of those that are missing or unreadable."""
+    """A report with each field validated, and the names of fields that are missing or unreadable."""
     if not isinstance(value, dict) or "schema" not in value:
         raise ValueError("not a report (no schema)")
     if value["schema"] not in SCHEMAS or isinstance(value["schema"], bool):
@@ -152,7 +155,7 @@ def _whole(value: Any, least: int = 0, most: int = 1 << 53) -> int | None:
 def _number(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    # Compared before float(): a JSON integer can be too large for one.
+    # Compared before float(): a JSON integer can be too large for a float.
     return max(0.0, float(value)) if -1 < value <= LONGEST else None
 
 
@@ -166,10 +169,10 @@ def _signal(value: Any) -> str:
 
 
 def _time(value: Any) -> float | None:
-    """Seconds since the epoch of an ISO 8601 time; UTC where it names no zone."""
+    """An ISO 8601 time as seconds since the epoch; UTC if it names no zone."""
     if not isinstance(value, str):
         return None
-    # fromisoformat of Python 3.9 and 3.10 takes neither a Z nor other than 3 or 6 digits of a second.
+    # fromisoformat of Python 3.9 and 3.10 accepts no Z, and only 3 or 6 decimals of a second.
     match = re.fullmatch(
         r"(\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?(Z|[+-]\d\d:?\d\d)?", value.strip()
     )
@@ -185,13 +188,13 @@ def _time(value: Any) -> float | None:
 
 
 def stuck_at(value: Any) -> str:
-    """Where a thread of the program stood last: `all_reduce, at /app/train.py:61`; empty when nobody says."""
+    """The last position of a thread of the program, as `all_reduce, at /app/train.py:61`; empty if unknown."""
     for entry in reversed(value[:1000] if isinstance(value, list) else []):
         frames = entry.get("frames") if isinstance(entry, dict) else None
         named = (
             [frame for frame in frames[:200] if isinstance(frame, str)] if isinstance(frames, list) else []
         )
-        # The program's own line: what it called lies in packages, and in the standard library.
+        # The program's own line: the functions that it called are in packages and in the standard library.
         own = next((f for f in named if "/site-packages/" not in f and "/lib/python" not in f), None)
         if own is not None:
             place, _, _ = own.rpartition(" in ")
@@ -201,7 +204,7 @@ def stuck_at(value: Any) -> str:
 
 
 def stacks(value: Any, indent: str = "") -> str:
-    """`stuck` as text, whatever its shape: stacks by thread, by time, or lines."""
+    """The report's `stuck` as text, whatever its structure: stacks by thread, by time, or lines."""
     if value is None or value == [] or value == {}:
         return ""
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""One eviction and the ranks it took down, as the reports tell it."""
+"""The data model of a timeline: reports of ranks, grouped into the stops that one eviction each has caused."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 DEFAULT_GRACE = 25.0
-# How far apart the signals of one stop's ranks may lie, in seconds. A restarted pod often has the host name and the
-# process ids of the one before, so that even the same origin can be another stop.
+# The longest time between the signals of one stop's ranks, in seconds. A restarted pod often has the host name and the
+# process ids of its predecessor, so even reports with the same origin can belong to different stops.
 TOGETHER = 60.0
 SAME_ORIGIN = 600.0
 GLYPH = {
@@ -17,12 +17,12 @@ GLYPH = {
     "aborted": "\N{BLACK UP-POINTING TRIANGLE}",
     "forced": "\N{BLACK SQUARE}",
 }
-NO_GLYPH = "\N{EN DASH}"  # for what a later version reports, and for who left no report
+NO_GLYPH = "\N{EN DASH}"  # for outcomes of later versions, and for ranks without a report
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One step of a rank's way out, in seconds since that rank's own signal. No `end`: it never finished."""
+    """One phase of a rank's stop, in seconds since that rank's own signal. `end` is None if it never finished."""
 
     name: str
     start: float
@@ -33,7 +33,7 @@ class Phase:
 
 @dataclass
 class Rank:
-    """One report."""
+    """The report of one rank."""
 
     file: str
     host: str = "?"
@@ -58,7 +58,7 @@ class Rank:
 
     @property
     def name(self) -> str:
-        """How a person calls it."""
+        """The rank's name for a reader."""
         return f"rank {self.rank}" if self.rank is not None else f"pid {self.pid}"
 
     @property
@@ -70,12 +70,12 @@ class Rank:
 
     @property
     def clean(self) -> bool:
-        """Drained and released; what a stop should be."""
+        """Whether the rank was drained and released, as it should be."""
         return self.outcome == "clean"
 
     @property
     def wedged(self) -> bool:
-        """Whether something kept this rank: then its stacks matter."""
+        """Whether the rank was delayed by a timeout, an error or worse, so that its stacks are of interest."""
         return not self.clean or any(p.outcome in ("timeout", "error") for p in self.phases)
 
     @property
@@ -86,17 +86,17 @@ class Rank:
 
 @dataclass
 class Stop:
-    """The ranks that one eviction took down."""
+    """The ranks that one eviction has stopped."""
 
     ranks: list[Rank] = field(default_factory=list)
 
     @cached_property
     def began(self) -> float:
-        """When the first rank heard of it, in seconds since the epoch. Ranks are added in that order."""
+        """When the first rank was signalled or notified, in seconds since the epoch. Ranks are added in that order."""
         return min((r.received for r in self.ranks if r.received is not None), default=0.0)
 
     def offset(self, rank: Rank) -> float:
-        """Seconds from the first signal to this rank's. Clocks of different hosts are taken at their word."""
+        """Seconds from the first signal to this rank's. The clocks of different hosts are assumed to agree."""
         return 0.0 if rank.received is None else rank.received - self.began
 
     @property
@@ -111,12 +111,12 @@ class Stop:
 
     @property
     def world_size(self) -> int | None:
-        """Of the job; a rank that was stopped in its rendezvous may not know it."""
+        """The job's world size; a rank that was stopped in its rendezvous may not know it."""
         return next((r.world_size for r in self.ranks if r.world_size is not None), None)
 
     @property
     def missing(self) -> list[int]:
-        """Ranks of the world that left no report."""
+        """The ranks without a report."""
         have = {r.rank for r in self.ranks}
         return [n for n in range(self.world_size or 0) if n not in have]
 
@@ -137,7 +137,7 @@ class Stop:
         return "; ".join(parts)
 
     def steps(self) -> str:
-        """Whether the ranks stopped after the same step."""
+        """Describe whether the ranks stopped after the same step."""
         where = Counter(r.stopped_at for r in self.ranks if r.stopped_at is not None)
         if not where:
             return "no step to stop at"
@@ -151,8 +151,8 @@ class Stop:
 def group(ranks: list[Rank]) -> list[Stop]:
     """Sort reports into stops, oldest first: a job that was restarted leaves several reports of the same rank.
 
-    Ranks that name the same origin belong together. What is then still apart (peers switched off, board lost)
-    is joined where it is one job at one time, and no rank is there twice.
+    Reports that name the same origin belong together. The remaining groups (peers switched off, or not connected) are
+    joined if they have the same job at the same time, and no rank twice.
     """
     ordered = sorted(
         ranks, key=lambda r: (r.received is None, r.received or 0.0, r.rank is None, r.rank or 0)
@@ -173,7 +173,7 @@ def group(ranks: list[Rank]) -> list[Stop]:
 
 
 def _join(stops: list[Stop], part: Stop, window: float) -> bool:
-    """Add `part` to the latest stop that it can be a part of."""
+    """Add `part` to the latest stop that it can belong to; return whether there is one."""
     first = part.ranks[0]
     for stop in reversed(stops):
         worlds = {stop.world_size, part.world_size} - {None}
@@ -191,7 +191,7 @@ def _join(stops: list[Stop], part: Stop, window: float) -> bool:
 
 
 def words(stop: Stop, rank: Rank) -> str:
-    """All that is known of a rank, as lines of text."""
+    """Everything in a rank's report, as lines of text."""
     world = f" of {rank.world_size}" if rank.world_size is not None and rank.rank is not None else ""
     lines = [f"{rank.name}{world} on {rank.host}, pid {rank.pid}"]
     why = (
@@ -222,25 +222,25 @@ def words(stop: Stop, rank: Rank) -> str:
 
 
 def ending(rank: Rank) -> str:
-    """Outcome and exit code, as far as there is one."""
+    """The outcome, with the exit code if it is known."""
     left = rank.exit_code is not None and rank.exit_code >= 0
     return f"{rank.outcome}, exit {rank.exit_code}" if left else rank.outcome
 
 
 def verdict(rank: Rank) -> str:
-    """The same with a sign that needs no colour."""
+    """The ending with a symbol, which needs no colour."""
     return f"{GLYPH.get(rank.outcome, NO_GLYPH)} {ending(rank)}"
 
 
 def seconds(value: float) -> str:
-    """A duration for people."""
+    """A duration for a reader, as `328 ms` or `2.50 s`."""
     if value < 0.9995:
         return f"{value * 1000:.0f} ms"
     return f"{value:.2f} s" if value < 99.995 else f"{value:.0f} s"
 
 
 def ranges(numbers: list[int]) -> str:
-    """`rank 3`, `ranks 0-3, 7`: at most a dozen runs of them."""
+    """Ranks as `rank 3` or `ranks 0-3, 7`, with at most a dozen ranges."""
     runs: list[list[int]] = []
     for n in sorted(numbers):
         if runs and n == runs[-1][1] + 1:

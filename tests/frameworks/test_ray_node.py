@@ -115,7 +115,7 @@ def test_ray_reacts_at_once_and_kills_when_the_ranks_are_gone(start, twice):
     )
     pid = node.wait_for(r"^rank (\d+)$").group(1)
     assert second.startswith(f"autoteardown: ray start: rank=0/1 pid={pid} -: clean, exit 0 (")
-    assert last == "autoteardown: ray start: 1 of 1 left cleanly; Ray's own shutdown goes on"
+    assert last == "autoteardown: ray start: 1 of 1 left cleanly; Ray's own shutdown continues"
 
 
 def test_the_ranks_are_drained_in_the_time_that_ray_gives(start, job):
@@ -136,7 +136,7 @@ def test_ranks_that_leave_by_themselves_are_not_signalled(start):
     node.signal()
     assert node.wait() == 1
     assert "Ray kills, 0 left" in node.stdout
-    assert node.stderr.endswith("its ranks have left; Ray's own shutdown goes on\n")
+    assert node.stderr.endswith("its ranks have left; Ray's own shutdown continues\n")
 
 
 def test_the_ranks_of_another_node_are_left_alone(start):

@@ -74,7 +74,8 @@ def test_an_environment_in_which_all_is_well():
     assert (report["active"], report["started_by"]) == (True, "autoteardown.pth")
     assert report["executable"] == sys.executable
     assert (
-        only(report, "hook", "ok")["text"] == "the signal tap is in place, and init_process_group is wrapped"
+        only(report, "hook", "ok")["text"]
+        == "the functions of `signal` are replaced, and init_process_group is wrapped"
     )
     assert "a wedged rank is released by " in only(report, "torch", "ok")["text"]
     assert report["settings"]["AUTOTEARDOWN_SIGNALS"] == {"given": None, "effective": "SIGTERM"}
@@ -443,7 +444,7 @@ def test_the_termination_log(machine, tmp_path):
     log = tmp_path / "log"
     report = surrounded(machine(), KUBERNETES, TERMINATION_LOG=str(log), GRACE="25")
     assert (
-        only(report, "Kubernetes", "note")["text"] == f"no {log}: a teardown is not told in the pod's status"
+        only(report, "Kubernetes", "note")["text"] == f"no {log}: a teardown is not shown in the pod's status"
     )
 
 

@@ -13,7 +13,7 @@ from autoteardown.event_loop import sockets
 pytestmark = needs()
 
 # From the moment that packets are no longer answered to the moment that all know.
-NOTICED = sockets.UNANSWERED + sockets.IDLE + hub.BACK_WITHIN + connection.LOST_AFTER
+NOTICED = sockets.USER_TIMEOUT + sockets.KEEPALIVE_IDLE + hub.RECONNECT_SECONDS + connection.LOST_AFTER
 
 
 @pytest.fixture
@@ -158,7 +158,7 @@ def test_a_live_rank_behind_a_firewall_is_not_known_to_be_dead(net, talk):
     hosts[0].close_port(split(remote)[1], "reject with tcp reset", new=True)
     hosts[1].reset((local, remote))
     ranks[0].expect("heard", "lost", [1, False])
-    time.sleep(hub.DEAD_AFTER / 2 - hub.BACK_WITHIN)
+    time.sleep(hub.DEAD_AFTER / 2 - hub.RECONNECT_SECONDS)
     hosts[0].nft()
     ranks[0].expect("heard", "back", [1, None])
     assert ranks[0].heard("lost") == [["lost", [1, False]]]
@@ -174,7 +174,7 @@ def test_a_rank_of_another_host_that_was_killed(net, talk):
     start = time.monotonic()
     for rank in ranks[:2]:
         rank.expect("heard", "lost", [2, False])
-    assert time.monotonic() - start < hub.BACK_WITHIN + 5
+    assert time.monotonic() - start < hub.RECONNECT_SECONDS + 5
     for rank in ranks[:2]:
         rank.expect("heard", "lost", [2, True])
     assert time.monotonic() - start > hub.DEAD_AFTER - 1
@@ -281,9 +281,9 @@ def test_a_translator_that_forgets(net, talk):
         router.ip("link", "set", "eth0", "up")
 
     forget()
-    assert all_hear(ranks, ranks[1], "posted", patience=30) < 3 * connection.UNHEARD + 5
+    assert all_hear(ranks, ranks[1], "posted", patience=30) < 3 * connection.ACKNOWLEDGE_SECONDS + 5
     forget()
-    assert all_hear(ranks, ranks[0], "told", patience=60) < 5 + sockets.UNANSWERED + 10
+    assert all_hear(ranks, ranks[0], "told", patience=60) < 5 + sockets.USER_TIMEOUT + 10
 
 
 def test_far_away_over_a_bad_line(net, talk):

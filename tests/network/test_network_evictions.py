@@ -122,7 +122,7 @@ def test_idle_connections_were_forgotten(net, job):
     evict_together(ranks, 2)
 
 
-@pytest.mark.parametrize("later", [0.0, sockets.UNANSWERED + 3])
+@pytest.mark.parametrize("later", [0.0, sockets.USER_TIMEOUT + 3])
 def test_idle_connections_were_forgotten_and_the_hub_has_something_to_say(net, job, later):
     """Its words are swallowed until the rank has noticed, and are said again then: a step is not waited for so long."""
     hosts = three(net)
@@ -259,7 +259,7 @@ def test_a_host_loses_power(net, job, dark):
 
 
 # Packets are not answered any more, everybody knows, and so much for a busy machine.
-NOTICED = sockets.UNANSWERED + sockets.IDLE + hub.BACK_WITHIN + connection.LOST_AFTER + 10
+NOTICED = sockets.USER_TIMEOUT + sockets.KEEPALIVE_IDLE + hub.RECONNECT_SECONDS + connection.LOST_AFTER + 10
 
 
 @pytest.mark.slow

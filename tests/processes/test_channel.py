@@ -215,7 +215,7 @@ def test_a_hub_that_has_much_to_do(talk):
     rank.expect("ready")
     with socket.create_server(("127.0.0.1", 0)) as first, socket.create_server(("127.0.0.1", 0)) as second:
         hosts = first.getsockname(), second.getsockname()
-        card = rendezvous.HubAddress("name", "token", 3, addresses.here(), hosts)
+        card = rendezvous.HubAddress("name", "token", 3, addresses.host_id(), hosts)
         (talk.folder / "store" / rendezvous.KEY.replace("/", "-")).write_text(card.encode())
         rank.ask("open", answer="opened")
         for server in (first, second):
@@ -262,7 +262,7 @@ def test_a_hub_that_was_stopped_for_a_while(talk):
     ranks = talk.world(2)
     ranks[0].freeze()
     ranks[1].tell("post", "during", None)
-    time.sleep(2 * connection.UNHEARD + 1)
+    time.sleep(2 * connection.ACKNOWLEDGE_SECONDS + 1)
     ranks[0].thaw()
     ranks[0].expect("heard", "during")
     ranks[1].expect("heard", "during")
@@ -293,7 +293,7 @@ def test_a_stale_key_whose_hub_still_lives(talk):
     rank = talk.start(1, 2)
     rank.expect("ready")
     rank.ask("open", answer="opened")
-    wait_until(lambda: "another process in that place" in rank.ask("state")[1], "the refusal")
+    wait_until(lambda: "another process holds that rank" in rank.ask("state")[1], "the refusal")
     old[1].tell("post", "notice", None)
     first = talk.start(0, 2)
     first.expect("ready")
@@ -315,7 +315,7 @@ def test_a_killed_rank_is_lost_to_all(talk):
     for rank in ranks[:2]:
         # Nothing lies between two processes of one host: its kernel has closed the connection, so it is dead.
         rank.expect("heard", "lost", [2, True])
-    assert hub.BACK_WITHIN - 0.5 < time.monotonic() - start < hub.BACK_WITHIN + 10
+    assert hub.RECONNECT_SECONDS - 0.5 < time.monotonic() - start < hub.RECONNECT_SECONDS + 10
     assert not ranks[1].heard("bye")
 
 
@@ -330,7 +330,7 @@ def test_a_rank_that_leaves_is_not_lost(talk, how):
     ranks[2].kill()
     for rank in ranks[:2]:
         rank.expect("heard", "bye" if how == "close" else "left")
-    time.sleep(hub.BACK_WITHIN + 1)
+    time.sleep(hub.RECONNECT_SECONDS + 1)
     assert ranks[0].heard("lost") == ranks[1].heard("lost") == []
 
 
@@ -501,7 +501,7 @@ def test_a_wrong_token(talk):
     still_well(ranks, "after")
     assert ranks[0].heard("notice") == []
     assert [value for _, value in ranks[0].heard("note")] == [
-        "the hub has hung up on somebody without this group's token"
+        "the hub has closed a connection without this group's token"
     ]
 
 
@@ -523,7 +523,7 @@ def test_a_replayed_line(talk):
         first.expect("heard", "once")
         with call_on(card) as other:
             other.sendall(once)
-            assert json.loads(until_closed(other)) == ["no", "that has been said before"]
+            assert json.loads(until_closed(other)) == ["no", "that hello was used before"]
         sock.sendall(wire.encode("p", 2, "twice", None))  # and this connection is not disturbed
         first.expect("heard", "twice")
     with call_on(card) as sock:  # the rank itself comes again, and does not know what has arrived
@@ -548,7 +548,7 @@ def test_a_replayed_line_of_an_earlier_life(talk):
             first.expect("heard", life)
     with call_on(card) as sock:
         sock.sendall(hello(card, 1, "one") + wire.encode("p", 1, "replayed", None))
-        assert json.loads(until_closed(sock)) == ["no", "that has been said before"]
+        assert json.loads(until_closed(sock)) == ["no", "that hello was used before"]
     with call_on(card) as sock:
         sock.sendall(hello(card, 1, "three") + wire.encode("p", 1, "after", None))
         first.expect("heard", "after")
@@ -566,7 +566,7 @@ def test_silent_connections_are_few(talk):
         socks.append(call_on(card))
         if len(socks) > min(2000, soft // 2):
             socks.pop(0).close()
-    assert ranks[0].ask("count")[0] - before <= admission.GUESTS + 2
+    assert ranks[0].ask("count")[0] - before <= admission.MAX_UNAUTHENTICATED + 2
     ranks[1].tell("do", CUT)
     ranks[1].expect("heard", "up")
     ranks[1].tell("post", "after", None)
@@ -582,7 +582,7 @@ def test_a_guest_has_little_time(talk):
     with call_on(card_of(talk)) as sock:
         start = time.monotonic()
         until_closed(sock)
-        assert time.monotonic() - start < 2 * admission.GUEST_SECONDS + 5
+        assert time.monotonic() - start < 2 * admission.AUTHENTICATION_SECONDS + 5
 
 
 def two_of_three(talk):
@@ -727,7 +727,8 @@ def test_a_store_whose_server_is_gone(talk, how):
     else:
         ranks[0].kill()
     if how == "kill":
-        wait_until(lambda: ranks[1].ask("state")[1] == "the store's server is gone", "that it is noticed")
+        why = "the store's server has closed its connections"
+        wait_until(lambda: ranks[1].ask("state")[1] == why, "that it is noticed")
     time.sleep(4)
     for rank in ranks[1:]:
         assert rank.end() == 0

@@ -253,7 +253,7 @@ def test_ranks_of_other_containers_are_not_signalled(ranks, runtime, part):
 def test_without_proc_nobody_is_signalled(ranks, runtime, monkeypatch):
     (rank,) = ranks("clean")
     forge(runtime, rank, started=0, namespace=0, boot=0)
-    monkeypatch.setattr(procfs, "is_ours", lambda: False)
+    monkeypatch.setattr(procfs, "available", lambda: False)
     ((told,), _) = drain.drain(str(runtime), signal.SIGTERM, 10)
     assert (told.outcome, told.clean, told.signalled) == ("refused", False, None)
     assert "/proc" in told.line()
@@ -319,7 +319,7 @@ def test_none_of_them_is_meant(ranks, runtime, options):
     (rank,) = ranks("clean")
     command = run(runtime, *options)
     assert (command.code, command.stderr, rank.running) == (0, "", True)
-    assert "none of the 1 armed ranks on this node is meant" in command.stdout
+    assert "none of the 1 armed ranks on this node is selected" in command.stdout
 
 
 def test_a_dry_run_signals_nobody_and_waits_for_nothing(ranks, runtime):
@@ -329,7 +329,7 @@ def test_a_dry_run_signals_nobody_and_waits_for_nothing(ranks, runtime):
     assert (command.code, command.stderr) == (0, "")
     assert command.stdout.splitlines() == [
         f"rank=1/2 pid={started[1].pid} job=4711 train.py: would be sent SIGTERM",
-        "1 would be signalled; nobody was (--dry-run)",
+        "1 would be signalled; none was (--dry-run)",
     ]
     found = json.loads(run(runtime, "--dry-run", "--json").stdout)
     assert found["dry_run"] is True

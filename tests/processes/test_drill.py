@@ -19,7 +19,7 @@ from harness import NONE, PATIENCE, environment, marked, wait_until
 from autoteardown.cli import drill as command
 from autoteardown.cli import main
 from autoteardown.drills import display, page, table
-from autoteardown.drills.outcome import CUT, NO_CHECKPOINT, WHOLE, Outcome, RankOutcome, look_at_checkpoint
+from autoteardown.drills.outcome import CUT, NO_CHECKPOINT, WHOLE, Outcome, RankOutcome, check_checkpoint
 from autoteardown.drills.scenario import AGENT, HAND_WRITTEN, SCENARIOS
 from autoteardown.drills.scenario import NONE as NO_HANDLER
 
@@ -98,13 +98,13 @@ WORDS = {
         "training is at step",
         "SIGTERM to rank 1 (pid ",
         "    rank 1: +0.",  # what the agent says
-        "rank 1 is gone: exit 0",
+        "rank 1 has ended: exit 0",
         "clean: all out",
         "scenario  protection",
     ),
     "save": ("SIGTERM to rank 1 (pid ", "clean: all out"),
     "pod": ("which passes it on to its ranks; rank 0 is writing a checkpoint",),
-    "stuck": ("rank 0 waits in an all_reduce that nobody joins",),
+    "stuck": ("rank 0 waits in an all_reduce that no other rank joins",),
     "init": ("the ranks wait in init_process_group",),
     "peer-lost": ("SIGKILL to rank 1 (pid ",),
 }
@@ -365,7 +365,7 @@ def test_clean():
         ({"code": 1}, "rank 1 ended with exit 1 where 0 is right"),
         ({"code": -15}, "rank 1 died of SIGTERM, without a teardown"),
         ({"code": None}, "rank 1 ended without a teardown; the exit code is not known"),
-        ({"sigkilled": True}, "rank 1 still there when the grace period ended, and SIGKILLed"),
+        ({"sigkilled": True}, "rank 1 still ran when the grace period ended, and was SIGKILLed"),
         ({"hanging": True, "code": None, "seconds": None}, "rank 1 left hanging"),
         ({"step": 8}, "the ranks stopped at different steps: 7, 8"),
         ({"checkpoint": CUT}, "the last checkpoint was cut in half"),
@@ -404,15 +404,15 @@ def test_checkpoints(tmp_path):
     import torch
 
     path = tmp_path / "checkpoint.pt"
-    assert look_at_checkpoint(path) == NO_CHECKPOINT
+    assert check_checkpoint(path) == NO_CHECKPOINT
     torch.save({"weights": torch.arange(1000.0)}, path)
-    assert look_at_checkpoint(path) == WHOLE
+    assert check_checkpoint(path) == WHOLE
     content = path.read_bytes()
     for length in (0, 1, 100, len(content) // 2, len(content) - 1):
         path.write_bytes(content[:length])
-        assert look_at_checkpoint(path) == CUT, length
+        assert check_checkpoint(path) == CUT, length
     path.write_bytes(content[:2000] + b"\1" + content[2001:])
-    assert look_at_checkpoint(path) == CUT
+    assert check_checkpoint(path) == CUT
 
 
 def hanging(protection=NO_HANDLER):
@@ -433,7 +433,7 @@ def freed():
 def test_the_headline_is_what_the_agent_is_for():
     """The hang, and how long it took to free the peers."""
     assert table.headline([hanging(), hanging(HAND_WRITTEN), freed()]) == (
-        "stuck: with no handler a peer was still there when the 10 s of grace were over; with the agent, it was free "
+        "stuck: with no handler a peer was still running when the 10 s of grace were over; with the agent, it was free "
         "after 120 ms. With the agent, everything came out clean."
     )
     assert table.headline([freed()]) == "With the agent, everything came out clean."

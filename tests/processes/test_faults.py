@@ -59,7 +59,7 @@ def test_a_driver_that_hangs(job):
         from autoteardown.rank import control
         import torch.distributed as dist
         dist.init_process_group("gloo")
-        control.RankHands.facts = lambda self, cause: time.sleep(600)
+        control.LocalRankControl.facts = lambda self, cause: time.sleep(600)
         print("ready", flush=True)
         time.sleep(600)
         """,

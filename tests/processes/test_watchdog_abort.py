@@ -51,7 +51,7 @@ def test_whatever_our_own_code_waits_for(job):
         import torch.distributed as dist
         from autoteardown.frameworks import ray
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        ray.call_abort_off = lambda: time.sleep(3600)
+        ray.cancel_abort = lambda: time.sleep(3600)
         print("ready", flush=True)
         time.sleep(3600)
         """,

@@ -41,8 +41,8 @@ def step(name, optimizer, closure=None):
 if kind == "late" and os.environ["RANK"] == "0":
     from autoteardown.training import optimizer_hooks
 
-    hooks = optimizer_hooks.Hooks
-    optimizer_hooks.Hooks = lambda now_and_then: None
+    hooks = optimizer_hooks.OptimizerHooks
+    optimizer_hooks.OptimizerHooks = lambda now_and_then: None
 dist.init_process_group("gloo")
 torch.manual_seed(0)
 net, other = (Ddp(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 1))) for _ in range(2))

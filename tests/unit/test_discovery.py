@@ -38,7 +38,7 @@ def tries(monkeypatch, seconds, waiting=False):
     client = SimpleNamespace(connected=False, waiting=waiting)
     one = discovery.Discovery(clock, SimpleNamespace(look=lambda done: True), client, 4096)
     one.address = object()
-    one.set_out()
+    one.start()
     clock.run(seconds)
     return found
 
@@ -50,7 +50,7 @@ def longest(times):
 def test_who_could_not_reach_the_hub_for_a_while_is_back_before_it_counts_as_dead(monkeypatch):
     """`hub.DEAD_AFTER`: for half of that time; its tries are spread at random."""
     for _ in range(100):
-        assert longest(tries(monkeypatch, 3 * hub.DEAD_AFTER)) < hub.DEAD_AFTER / 2 - hub.BACK_WITHIN
+        assert longest(tries(monkeypatch, 3 * hub.DEAD_AFTER)) < hub.DEAD_AFTER / 2 - hub.RECONNECT_SECONDS
 
 
 def test_in_an_eviction_it_tries_often(monkeypatch):
@@ -73,7 +73,7 @@ def test_after_rank_0_has_left_it_looks_for_another_for_a_minute():
         return True
 
     client = SimpleNamespace(connected=False, waiting=False)
-    discovery.Discovery(clock, SimpleNamespace(look=look), client, 4096).after_the_end()
+    discovery.Discovery(clock, SimpleNamespace(look=look), client, 4096).after_rank_0_left()
     clock.run(86400)
     assert 40 < looks[-1] < 90
     assert len(looks) < 20

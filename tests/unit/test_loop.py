@@ -118,7 +118,7 @@ def test_what_is_called_may_fail(loop, heard, monkeypatch, problem):
     """Said once; a descriptor whose callback fails is watched no more, or the thread would spin."""
     said = []
     monkeypatch.setattr(fail_open, "say", said.append)
-    monkeypatch.setattr(fail_open, "_said", set())
+    monkeypatch.setattr(fail_open, "_reported", set())
 
     def fail(*args):
         raise problem

@@ -121,13 +121,13 @@ def test_a_drain_tells_how_much_time_is_left(runtime):
     assert entry.time_left() is None
     marker = registry.DrainMarker(str(runtime))
     assert entry.time_left() is None
-    marker.tell([entry.name], time.monotonic() + 7)
+    marker.announce([entry.name], time.monotonic() + 7)
     assert 5 < entry.time_left() <= 7
-    marker.tell(["another", entry.name], time.monotonic() - 1)
+    marker.announce(["another", entry.name], time.monotonic() - 1)
     assert entry.time_left() < 0
-    marker.tell(["another"], time.monotonic() + 7)
+    marker.announce(["another"], time.monotonic() + 7)
     assert entry.time_left() is None
-    marker.tell([entry.name], time.monotonic() + 7)
+    marker.announce([entry.name], time.monotonic() + 7)
     marker.close()
     assert entry.time_left() is None
 
@@ -599,7 +599,7 @@ def test_a_worker_can_ask_for_its_parents_state(runtime):
 
 
 def test_without_proc_entries_are_kept_and_listed(runtime, monkeypatch):
-    monkeypatch.setattr(procfs, "is_ours", lambda: False)
+    monkeypatch.setattr(procfs, "available", lambda: False)
     entry = enter(runtime)
     assert entry.name == f"{os.getpid()}-0-0-0.json"
     dead = dead_name().split("-")[0]
@@ -611,9 +611,9 @@ def test_without_proc_entries_are_kept_and_listed(runtime, monkeypatch):
 
 
 def test_a_proc_of_another_namespace_is_not_believed(monkeypatch):
-    assert procfs.is_ours()
+    assert procfs.available()
     monkeypatch.setattr(os, "getpid", lambda: 1)
-    assert procfs.is_ours() == (os.readlink("/proc/self") == "1")
+    assert procfs.available() == (os.readlink("/proc/self") == "1")
     assert procfs.space() == "0-0"
 
 
@@ -708,4 +708,4 @@ def test_ps_and_doctor_say_whose_peers_are_not_told(runtime):
     command = [sys.executable, "-m", "autoteardown", "doctor"]
     env = {**os.environ, "AUTOTEARDOWN_RUNTIME_DIR": str(runtime), "AUTOTEARDOWN": "1"}
     said = subprocess.run(command, env=env, capture_output=True, text=True).stdout
-    assert "rank 3/16" in said and "could not tell them of its eviction now" in said, said
+    assert "rank 3/16" in said and "could not notify its peers of an eviction now" in said, said

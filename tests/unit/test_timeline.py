@@ -24,7 +24,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from autoteardown.cli import timeline
-from autoteardown.timeline import lanes, page, perfetto, picture, reports, story
+from autoteardown.timeline import drawing, page, perfetto, picture, reports
+from autoteardown.timeline import summary as summaries
 from autoteardown.timeline.stops import Phase, Rank, Stop, verdict
 
 HOSTILE = """</title></script></pre><script>alert(1)</script>"'><img src=x onerror=alert(2)>&lt;\x1b[31m\u202e\x00"""
@@ -46,7 +47,7 @@ def stop_of(tmp_path: Path, values: list[dict[str, Any]]) -> Stop:
 
 def svg(stop: Stop, grace: float = 25.0) -> ElementTree.Element:
     """The drawing as a tree: it is well-formed XML, or this raises."""
-    return ElementTree.fromstring(lanes.draw(stop, grace))
+    return ElementTree.fromstring(drawing.draw(stop, grace))
 
 
 def lanes_of(root: ElementTree.Element) -> list[ElementTree.Element]:
@@ -95,10 +96,10 @@ def test_a_lane_a_rank_and_a_bar_a_phase(tmp_path: Path, world: int) -> None:
         assert drawn == {"step", "park", "drain", "quiet", "destroy", "exit"}
         for bar in bars:
             x, y, w, h = (float(bar.attrib[k]) for k in ("x", "y", "width", "height"))
-            assert x >= lanes.X0 and x + w <= lanes.X1 + 2 and w >= 1.5 and h >= 3
+            assert x >= drawing.X0 and x + w <= drawing.X1 + 2 and w >= 1.5 and h >= 3
             assert y >= bottom, "lanes overlap"
         bottom = max(float(b.attrib["y"]) + float(b.attrib["height"]) for b in bars)
-    assert bottom < height and width == lanes.WIDTH
+    assert bottom < height and width == drawing.WIDTH
 
 
 def told(lane: Any) -> str:
@@ -131,7 +132,7 @@ def test_ranks_with_the_same_story_share_a_lane(tmp_path: Path, world: int) -> N
 def test_very_many_different_stories_are_told_by_outcome(tmp_path: Path) -> None:
     odd = {n: (lambda r, w: sample.wedged(r, w, steps={"stopped_at": r})) for n in range(60)}
     stop = stop_of(tmp_path, sample.job(128, odd))
-    assert len(story.lanes(stop)) <= story.MOST_LANES
+    assert len(summaries.lanes(stop)) <= summaries.MOST_LANES
 
 
 @pytest.mark.parametrize(
@@ -139,38 +140,38 @@ def test_very_many_different_stories_are_told_by_outcome(tmp_path: Path) -> None
     [
         (
             sample.job(4),
-            "Rank 0 on node-000 got SIGTERM. All 4 ranks stopped after step 1201 and left cleanly, ready to go after "
-            "328 ms; the last was gone after 573 ms.",
+            "Rank 0 on node-000 got SIGTERM. All 4 ranks stopped after step 1201 and left cleanly, ready to exit after "
+            "328 ms; the last exited after 573 ms.",
         ),
         (
             sample.job(4, {2: sample.wedged}),
             "Rank 0 on node-000 got SIGTERM. Rank 2 on node-000 was stuck in all_reduce, at /app/train.py:61: it could "
             "not be stopped, and was aborted (blocked in all_reduce), 13.65 s after its signal. The other 3 ranks "
-            "stopped after step 1201 and left cleanly, ready to go after 328 ms, and waited for the rest until "
+            "stopped after step 1201 and left cleanly, ready to exit after 328 ms, and waited for the rest until "
             "13.55 s.",
         ),
         (
             sample.job(2, {1: sample.forced}),
             "Rank 0 on node-000 got SIGTERM. Rank 1 on node-000 was stuck in all_reduce, at /app/train.py:61: it was "
             "still stuck at the hard deadline, which ended it (blocked in all_reduce), 24.00 s after its signal. Rank "
-            "0 on node-000 stopped after step 1201 and left cleanly, ready to go after 328 ms, and waited for the rest "
-            "until 23.90 s.",
+            "0 on node-000 stopped after step 1201 and left cleanly, ready to exit after 328 ms, and waited for the "
+            "rest until 23.90 s.",
         ),
         (
             [sample.report(0, 2), sample.report(1, 2, outcome="partial", why="quiet timed out")],
             "Rank 0 on node-000 got SIGTERM. Rank 1 on node-000 got out in time, but not cleanly (quiet timed out), "
-            "553 ms after its signal. Rank 0 on node-000 stopped after step 1201 and left cleanly, ready to go after "
-            "328 ms; the last was gone after 558 ms.",
+            "553 ms after its signal. Rank 0 on node-000 stopped after step 1201 and left cleanly, ready to exit after "
+            "328 ms; the last exited after 558 ms.",
         ),
         (
             [sample.report(0, 3), sample.report(1, 3)],
             "Rank 0 on node-000 got SIGTERM. Rank 2 left no report: it was killed, or not armed. The other 2 ranks "
-            "stopped after step 1201 and left cleanly, ready to go after 328 ms; the last was gone after 558 ms.",
+            "stopped after step 1201 and left cleanly, ready to exit after 328 ms; the last exited after 558 ms.",
         ),
         (
             [sample.report(0, 2, cause="lost", signal=None, origin={"rank": 1, "host": "node-7", "pid": 1})],
-            "Rank 1 on node-7 vanished without a word. Rank 1 left no report: it was killed, or not armed. Rank 0 on "
-            "node-000 stopped after step 1201 and left cleanly, ready to go after 328 ms; the last was gone after "
+            "Rank 1 on node-7 vanished. Rank 1 left no report: it was killed, or not armed. Rank 0 on "
+            "node-000 stopped after step 1201 and left cleanly, ready to exit after 328 ms; the last exited after "
             "549 ms.",
         ),
         (
@@ -179,7 +180,7 @@ def test_very_many_different_stories_are_told_by_outcome(tmp_path: Path) -> None
                 sample.report(1, 3),
                 sample.report(2, 3, phases=sample.phases(("step", 4.0, "ok", ""), ("exit", 0.1, "ok", ""))),
             ],
-            "Rank 0 on node-000 got SIGTERM. All 3 ranks stopped after step 1201 and left cleanly, ready to go after "
+            "Rank 0 on node-000 got SIGTERM. All 3 ranks stopped after step 1201 and left cleanly, ready to exit after "
             "4.00 s: most after 328 ms, then they waited for rank 2 on node-000.",
         ),
     ],
@@ -189,7 +190,7 @@ def test_the_sentence_names_who_held_it_up(
     tmp_path: Path, values: list[dict[str, Any]], words: str, capsys: Any
 ) -> None:
     _, out = draw(sample.write(tmp_path / "reports", values))
-    assert story.sentence(reports.read(tmp_path / "reports")[0][0]) == words
+    assert summaries.sentence(reports.read(tmp_path / "reports")[0][0]) == words
     assert f'<p class="story">{page.esc(words)}</p>' in out.read_text("utf-8")
     assert words in capsys.readouterr().out
 
@@ -285,8 +286,8 @@ def test_a_wedged_rank_stands_out_and_tells_its_stacks(tmp_path: Path, world: in
 def test_ranks_that_cannot_be_told_apart_are_no_trouble() -> None:
     """Neither by their time nor by their number, which a report may lack."""
     same = [Rank("a", outcome="clean"), Rank("b", outcome="clean")]
-    assert "All 2 ranks stopped and left cleanly" in story.sentence(Stop(same))
-    assert len(story.lanes(Stop(same * 10))) == 1
+    assert "All 2 ranks stopped and left cleanly" in summaries.sentence(Stop(same))
+    assert len(summaries.lanes(Stop(same * 10))) == 1
 
 
 @pytest.mark.parametrize(
@@ -315,11 +316,11 @@ def test_the_stacks_of_the_agent(tmp_path: Path) -> None:
 
 
 def test_the_grace_period_is_to_scale_or_broken_off(tmp_path: Path) -> None:
-    near, far = lanes.axis(20.0, 25.0), lanes.axis(0.5, 25.0)
+    near, far = drawing.axis(20.0, 25.0), drawing.axis(0.5, 25.0)
     assert not near.broken and near.x(25.0) == near.limit
     assert far.broken and far.x(0.5) < far.right < far.limit
     # The process overran it: the mark lies inside.
-    over = lanes.axis(40.0, 25.0)
+    over = drawing.axis(40.0, 25.0)
     assert not over.broken and over.x(25.0) == over.limit < over.x(40.0)
     root = svg(stop_of(tmp_path, sample.job(2)), grace=30)
     assert "grace period ends: 30 s" in [t.text for t in root.iter("text")]
@@ -327,10 +328,10 @@ def test_the_grace_period_is_to_scale_or_broken_off(tmp_path: Path) -> None:
 
 @given(st.floats(0, 1e5), st.floats(0.001, 1e5))
 def test_the_axis_keeps_its_order(lasted: float, grace: float) -> None:
-    axis = lanes.axis(lasted, grace)
+    axis = drawing.axis(lasted, grace)
     at = [axis.x(lasted * i / 10) for i in range(11)]
-    assert at == sorted(at) and at[0] == lanes.X0 and at[-1] <= axis.right <= lanes.X1
-    assert lanes.X0 <= axis.limit <= lanes.X1
+    assert at == sorted(at) and at[0] == drawing.X0 and at[-1] <= axis.right <= drawing.X1
+    assert drawing.X0 <= axis.limit <= drawing.X1
 
 
 @given(st.floats(0, 1e4), st.floats(0.1, 1e4))
@@ -343,10 +344,10 @@ def test_the_words_of_the_marks_keep_clear_of_each_other(lasted: float, grace: f
     spans = []
     for text in svg(stop, grace).iter("text"):
         if re.match("first signal|last exit|grace period ends", text.text or ""):
-            x, wide = float(text.attrib["x"]), lanes.WIDEST * len(text.text or "")
+            x, wide = float(text.attrib["x"]), drawing.WIDEST * len(text.text or "")
             spans.append((x - wide, x) if text.get("text-anchor") == "end" else (x, x + wide))
     spans.sort()
-    assert len(spans) == 3 and spans[0][0] > 0 and spans[-1][1] < lanes.WIDTH
+    assert len(spans) == 3 and spans[0][0] > 0 and spans[-1][1] < drawing.WIDTH
     assert all(before[1] < after[0] for before, after in zip(spans, spans[1:])), spans
 
 
@@ -856,7 +857,7 @@ def test_in_a_browser(tmp_path: Path, world: int, odd: dict[int, Any], dark: boo
     _, out = draw(sample.write(tmp_path / "reports", sample.job(world, odd)))
     seen, console = look(out, PROBE, tmp_path / "browser", dark)
     assert console == []
-    assert seen["lanes"] == seen["named"] == (world if world <= story.FEW else 3)
+    assert seen["lanes"] == seen["named"] == (world if world <= summaries.FEW else 3)
     assert seen["titles"] == 0, "the browser's own tooltip would lie over ours"
     assert seen["outside"] == [] and seen["lap"] == []
     assert seen["before"] is True and seen["after"] is True and seen["inView"] is True

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from autoteardown.channel import addresses, rendezvous
 from autoteardown.channel.addresses import Interface
-from autoteardown.channel.message_log import MOST, MessageLog
+from autoteardown.channel.message_log import MAX_ENTRIES, MessageLog
 from autoteardown.channel.wire import (
     KIND,
     LIMIT,
@@ -16,10 +16,10 @@ from autoteardown.channel.wire import (
     Malformed,
     decode,
     encode,
+    is_proof,
     kind_of,
     name_of,
     proof,
-    proven,
     whole,
 )
 
@@ -118,12 +118,12 @@ def test_not_a_name(value):
 
 def test_a_proof_holds_for_what_was_said():
     said = ("hello", 1, 4, "member", 1, 0)
-    assert proven(proof("token", *said), proof("token", *said))
-    assert not proven(proof("other", *said), proof("token", *said))
-    assert not proven(proof("token", "welcome", *said[1:]), proof("token", *said))
-    assert not proven(proof("token", *said[:4], 2, 0), proof("token", *said))
+    assert is_proof(proof("token", *said), proof("token", *said))
+    assert not is_proof(proof("other", *said), proof("token", *said))
+    assert not is_proof(proof("token", "welcome", *said[1:]), proof("token", *said))
+    assert not is_proof(proof("token", *said[:4], 2, 0), proof("token", *said))
     for nonsense in (None, 1, "", "ä" * 64, ["x"]):
-        assert not proven(nonsense, proof("token", *said))
+        assert not is_proof(nonsense, proof("token", *said))
 
 
 # -- what has been said ---------------------------------------------------------------------------------------------
@@ -155,7 +155,7 @@ def test_everybody_is_told_what_is_for_it_from_where_it_left_off(messages, heard
             if to in (None, rank) and index > heard
         ]
         assert everything(said, rank, heard) == wanted
-        assert said.heard_by(rank, heard) == [("kind", value) for _, _, value in wanted]
+        assert said.messages_for(rank, heard) == [("kind", value) for _, _, value in wanted]
 
 
 def test_much_is_told_piece_by_piece():
@@ -169,12 +169,12 @@ def test_much_is_told_piece_by_piece():
 
 def test_what_is_very_old_is_forgotten():
     said = MessageLog()
-    for number in range(2 * MOST + 2):
+    for number in range(2 * MAX_ENTRIES + 2):
         said.add(None, "kind", number)
-    assert said.last == 2 * MOST + 2
+    assert said.last == 2 * MAX_ENTRIES + 2
     found = everything(said, 1)
-    assert found[-1] == [2 * MOST + 2, "kind", 2 * MOST + 1]
-    assert MOST <= len(found) <= 2 * MOST + 1
+    assert found[-1] == [2 * MAX_ENTRIES + 2, "kind", 2 * MAX_ENTRIES + 1]
+    assert MAX_ENTRIES <= len(found) <= 2 * MAX_ENTRIES + 1
 
 
 # -- addresses -------------------------------------------------------------------------------------------------------
@@ -222,7 +222,7 @@ def test_a_world_of_one_host_needs_no_network():
 
 def test_a_few_addresses_are_enough():
     many = [Interface(f"eth{number}", f"10.0.{number}.1", False) for number in range(20)]
-    assert len(addresses.ordered([LO, *many], {}, ["10.0.9.1"], False)) == addresses.MOST + 1
+    assert len(addresses.ordered([LO, *many], {}, ["10.0.9.1"], False)) == addresses.MAX_ADDRESSES + 1
     assert addresses.ordered([LO, *many], {}, ["10.0.9.1"], False)[0] == "10.0.9.1"
     assert addresses.ordered([], {}, [], False) == []
 
@@ -275,5 +275,5 @@ def test_nonsense_is_no_card(data):
     ],
 )
 def test_loopback_leads_to_the_hub_on_its_own_host_only(monkeypatch, here, wanted):
-    monkeypatch.setattr(addresses, "here", lambda: here)
+    monkeypatch.setattr(addresses, "host_id", lambda: here)
     assert [host for host, _ in CARD.route()] == wanted

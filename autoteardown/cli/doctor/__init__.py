@@ -1,7 +1,9 @@
-"""`autoteardown doctor`: is the agent active in this interpreter and this image, and if not, why.
+"""`autoteardown doctor`: checks whether the agent is active in this interpreter and this image, and says why if not.
 
-`activation` starts a child and looks; `vehicles` says what could start the agent; `configuration` checks what this
-installation and its environment add up to; `surroundings` tells what the platform around it will do on an eviction.
+1. `activation` starts a child process and examines it.
+2. `vehicles` finds the start-up files that can start the agent.
+3. `configuration` checks the settings, the folders, and the versions of torch and wrapt.
+4. `surroundings` reports what the platform will do on an eviction.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Examine, print, and say by the exit status whether anything is wrong."""
+    """Run all checks and print the findings; return 1 if there is a problem, else 0."""
     environ = dict(os.environ)
     process = activation.look(environ)
     found, refused = settings.load(environ)

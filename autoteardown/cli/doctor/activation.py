@@ -1,4 +1,4 @@
-"""Is the agent active? A child of this interpreter, with this environment, is started and looked into."""
+"""Checks whether the agent is active: starts a child process of this interpreter and examines it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from autoteardown.cli.doctor.finding import NOTE, OK, PROBLEM, Finding
 from autoteardown.cli.doctor.vehicles import site_folders
 from autoteardown.switch import SWITCH, switch
 
-# Two lines of JSON: what start-up has left, and, if that is the agent, what an import of torch makes of it. The second
-# line never comes from a process in which torch crashes or hangs.
+# Prints two lines of JSON: the state after start-up, and, if the agent is active, the state after an import of torch.
+# The second line is missing if torch crashes or hangs.
 _PROBE = """
 import sys
 startup = sys.modules.get("autoteardown.startup")
@@ -49,39 +49,39 @@ if active:
             found["nccl"] = None
     print(json.dumps(found), flush=True)
 """
-_PATIENCE = 120.0  # seconds; torch from a cold network file system takes its time
+_TIMEOUT = 120.0  # seconds; importing torch from a cold network file system takes long
 
 
 class Process:
-    """What a new process of this interpreter turned out to be."""
+    """The state of a new process of this interpreter."""
 
-    def __init__(self, lines: list[str], said: str, ended: str | None) -> None:
+    def __init__(self, lines: list[str], stderr: str, ended: str | None) -> None:
         parts: list[dict[str, Any]] = [json.loads(line) for line in lines[:2]]
         self.start: dict[str, Any] = parts[0] if parts else {}
         self.torch: dict[str, Any] = parts[1] if len(parts) > 1 else {}
-        self.said = said.strip()
+        self.stderr = stderr.strip()
         self.ended = ended
         self.active: bool = bool(self.start.get("active"))
         self.started_by: str | None = self.start.get("started_by")
 
 
 def look(environ: Mapping[str, str]) -> Process:
-    """Start one and see."""
+    """Start a new process and return its state."""
     command = [sys.executable, *_flags(), "-c", _PROBE]
     try:
         done = subprocess.run(
-            command, env=environ, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_PATIENCE
+            command, env=environ, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_TIMEOUT
         )
     except subprocess.TimeoutExpired as error:
         output = error.stdout or b""
         text = output.decode(errors="replace") if isinstance(output, bytes) else output
-        return Process(_json_lines(text), "", f"it was not done after {_PATIENCE:.0f} s")
+        return Process(_json_lines(text), "", f"it had not ended after {_TIMEOUT:.0f} s")
     ended = f"it ended with status {done.returncode}" if done.returncode else None
     return Process(_json_lines(done.stdout), done.stderr, ended)
 
 
 def check(environ: Mapping[str, str], process: Process) -> list[Finding]:
-    """The findings on the switch and the hooks."""
+    """Return the findings on the switch, the start-up and the hooks."""
     return [
         *_switch(environ),
         *_active(environ, process),
@@ -94,7 +94,7 @@ def _json_lines(text: str) -> list[str]:
 
 
 def _flags() -> list[str]:
-    """The flags of this interpreter that decide what start-up does."""
+    """The flags of this interpreter that change its start-up."""
     if sys.flags.isolated:
         return ["-I"] + ["-S"] * sys.flags.no_site
     return (
@@ -125,16 +125,16 @@ def _active(environ: Mapping[str, str], process: Process) -> list[Finding]:
         package = Path(process.start["package"]).parent
         findings.append(Finding("start-up", OK, f"started by {process.started_by}, from {package}"))
     elif not process.start:
-        text = f"a new process of {sys.executable} could not be looked into: {process.ended}"
+        text = f"a new process of {sys.executable} could not be examined: {process.ended}"
         findings.append(
-            Finding("start-up", PROBLEM, text, process.said.splitlines()[-1] if process.said else None)
+            Finding("start-up", PROBLEM, text, process.stderr.splitlines()[-1] if process.stderr else None)
         )
     elif switch(environ)[0]:
         reason, advice = _why(environ, process)
         findings.append(Finding("start-up", PROBLEM, f"switched on, but not active: {reason}", advice))
-    if process.said and process.start:
-        level = PROBLEM if "autoteardown" in process.said else NOTE
-        for line in process.said.splitlines()[-3:]:
+    if process.stderr and process.start:
+        level = PROBLEM if "autoteardown" in process.stderr else NOTE
+        for line in process.stderr.splitlines()[-3:]:
             findings.append(Finding("start-up", level, f"a new process says: {line}"))
     return findings
 
@@ -166,7 +166,7 @@ def _why(environ: Mapping[str, str], process: Process) -> tuple[str, str | None]
 
 
 def _first(folder: str, environ: Mapping[str, str]) -> list[str]:
-    """The folders of PYTHONPATH, that one in front."""
+    """The folders of PYTHONPATH, with this one first."""
     others = [each for each in environ.get("PYTHONPATH", "").split(os.pathsep) if each and each != folder]
     return [folder, *others]
 
@@ -185,7 +185,9 @@ def _hooks(process: Process) -> list[Finding]:
         ]
     findings = []
     if not found["intercepts"]:
-        findings.append(Finding("hook", PROBLEM, "the signal tap is not in place once `signal` is imported"))
+        findings.append(
+            Finding("hook", PROBLEM, "the functions of `signal` are not replaced once it is imported")
+        )
     if "broken" in found:
         findings.append(Finding("hook", PROBLEM, f"torch.distributed cannot be imported: {found['broken']}"))
     elif "missing" not in found and not found["distributed"]:
@@ -195,5 +197,7 @@ def _hooks(process: Process) -> list[Finding]:
     elif "missing" not in found and not found["hooked"]:
         findings.append(Finding("hook", PROBLEM, "init_process_group is not wrapped once torch is imported"))
     elif "missing" not in found:
-        findings.append(Finding("hook", OK, "the signal tap is in place, and init_process_group is wrapped"))
+        findings.append(
+            Finding("hook", OK, "the functions of `signal` are replaced, and init_process_group is wrapped")
+        )
     return findings

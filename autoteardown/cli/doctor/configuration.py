@@ -1,4 +1,4 @@
-"""What the installation and the environment add up to: settings, folders, torch, wrapt."""
+"""Checks the settings, the registry and report folders, and the versions of wrapt, torch and NCCL."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _ABORT_WORKS = (2, 26, 2)  # NCCL 2.25.1 hangs in an abort (pytorch/pytorch#1491
 def check(
     environ: Mapping[str, str], found: settings.Settings, refused: list[str], process: Process
 ) -> list[Finding]:
-    """The findings on all of them."""
+    """Return the findings of all these checks."""
     return [
         *_settings(environ, found, refused),
         *_folders(found),
@@ -32,7 +32,7 @@ def check(
 
 
 def shown(variable: str, value: object) -> object:
-    """A setting as it is written in the environment."""
+    """A setting's value as it would be written in the environment."""
     if variable == "AUTOTEARDOWN_SIGNALS" and isinstance(value, tuple):
         return ",".join(map(settings.signal_name, value))
     if value is None:
@@ -45,7 +45,7 @@ def shown(variable: str, value: object) -> object:
 
 
 def table(found: settings.Settings, refused: list[str]) -> list[str]:
-    """The effective settings, and where each comes from."""
+    """The effective settings with the source of each, as lines."""
     bad = {line.partition("=")[0] for line in refused}
     rows = [("setting", "in force", "from")]
     for variable, default, _ in settings.VARIABLES:
@@ -66,7 +66,7 @@ def _settings(environ: Mapping[str, str], found: settings.Settings, refused: lis
     findings = [Finding("settings", PROBLEM, line, "correct it or take it out") for line in refused]
     for variable in sorted(environ):
         if variable.startswith("AUTOTEARDOWN") and not settings.known(variable):
-            text = f"{variable} means nothing: it is none of our variables"
+            text = f"{variable} has no effect: the agent has no such variable"
             findings.append(Finding("settings", WARNING, text, "check its spelling against the table below"))
     if found.scaled < 1:
         text = f"the time-outs add up to more than the {found.hard:g} s there are: all scaled to {found.scaled:.0%}"
@@ -74,7 +74,7 @@ def _settings(environ: Mapping[str, str], found: settings.Settings, refused: lis
             Finding("settings", NOTE, text, "raise AUTOTEARDOWN_GRACE if the platform gives more time")
         )
     if not findings:
-        findings.append(Finding("settings", OK, f"gone at most {found.hard:g} s after the signal"))
+        findings.append(Finding("settings", OK, f"a rank exits at most {found.hard:g} s after the signal"))
     return findings
 
 
@@ -88,9 +88,9 @@ def _folders(found: settings.Settings) -> list[Finding]:
         )
         for rank in ranks:
             if rank.alone:
-                text = f"rank {rank.place} (pid {rank.pid}) could not tell them of its eviction now: "
+                text = f"rank {rank.place} (pid {rank.pid}) could not notify its peers of an eviction now: "
                 advice = (
-                    "it tries again as long as its group lives; until then an eviction of it stops it alone"
+                    "it retries as long as its group exists; until then, an eviction stops this rank alone"
                 )
                 findings.append(Finding("peers", WARNING, text + printable(rank.alone), advice))
     except FileNotFoundError:
@@ -133,7 +133,7 @@ def _torch(process: Process) -> list[Finding]:
     findings = [Finding("torch", OK, f"{version}{_path_taken(process)}")]
     if numbers(version) < _OLDEST_TORCH:
         findings.append(
-            Finding("torch", WARNING, f"{version} is untested", "2.4 is the oldest that was looked at")
+            Finding("torch", WARNING, f"{version} is untested", "2.4 is the oldest version that is tested")
         )
     nccl = process.torch.get("nccl")
     if nccl and numbers(nccl) < _ABORT_WORKS:
@@ -151,14 +151,14 @@ def _path_taken(process: Process) -> str:
         "ProcessGroupNCCL._shutdown": "by the _shutdown() of their NCCL backends, an abort in torch 2.4 and 2.5",
         None: "by its exit (no NCCL here)",
     }.get(process.torch.get("abort", ""))
-    if how is None:  # torch could not be looked into
+    if how is None:  # torch could not be examined
         return ""
     nccl = process.torch.get("nccl")
     return f": a wedged rank is released {how}{f'; NCCL {nccl}' if nccl else ''}"
 
 
 def numbers(version: str) -> tuple[int, ...]:
-    """The leading numbers of a version: (2, 13, 0) for 2.13.0+cpu."""
+    """The leading numbers of a version, as (2, 13, 0) for 2.13.0+cpu."""
     return tuple(map(int, re.findall(r"\d+", re.split(r"[^\d.]", version)[0])))
 
 

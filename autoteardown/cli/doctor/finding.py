@@ -1,4 +1,4 @@
-"""What a check of doctor's has to say."""
+"""The result type of doctor's checks."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ OK, NOTE, WARNING, PROBLEM = "ok", "note", "warning", "problem"
 
 
 class Finding(NamedTuple):
-    """One thing found, and what to do about it."""
+    """One result of a check, and what to do about it."""
 
     area: str
     level: str
-    """`problem`: not protected, or not as asked for (doctor exits 1); `warning`: it may well fall short."""
+    """`problem`: ranks are not protected, or not as the settings ask (doctor exits 1); `warning`: they may not be."""
     text: str
     advice: str | None = None

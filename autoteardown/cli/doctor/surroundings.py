@@ -1,4 +1,4 @@
-"""What the platform around this process will do on an eviction: PID 1, launcher, scheduler, other agents."""
+"""Reports what the platform will do on an eviction: PID 1, launcher, scheduler, exit codes, and other agents."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from autoteardown import settings
 from autoteardown.cli.doctor import init_systems, slurm
 from autoteardown.cli.doctor.finding import NOTE, OK, PROBLEM, WARNING, Finding
 
-# Other code that starts with the interpreter: name, the variable or the piece of PYTHONPATH that tells, what to know.
+# Other code that starts with the interpreter: its name, the variable or part of PYTHONPATH that shows it, what to know.
 _AGENTS = (
     ("ddtrace", "ddtrace/bootstrap", "its sitecustomize imports the next one"),
     ("New Relic", "newrelic/bootstrap", "its sitecustomize imports the next one"),
@@ -29,9 +29,9 @@ _AGENTS = (
         "COVERAGE_PROCESS_CONFIG",
         "saves its data at exit, for which there is AUTOTEARDOWN_EXIT_TIMEOUT",
     ),
-    ("autowrapt", "AUTOWRAPT_BOOTSTRAP", "starts from a .pth file, as we do"),
+    ("autowrapt", "AUTOWRAPT_BOOTSTRAP", "starts from a .pth file, as autoteardown does"),
 )
-# What each launcher makes of the exit code of a signalled rank: (fits, says why).
+# What each launcher does with the exit code of a signalled rank: the setting that fits, and why.
 _EXIT_CODES = {
     "torchrun": ("0", "it returns 1 after a SIGTERM unless AUTOTEARDOWN_EXIT_CODE is set"),
     "Ray": ("0", "an evicted actor has failed whatever the code, and max_restarts counts"),
@@ -41,7 +41,7 @@ _EXIT_CODES = {
 
 
 def check(environ: Mapping[str, str], found: settings.Settings, root: Path = Path("/")) -> list[Finding]:
-    """The findings on all of them."""
+    """Return the findings of all these checks."""
     proc = root / "proc"
     return [
         *_pid_1(found, proc, in_container(environ, root)),
@@ -85,7 +85,7 @@ def _mask(proc: Path, pid: str, field: str) -> int | None:
 
 
 def in_container(environ: Mapping[str, str], root: Path) -> bool:
-    """Whether PID 1 is what the platform signals, and not the init of a whole machine."""
+    """Whether this is a container, whose PID 1 the platform signals, and not a whole machine with its init."""
     marks = (root / ".dockerenv", root / "run" / ".containerenv")
     return any(name in environ for name in ("KUBERNETES_SERVICE_HOST", "container")) or any(
         mark.exists() for mark in marks
@@ -94,7 +94,7 @@ def in_container(environ: Mapping[str, str], root: Path) -> bool:
 
 def _pid_1(found: settings.Settings, proc: Path, container: bool) -> list[Finding]:
     if not container:
-        return [Finding("PID 1", NOTE, "no container recognised here: not looked into")]
+        return [Finding("PID 1", NOTE, "no container recognised here: not checked")]
     if slurm.in_step(proc):
         return [
             Finding("PID 1", NOTE, "SLURM's step daemon signals the tasks itself: PID 1 has no part in it")
@@ -110,29 +110,29 @@ def _pid_1(found: settings.Settings, proc: Path, container: bool) -> list[Findin
     if known is not None:
         return [known]
     shown = " ".join(words)[:80]
-    # An init that is not in the table blocks the signals that it waits for; everything else has handlers.
-    heard = [_mask(proc, "1", field) for field in ("SigCgt", "SigBlk")]
-    unheard = [
-        each for each in found.signals if not any(mask is None or mask >> (each - 1) & 1 for mask in heard)
+    # An init that is not in the table blocks the signals that it waits for; other programs have handlers.
+    masks = [_mask(proc, "1", field) for field in ("SigCgt", "SigBlk")]
+    unhandled = [
+        each for each in found.signals if not any(mask is None or mask >> (each - 1) & 1 for mask in masks)
     ]
-    launcher = init_systems.launcher(words, _environ(proc)) if unheard else None
+    launcher = init_systems.launcher(words, _environ(proc)) if unhandled else None
     if launcher is not None:
         return [launcher]
-    if unheard:
-        names = ", ".join(map(settings.signal_name, unheard))
+    if unhandled:
+        names = ", ".join(map(settings.signal_name, unhandled))
         text = f"{shown}: no handler for {names}, and the kernel drops what PID 1 does not handle"
         return [Finding("PID 1", WARNING, text, "start the container with an init (docker run --init, tini)")]
     return [Finding("PID 1", OK, shown)]
 
 
 def _inherited(found: settings.Settings, proc: Path) -> list[Finding]:
-    """Signals that whoever started this process made it ignore or block, as its ranks would."""
+    """Eviction signals that this process ignores or blocks since its start; its ranks would inherit that."""
     findings = []
     for field, state in (("SigIgn", "ignored"), ("SigBlk", "blocked")):
         mask = _mask(proc, "self", field) or 0
         names = [settings.signal_name(each) for each in found.signals if mask >> (each - 1) & 1]
         if names:
-            text = f"{', '.join(names)} {state} here, and in whatever is started from here"
+            text = f"{', '.join(names)} {state} here, and in every process that is started from here"
             findings.append(
                 Finding("signals", PROBLEM, text, "start the job from a parent that does not do that")
             )
@@ -145,14 +145,14 @@ def _kubernetes(environ: Mapping[str, str], found: settings.Settings) -> list[Fi
     findings = []
     log = found.termination_log
     if log is not None and not Path(log).exists():
-        text = f"no {log}: a teardown is not told in the pod's status"
+        text = f"no {log}: a teardown is not shown in the pod's status"
         findings.append(
             Finding("Kubernetes", NOTE, text, "AUTOTEARDOWN_TERMINATION_LOG = terminationMessagePath")
         )
     elif log is not None and not os.access(log, os.W_OK):
         text = f"{log} cannot be written by uid {os.geteuid()}"
         findings.append(Finding("Kubernetes", WARNING, text, "run as the container's own user"))
-    # No field of the downward API carries it; manifests pass the number on under this name.
+    # The downward API has no field for it, so manifests pass the number on under this name.
     period = environ.get("TERMINATION_GRACE_PERIOD_SECONDS", "")
     if period.isdecimal() and found.grace > int(period):
         text = (
@@ -193,7 +193,7 @@ def _is_ray(environ: Mapping[str, str]) -> bool:
 
 
 def _launcher(environ: Mapping[str, str], proc: Path) -> str | None:
-    """Who sees the exit code of a rank: the innermost of those around it."""
+    """The innermost launcher, which sees the exit code of a rank; None if none is recognised."""
     command = [Path(word).name for word in _words(proc, "1")]
     if "TORCHELASTIC_RUN_ID" in environ or "torchrun" in command or "torch.distributed.run" in command:
         return "torchrun"

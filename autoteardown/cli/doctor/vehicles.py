@@ -1,4 +1,4 @@
-"""What could start the agent here, and what else runs at start-up."""
+"""Finds the files that can start the agent (.pth, .start, sitecustomize), and other code that runs at start-up."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from autoteardown.cli.doctor.finding import NOTE, OK, WARNING, Finding
 
 
 def check(environ: Mapping[str, str], start: Mapping[str, Any]) -> list[Finding]:
-    """The findings on the vehicles.
+    """Return the findings on the start-up files.
 
     Args:
-        environ: the environment that a process would have.
-        start: what start-up has left in such a process (`activation.Process.start`).
+        environ: the environment of a new process.
+        start: the state of such a process after start-up (`activation.Process.start`).
     """
     return [*_vehicles(environ), *_shadows(start), *_order(start)]
 
 
 def site_folders() -> list[Path]:
-    """Where `.pth` files are read, in that order."""
-    # In the order of `site`: a virtual environment's, the user's, the interpreter's.
+    """The folders in which `.pth` files are read, in this order."""
+    # In the order of `site`: the virtual environment's, the user's, the interpreter's.
     own = site.getsitepackages()
     user = [site.getusersitepackages()] if site.ENABLE_USER_SITE else []
     return [Path(folder) for folder in ([*own, *user] if sys.prefix != sys.base_prefix else [*user, *own])]
 
 
 def start_up_files(folders: list[Path], customize: str | None) -> list[str]:
-    """What a new process runs before the program, in that order: `.pth` files with code, `.start`, sitecustomize."""
+    """The files that a new process runs before the program, in order: `.pth` with code, `.start`, sitecustomize."""
     found: list[str] = []
     for folder in folders:
         try:
@@ -42,7 +42,7 @@ def start_up_files(folders: list[Path], customize: str | None) -> list[str]:
         except OSError:
             continue
         for name in names:
-            # Those of PEP 829 run from Python 3.15 on, and in place of the import lines of their namesake.
+            # .start files (PEP 829) run from Python 3.15 on, instead of the import lines of the .pth of the same name.
             if name.endswith(".start"):
                 runs = sys.version_info >= (3, 15)
             else:
@@ -61,7 +61,7 @@ def _order(start: Mapping[str, Any]) -> list[Finding]:
 
 
 def _vehicles(environ: Mapping[str, str]) -> list[Finding]:
-    """What could start the agent here, besides what did."""
+    """The installed files and the injection folder that can start the agent."""
     findings = []
     for folder in site_folders():
         names = [name for name in ("autoteardown.pth", "autoteardown.start") if (folder / name).is_file()]
@@ -82,7 +82,7 @@ def _vehicles(environ: Mapping[str, str]) -> list[Finding]:
 
 
 def _shadows(start: Mapping[str, Any]) -> list[Finding]:
-    """Second copies."""
+    """More than one copy of the package."""
     findings = []
     copies = sorted({str(each.locate_file("")) for each in metadata.distributions(name="autoteardown")})
     if len(copies) > 1:

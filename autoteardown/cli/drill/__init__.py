@@ -25,13 +25,13 @@ from autoteardown.node import procfs
 
 
 def run(args: argparse.Namespace) -> int:
-    """0: clean with the agent; 1: not; 2: this cannot be run here or so."""
+    """Run the drill; return 0 if it was clean with the agent, 1 if not, 2 if it cannot run here or like this."""
     check(args)
     missing = _missing(args)
     if missing is not None:
         sys.stderr.write(f"autoteardown drill: {missing}\n")
         return 2
-    # The folder is the outer one: nobody writes into it any more when it is removed.
+    # The folder is the outer context, so that no process writes into it any more when it is removed.
     with tempfile.TemporaryDirectory(prefix="autoteardown-drill-") as folder, processes.contained():
         try:
             return _run(args, Path(folder))
@@ -75,7 +75,7 @@ def _run(args: argparse.Namespace, folder: Path) -> int:
 
 
 def _own(args: argparse.Namespace, folder: Path, show: display.Display) -> list[Outcome]:
-    """The job that the drill brings with it."""
+    """Drill the built-in training job."""
     ranks = args.ranks or RANKS
     grace = args.grace or GRACE
     show.line(
@@ -98,7 +98,7 @@ def _own(args: argparse.Namespace, folder: Path, show: display.Display) -> list[
 
 
 def _command(args: argparse.Namespace, folder: Path, show: display.Display) -> list[Outcome]:
-    """The user's own."""
+    """Drill the user's launch command."""
     grace = args.grace or settings.load(os.environ)[0].grace
     after = AFTER if args.after is None else args.after
     scenario = SCENARIOS[args.scenario[0] if args.scenario else "train"]
@@ -116,7 +116,7 @@ def _command(args: argparse.Namespace, folder: Path, show: display.Display) -> l
 
 
 def _introduction(args: argparse.Namespace, outcomes: list[Outcome]) -> str:
-    """What was done, for the page."""
+    """A line for the page: what was drilled."""
     what = (
         " ".join(args.launch)
         if args.launch
@@ -127,8 +127,8 @@ def _introduction(args: argparse.Namespace, outcomes: list[Outcome]) -> str:
 
 
 def _missing(args: argparse.Namespace) -> str | None:
-    """What this machine lacks, and what to do about it."""
-    if not procfs.is_ours():
+    """What the drill needs and this machine lacks, with advice; None if nothing."""
+    if not procfs.available():
         return "needs Linux, and a /proc of this pid namespace"
     if args.launch:
         return None

@@ -1,4 +1,4 @@
-"""The options of `autoteardown drill`."""
+"""Declares and checks the options of `autoteardown drill`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 from autoteardown.drills.scenario import SCENARIOS
 
 RANKS = 2
-# Seconds: of a drill's grace period, so that it is short; of the agent's default; for a job to train; of a COMMAND's
-# training before it is evicted.
+# Seconds: a drill's grace period, short on purpose; the agent's default; longest wait until a job trains; training of a
+# COMMAND before it is evicted.
 GRACE, PLATFORM_GRACE, PATIENCE, AFTER = 10.0, 25.0, 180.0, 5.0
 
 _EPILOG = """scenarios:
@@ -82,7 +82,7 @@ def wanted(args: argparse.Namespace) -> list[str]:
 
 
 def check(args: argparse.Namespace) -> None:
-    """What the options cannot say one by one."""
+    """Refuse combinations of options that make no sense."""
     if args.launch:
         if args.scenario and args.scenario not in (["train"], ["pod"]):
             args.fail(
@@ -96,7 +96,7 @@ def check(args: argparse.Namespace) -> None:
         for name in wanted(args):
             if args.ranks and args.ranks < SCENARIOS[name].least:
                 args.fail(f"--ranks {args.ranks}: the scenario {name} needs at least {SCENARIOS[name].least}")
-    # Now, and not after a minute of drilling.
+    # Checked now, and not after a minute of drilling.
     if args.html is not None and (args.html.is_dir() or not args.html.absolute().parent.is_dir()):
         args.fail(f"--html {str(args.html)!r}: not a file in a folder that exists")
 
@@ -123,7 +123,7 @@ def _seconds(least: float) -> Any:
             value = float(text)
         except ValueError:
             value = -1.0
-        if not least <= value <= 3600:  # NaN fails it, too
+        if not least <= value <= 3600:  # also refuses NaN
             raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from {least:g} to 3600")
         return value
 

@@ -1,4 +1,4 @@
-"""What happened, for somebody who has one look: who stood out, who had the same story, and a sentence that says so."""
+"""Summarizes a stop: groups ranks with equal reports into lanes, and describes in sentences what happened."""
 
 from __future__ import annotations
 
@@ -8,34 +8,34 @@ from dataclasses import dataclass
 from autoteardown.timeline.stops import Rank, Stop, ending, ranges, seconds
 
 FEW = 12
-"""So many ranks have a lane each."""
+"""Up to this number of ranks, each has its own lane."""
 MOST_LANES = 40
 _SEVERITY = {"forced": 0, "aborted": 1, "partial": 2, "clean": 4}
-_SLOW = 1.0  # seconds by which a clean rank has to be later than most to be worth a word
+_SLOW = 1.0  # seconds by which a clean rank has to be later than most to be mentioned
 
 
 @dataclass(frozen=True)
 class Lane:
-    """One rank, or several with the same story, drawn as the slowest of them; or those without a report."""
+    """One row of the drawing: one rank, several ranks with equal reports, or the ranks without a report."""
 
     ranks: tuple[Rank, ...]
     missing: tuple[int, ...] = ()
 
     @property
     def shown(self) -> Rank | None:
-        """The rank that is drawn."""
+        """The rank that is drawn: the slowest; None if there is no report."""
         return max(self.ranks, key=lambda rank: rank.lasted, default=None)
 
     @property
     def name(self) -> str:
-        """What stands at its left."""
+        """The label at its left."""
         if self.missing:
             return f"rank {self.missing[0]}" if len(self.missing) == 1 else f"{len(self.missing)} ranks"
         return self.ranks[0].name if len(self.ranks) == 1 else f"{len(self.ranks)} ranks"
 
     @property
     def where(self) -> str:
-        """The host, or how many of them."""
+        """The host, or the number of hosts."""
         hosts = {rank.host for rank in self.ranks}
         return next(iter(hosts)) if len(hosts) == 1 else f"{len(hosts)} hosts" if hosts else ""
 
@@ -47,27 +47,27 @@ class Lane:
 
 
 def lanes(stop: Stop) -> list[Lane]:
-    """The lanes of a stop, those that stand out first."""
+    """The lanes of a stop, the most severe outcomes first."""
     # Ranks without a report get a lane, unless this folder holds only a small part of the job.
     missing = tuple(stop.missing) if 0 < len(stop.missing) <= len(stop.ranks) else ()
     if len(stop.ranks) + len(missing) <= FEW:
         each = [Lane((rank,)) for rank in stop.ranks] + [Lane((), (number,)) for number in missing]
         return sorted(each, key=_order)
-    found = _fold(stop, _story)
+    found = _fold(stop, _likeness)
     if len(found) > MOST_LANES:
         found = _fold(stop, lambda rank: (rank.outcome, rank.is_origin))
     return sorted([*found, *([Lane((), missing)] if missing else [])], key=_order)
 
 
-def _fold(stop: Stop, story: Callable[[Rank], Hashable]) -> list[Lane]:
+def _fold(stop: Stop, key: Callable[[Rank], Hashable]) -> list[Lane]:
     alike: dict[Hashable, list[Rank]] = {}
     for rank in stop.ranks:
-        alike.setdefault(story(rank), []).append(rank)
+        alike.setdefault(key(rank), []).append(rank)
     return [Lane(tuple(ranks)) for ranks in alike.values()]
 
 
-def _story(rank: Rank) -> Hashable:
-    """Equal for ranks that a reader need not tell apart."""
+def _likeness(rank: Rank) -> Hashable:
+    """A key that is equal for ranks that a reader need not tell apart."""
     trouble = tuple(
         (p.name, p.outcome) for p in rank.phases if p.outcome in ("timeout", "error") or p.end is None
     )
@@ -83,7 +83,7 @@ def _order(lane: Lane) -> tuple[int, bool, int, int]:
 
 
 def sentence(stop: Stop) -> str:
-    """What happened, in plain words."""
+    """Describe what happened, for a reader."""
     odd = sorted(
         (r for r in stop.ranks if not r.clean), key=lambda r: (_SEVERITY.get(r.outcome, 3), r.rank or 0)
     )
@@ -97,8 +97,8 @@ def sentence(stop: Stop) -> str:
     if 0 < len(stop.missing) <= len(stop.ranks):
         many = len(stop.missing) > 1
         which = ranges(stop.missing)
-        said = "no reports: they were" if many else "no report: it was"
-        parts.append(f"{which[0].upper()}{which[1:]} left {said} killed, or not armed.")
+        what = "no reports: they were" if many else "no report: it was"
+        parts.append(f"{which[0].upper()}{which[1:]} left {what} killed, or not armed.")
     if clean:
         parts.append(_clean(stop, clean, bool(odd or stop.missing)))
     return " ".join(parts)
@@ -108,11 +108,11 @@ def _beginning(stop: Stop) -> str:
     origin = next((rank for rank in stop.ranks if rank.is_origin), None)
     if origin is not None:
         return f"{_who(origin)} got {origin.signal or 'the signal'}."
-    named = next((rank for rank in stop.ranks if rank.origin is not None), None)
-    if named is None or named.origin is None:
-        return "Nobody says which rank was the first to be stopped."
-    what = "vanished without a word" if named.cause == "lost" else "was evicted"
-    return f"Rank {named.origin[0]} on {named.origin[1]} {what}."
+    witness = next((rank for rank in stop.ranks if rank.origin is not None), None)
+    if witness is None or witness.origin is None:
+        return "No report names the rank that was stopped first."
+    what = "vanished" if witness.cause == "lost" else "was evicted"
+    return f"Rank {witness.origin[0]} on {witness.origin[1]} {what}."
 
 
 def _culprit(rank: Rank) -> str:
@@ -136,16 +136,16 @@ def _clean(stop: Stop, clean: list[Rank], trouble: bool) -> str:
         count = _who(clean[0])
     where = {rank.stopped_at for rank in clean if rank.stopped_at is not None}
     step = f" after step {next(iter(where))}" if len(where) == 1 else ""
-    said = f"{count} stopped{step} and left cleanly, ready to go after {seconds(last)}"
+    text = f"{count} stopped{step} and left cleanly, ready to exit after {seconds(last)}"
     if trouble and stop.lasted > last + _SLOW:
-        return f"{said}, and waited for the rest until {seconds(max(r.lasted for r in clean))}."
+        return f"{text}, and waited for the rest until {seconds(max(r.lasted for r in clean))}."
     if last > most + _SLOW and len(clean) > 2:
-        return f"{said}: most after {seconds(most)}, then they waited for {_who(slowest).lower()}."
-    return f"{said}; the last was gone after {seconds(stop.lasted)}."
+        return f"{text}: most after {seconds(most)}, then they waited for {_who(slowest).lower()}."
+    return f"{text}; the last exited after {seconds(stop.lasted)}."
 
 
 def _ready(rank: Rank) -> float:
-    """When a rank had done what it could do alone: what follows is waiting for others."""
+    """When a rank had done its own part, in seconds after its signal; after that it waits for others."""
     return max(
         (p.end or p.start for p in rank.phases if p.name in ("yield", "step", "park", "drain", "abort")),
         default=0.0,

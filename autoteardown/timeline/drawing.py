@@ -1,4 +1,4 @@
-"""Draws one stop as SVG: a lane a rank, a bar a phase."""
+"""Draws one stop as SVG: one lane for each rank, one bar for each phase."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from dataclasses import dataclass
 
 from autoteardown.timeline.page import PHASES, esc
 from autoteardown.timeline.stops import Phase, Stop, seconds, verdict, words
-from autoteardown.timeline.story import Lane, lanes
+from autoteardown.timeline.summary import Lane, lanes
 
 WIDTH, LEFT, RIGHT, TOP = 1180, 196, 190, 40
 X0, X1 = LEFT, WIDTH - RIGHT
-HEIGHT = 26.0  # of a lane
-WIDEST = 6.6  # of a letter
+HEIGHT = 26.0  # of a lane, in pixels
+WIDEST = 6.6  # width of a letter, in pixels
 
 
 @dataclass(frozen=True)
 class Axis:
-    """Seconds to pixels. Broken before the end of the grace period where that is far off."""
+    """Converts seconds to pixels. The axis is broken before the end of the grace period if that is far to the right."""
 
     span: float
     right: float
@@ -24,12 +24,12 @@ class Axis:
     broken: bool
 
     def x(self, when: float) -> float:
-        """Where a moment lies."""
+        """The pixel of a moment."""
         return X0 + (self.right - X0) * min(max(when, 0.0), self.span) / self.span
 
 
 def axis(lasted: float, grace: float) -> Axis:
-    """To scale up to the end of the grace period, where that leaves the bars half the width."""
+    """The axis: to scale up to the end of the grace period if the bars then get half the width, else broken."""
     lasted = max(lasted, 0.01)
     if grace <= 2 * lasted:
         span = max(lasted, grace) * 1.02
@@ -38,12 +38,12 @@ def axis(lasted: float, grace: float) -> Axis:
 
 
 def size(stop: Stop) -> float:
-    """How high the drawing is."""
+    """The height of the drawing, in pixels."""
     return TOP + HEIGHT * len(lanes(stop)) + 14
 
 
 def draw(stop: Stop, grace: float, top: float = 0) -> str:
-    """The SVG of a stop; `top` is where it begins inside another one."""
+    """The SVG of a stop; `top` is its offset inside another SVG."""
     rows = lanes(stop)
     whole = size(stop)
     bottom = whole - 14
@@ -67,22 +67,22 @@ def _lane(stop: Stop, row: Lane, y: float, scale: Axis) -> str:
     rank = row.shown
     if rank is None:
         box = f'x="{X0}" y="{_n(y + HEIGHT * 0.3)}" width="{X1 - X0}" height="{_n(HEIGHT * 0.4)}"'
-        said = say(8, middle, row.name, "soft") + say(X1 + 10, middle, "no report", "bad")
+        texts = text(8, middle, row.name, "soft") + text(X1 + 10, middle, "no report", "bad")
         title = f"<title>{esc(f'{row.numbers}: no report')}</title>"
-        return f'<g class="lane" tabindex="0">{hit}{title}<rect class="gone" {box}/>{said}</g>'
+        return f'<g class="lane" tabindex="0">{hit}{title}<rect class="gone" {box}/>{texts}</g>'
     title = words(stop, rank)
     if len(row.ranks) > 1:
         title = f"{row.numbers} ({row.where}), all alike. The slowest of them is shown:\n{title}"
     parts = [hit, f"<title>{esc(title)}</title>"]
     begin = stop.offset(rank)
-    # The shortest last: should phases overlap, none hides another.
+    # The shortest last, so that none hides another if phases overlap.
     for phase in sorted(rank.phases, key=lambda p: p.start - (p.end if p.end is not None else 1e9)):
         parts.append(_bar(phase, begin, y, HEIGHT, scale))
     parts.append(mark(rank.cause, scale.x(begin), middle, 9.0))
-    parts.append(say(8, middle, row.name, "origin" if any(each.is_origin for each in row.ranks) else ""))
-    parts.append(say(80, middle, _short(row.where, 16), "soft"))
-    parts.append(say(X1 + 10, middle, verdict(rank), "" if rank.clean else "bad"))
-    # The keyboard reaches what somebody looks for.
+    parts.append(text(8, middle, row.name, "origin" if any(each.is_origin for each in row.ranks) else ""))
+    parts.append(text(80, middle, _short(row.where, 16), "soft"))
+    parts.append(text(X1 + 10, middle, verdict(rank), "" if rank.clean else "bad"))
+    # Lanes that are not clean can be reached with the keyboard.
     focus = "" if rank.clean else ' tabindex="0"'
     return f'<g class="lane" data-outcome="{esc(rank.outcome)}"{focus}>{"".join(parts)}</g>'
 
@@ -99,25 +99,25 @@ def _bar(phase: Phase, begin: float, y: float, height: float, scale: Axis) -> st
     if phase.outcome in ("timeout", "error"):
         parts.append(f'<rect class="{phase.outcome}" {box}/>')
     label = phase.name if phase.outcome == "ok" else f"{phase.name} {phase.outcome}"
-    for text in (label, phase.name):
-        if tall >= 11 and width >= WIDEST * len(text) + 8 and not shape:
-            if len(parts) > 1:  # a halo keeps the words apart from the hatching
-                parts.append(say(left + 5, y + height / 2, text, f"{kind} in", 'stroke-width="4"'))
+    for caption in (label, phase.name):
+        if tall >= 11 and width >= WIDEST * len(caption) + 8 and not shape:
+            if len(parts) > 1:  # a halo separates the letters from the hatching
+                parts.append(text(left + 5, y + height / 2, caption, f"{kind} in", 'stroke-width="4"'))
             else:
-                parts.append(say(left + 5, y + height / 2, text, "in"))
+                parts.append(text(left + 5, y + height / 2, caption, "in"))
             break
     return "".join(parts)
 
 
 def colour(name: str) -> str:
-    """The class of a phase; one for all that a later version may bring."""
+    """The CSS class of a phase; "other" for phases of later versions."""
     return name if name in PHASES["light"] else "other"
 
 
 def mark(cause: str, x: float, y: float, size: float) -> str:
-    """A filled arrow head for a signal, a hollow circle for a peer's word, a cross for a peer that vanished.
+    """The mark of a stop's cause: a filled arrow head (signal), a hollow circle (peer), a cross (lost peer).
 
-    Its tip is the moment.
+    Its right end is the moment.
     """
     half = size / 2
     if cause == "lost":
@@ -145,7 +145,7 @@ def _grid(scale: Axis, bottom: float) -> str:
         x = scale.x(i * step)
         parts.append(f'<line class="rule" x1="{_n(x)}" x2="{_n(x)}" y1="{TOP - 4}" y2="{_n(bottom)}"/>')
         if abs(x - scale.limit) > 22 and (x < scale.right - 20 or not scale.broken):
-            parts.append(say(x, TOP - 11, _tick(i * step, scale.span), "soft", 'text-anchor="middle"'))
+            parts.append(text(x, TOP - 11, _tick(i * step, scale.span), "soft", 'text-anchor="middle"'))
     if scale.broken:
         x = (scale.right + scale.limit) / 2
         parts.append(f'<path class="mark" fill="none" d="M{_n(x - 5)} {TOP}l4 -9m2 9l4 -9"/>')
@@ -155,11 +155,11 @@ def _grid(scale: Axis, bottom: float) -> str:
 def _marks(stop: Stop, scale: Axis, grace: float, bottom: float) -> str:
     last, limit = scale.x(stop.lasted), scale.limit
     exit_text, grace_text = f"last exit {seconds(stop.lasted)}", f"grace period ends: {grace:g} s"
-    # The words of what comes first to its left, of what comes last to its right: the two can be as close as they like.
+    # The label of the first mark is on its left, that of the last on its right, so that they never overlap.
     overrun = limit < last
     return (
         f'<line class="mark" x1="{X0}" x2="{X0}" y1="{TOP - 6}" y2="{_n(bottom + 4)}"/>'
-        + say(X0 - 5, 10, "first signal", "", 'text-anchor="end"')
+        + text(X0 - 5, 10, "first signal", "", 'text-anchor="end"')
         + f'<line class="mark" stroke-dasharray="4 3" x1="{_n(last)}" x2="{_n(last)}" y1="{TOP - 6}" '
         f'y2="{_n(bottom + 4)}"/>'
         + _beside(last, exit_text, left=not overrun)
@@ -168,25 +168,23 @@ def _marks(stop: Stop, scale: Axis, grace: float, bottom: float) -> str:
     )
 
 
-def _beside(x: float, text: str, kind: str = "", left: bool = False) -> str:
-    """The words of a mark, above the lanes; on its right where there is no room on its left."""
-    if left and x - X0 > WIDEST * len(text):
-        return say(x - 5, 10, text, kind, 'text-anchor="end"')
-    return say(x + 5, 10, text, kind)
+def _beside(x: float, label: str, kind: str = "", left: bool = False) -> str:
+    """The label of a mark, above the lanes; on its right if there is no room on its left."""
+    if left and x - X0 > WIDEST * len(label):
+        return text(x - 5, 10, label, kind, 'text-anchor="end"')
+    return text(x + 5, 10, label, kind)
 
 
-def say(x: float, y: float, text: str, kind: str = "", more: str = "") -> str:
-    """One line of text of a class, with more attributes."""
-    return f'<text x="{_n(x)}" y="{_n(y + 4)}" class="{kind}" {more}>{esc(text)}</text>'
+def text(x: float, y: float, line: str, kind: str = "", more: str = "") -> str:
+    """One line of text with a CSS class and further attributes."""
+    return f'<text x="{_n(x)}" y="{_n(y + 4)}" class="{kind}" {more}>{esc(line)}</text>'
 
 
-def _short(text: str, limit: int) -> str:
-    """Keeps both ends: hosts of a job differ in their last characters."""
-    return (
-        text
-        if len(text) <= limit
-        else f"{text[: limit // 2 - 1]}\N{HORIZONTAL ELLIPSIS}{text[-(limit // 2) :]}"
-    )
+def _short(name: str, limit: int) -> str:
+    """The name, cut in the middle: the hosts of a job differ in their last characters."""
+    if len(name) <= limit:
+        return name
+    return f"{name[: limit // 2 - 1]}\N{HORIZONTAL ELLIPSIS}{name[-(limit // 2) :]}"
 
 
 def _tick(value: float, span: float) -> str:
