@@ -171,7 +171,10 @@ def test_a_signal_that_means_no_eviction(job):
 @pytest.mark.parametrize("pause", [0.02, 0.5, 3.0])
 def test_signalled_again(job, pause):
     """Twice within two seconds is one eviction; a later signal does not end the wait either."""
-    launcher = start(job, "saves", 5, AUTOTEARDOWN_EXIT_CODE="signal", AUTOTEARDOWN_SIGNALS="SIGUSR1,SIGTERM")
+    seconds = 3 * pause + 3
+    launcher = start(
+        job, "saves", seconds, AUTOTEARDOWN_EXIT_CODE="signal", AUTOTEARDOWN_SIGNALS="SIGUSR1,SIGTERM"
+    )
     launcher.signal(signal.SIGUSR1)
     for _ in range(2):
         time.sleep(pause)

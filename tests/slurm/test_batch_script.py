@@ -74,10 +74,6 @@ def test_a_job_that_fails_by_itself_is_not_requeued(cluster):
 
 
 @pytest.mark.slurm
-@pytest.mark.xfail(
-    strict=False,
-    reason="a program that leaves by itself with 0 does so although AUTOTEARDOWN_EXIT_CODE is set",
-)
 @pytest.mark.parametrize("train", ["polls", "flag"])
 def test_a_program_that_leaves_by_itself_is_requeued_too(cluster_of, train):
     cluster = cluster_of(kill_wait=30)

@@ -135,15 +135,11 @@ def test_a_rank_that_is_killed_frees_its_peer(cluster_of, kill_on_bad_exit):
     assert saved(cluster) == {}
 
 
-# -- defects of the agent that others mend -----------------------------------------------------------------------------
+# -- what SLURM has shown to be wrong, and what still is --------------------------------------------------------------
 
 
 @pytest.mark.slurm
 @pytest.mark.parametrize("event", ["time limit", "preempted"])
-@pytest.mark.xfail(
-    strict=False,
-    reason="the second of two SIGTERMs 20 ms apart goes to the application's own handler",
-)
 def test_two_sigterms_are_one_eviction(cluster_of, event):
     cluster = cluster_of(kill_wait=KILL_WAIT)
     check_saved(cluster, evicted(cluster, "srun", event, "flag uneven"))
@@ -184,10 +180,6 @@ def test_torchrun_passes_usr1_on(cluster_of):
 
 @pytest.mark.slurm
 @pytest.mark.parametrize("how", ["polls", "flag"])
-@pytest.mark.xfail(
-    strict=False,
-    reason="a program that leaves by itself with 0 does so although AUTOTEARDOWN_EXIT_CODE is set",
-)
 def test_a_half_trained_job_is_not_completed(cluster_of, how):
     job = evicted(cluster_of(kill_wait=KILL_WAIT), "exec srun", "scancel -s TERM", how)
     assert (job.state, job.show("ExitCode")) == ("FAILED", "143:0"), job.story()
