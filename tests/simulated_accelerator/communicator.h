@@ -2,35 +2,19 @@
 // and its kernel waits on the device for all ranks, polling their memory. What a real fabric does when that
 // memory goes away under a kernel is a FAULT here (the strict reading: ai2cm/ace#1398, #1425, #1438).
 #pragma once
-#include <fcntl.h>
-#include <poll.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
-#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <ATen/ATen.h>
 #include <torch/csrc/distributed/c10d/Store.hpp>
 
-#include <algorithm>
 #include <list>
+#include <optional>
 #include <thread>
 
 #include "device.h"
+#include "peers.h"
 
 namespace simulated {
-
-constexpr int RANKS = 16;
-constexpr size_t SLOT = 1 << 18;
-
-enum State { ABSENT, THERE, ABORTED, LEAVING, FREED };
-
-// What the ranks of a communicator see of each other: this is the memory that kernels poll.
-struct Shared {
-  std::atomic<int> state[RANKS], pid[RANKS], running[RANKS];
-  std::atomic<uint64_t> arrived[RANKS], left[RANKS];
-  char slot[RANKS][SLOT];
-};
 
 struct Record {  // of the flight recorder
   uint64_t seq;
@@ -44,13 +28,12 @@ struct Communicator {
   std::string name;
   const int rank, size;
   const double timeout;
-  std::atomic<uint64_t> launched{0}, finished{0}, rounds{0};
+  std::atomic<uint64_t> launched{0}, finished{0};
   std::atomic<bool> aborting{false}, over{false};
   std::mutex held;  // by abort and by shutdown, all the time that they take (pytorch/pytorch#192105)
   std::mutex recording;
   std::list<std::shared_ptr<Record>> records;
-  std::vector<int> processes;  // pidfds
-  Shared* shared;
+  std::optional<Peers> peers;
   Stream* stream;
   const bool verbose = atoi(setting("VERBOSE", "0"));
   const bool nvlink = std::string(setting("LINK", "nvlink")) == "nvlink";
@@ -61,7 +44,6 @@ struct Communicator {
   Communicator(const c10::intrusive_ptr<c10d::Store>& store, std::string name, int rank, int size,
                double timeout)
       : name(std::move(name)), rank(rank), size(size), timeout(timeout) {
-    TORCH_CHECK(size <= RANKS, "at most ", RANKS, " ranks");
     std::string path;
     if (rank == 0) {
       path = "/dev/shm/simulated-" + std::to_string(getpid()) + "-" + std::to_string((long)(now() * 1e9));
@@ -70,19 +52,7 @@ struct Communicator {
       auto found = store->get("simulated");
       path.assign(found.begin(), found.end());
     }
-    int file = open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600);
-    TORCH_CHECK(file >= 0 && ftruncate(file, sizeof(Shared)) == 0, "no shared memory");
-    void* mapped = mmap(nullptr, sizeof(Shared), PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
-    close(file);
-    TORCH_CHECK(mapped != MAP_FAILED, "no shared memory");
-    shared = static_cast<Shared*>(mapped);
-    shared->pid[rank] = getpid();
-    shared->state[rank] = THERE;
-    double since = now();
-    while (!everybody([this](int peer) { return shared->state[peer] != ABSENT; })) nap(since);
-    if (rank == 0) unlink(path.c_str());
-    for (int peer = 0; peer < size; peer++)
-      processes.push_back((int)syscall(SYS_pidfd_open, shared->pid[peer].load(), 0));
+    peers.emplace(path, rank, size);
     initialize();
     stream = &make_stream(this->name);
     journal(who() + " of " + std::to_string(size) + " is there");
@@ -90,48 +60,16 @@ struct Communicator {
 
   std::string who() const { return name + " rank " + std::to_string(rank); }
 
-  template <class Test>
-  bool everybody(Test test) const {
-    for (int peer = 0; peer < size; peer++)
-      if (!test(peer)) return false;
-    return true;
-  }
-
-  bool exited(int peer) const {
-    pollfd process{processes[peer], POLLIN, 0};
-    return processes[peer] < 0 || poll(&process, 1, 0) > 0;
-  }
-
-  // -- on the device
-  // -----------------------------------------------------------------------------------------------
+  // -- on the device --
 
   // What a kernel meets that polls its peers' memory: false if it has to end.
   bool polls() {
     if (aborting || faulted()) return false;
     if (!nvlink) return true;
-    for (int peer = 0; peer < size; peer++) {
-      if (peer == rank) continue;
-      int state = shared->state[peer];
-      const char* what = state == ABORTED ? "aborted"
-                         : state == FREED ? "destroyed"
-                         : exited(peer)   ? "exited"
-                                          : nullptr;
-      if (what == nullptr) continue;
-      if (aborting) return false;
-      fault(who() + ": peer " + std::to_string(peer) + " " + what + " under a running kernel");
-      return false;
-    }
-    return true;
-  }
-
-  template <class Test>
-  bool wait_polling(Test test) {
-    double since = now();
-    while (!test()) {
-      if (!polls()) return false;
-      nap(since);
-    }
-    return polls();
+    std::string missing = peers->missing();
+    if (missing.empty()) return true;
+    if (!aborting) fault(who() + ": " + missing + " under a running kernel");
+    return false;
   }
 
   // Every rank's part, one row a rank, through the slots; undefined if the kernel was ended.
@@ -139,21 +77,8 @@ struct Communicator {
     at::Tensor bytes = part.contiguous().view(-1).view(at::kByte);
     int64_t length = bytes.numel();
     at::Tensor all = at::empty({size, length}, at::kByte);
-    int64_t at = 0;
-    do {
-      int64_t piece = std::min<int64_t>(SLOT, length - at);
-      uint64_t round = ++rounds;
-      if (!wait_polling([&] { return everybody([&](int peer) { return shared->left[peer] >= round - 1; }); }))
-        return {};
-      memcpy(shared->slot[rank], static_cast<char*>(bytes.data_ptr()) + at, piece);
-      shared->arrived[rank] = round;
-      if (!wait_polling([&] { return everybody([&](int peer) { return shared->arrived[peer] >= round; }); }))
-        return {};
-      for (int peer = 0; peer < size; peer++)
-        memcpy(static_cast<char*>(all.data_ptr()) + peer * length + at, shared->slot[peer], piece);
-      shared->left[rank] = round;
-      at += piece;
-    } while (at < length);
+    const char* sent = static_cast<const char*>(bytes.data_ptr());
+    if (!peers->exchange(sent, length, static_cast<char*>(all.data_ptr()), [this] { return polls(); })) return {};
     if (length == 0) return all;
     return all.view(part.scalar_type());
   }
@@ -177,7 +102,7 @@ struct Communicator {
       at::NoGradGuard no_grad;
       device_wait(ready);
       record->started = now();
-      shared->running[rank] = 1;
+      peers->running() = 1;
       if (verbose) journal(who() + " kernel " + std::to_string(record->seq) + " starts");
       at::Tensor rows = exchange(part);
       double end = now() + tail;
@@ -186,7 +111,7 @@ struct Communicator {
         take(rows);
       else if (!faulted())
         journal(who() + " kernel " + std::to_string(record->seq) + " ends as garbage");
-      shared->running[rank] = 0;
+      peers->running() = 0;
       finished = record->seq;
     });
     record->done = done;
@@ -207,8 +132,8 @@ struct Communicator {
     usleep((useconds_t)(teardown * 1e6));
     std::string under;
     for (int peer = 0; peer < size; peer++)
-      if (peer != rank && shared->running[peer]) under += " " + std::to_string(peer);
-    shared->state[rank] = ABORTED;
+      if (peer != rank && peers->running_at(peer)) under += " " + std::to_string(peer);
+    peers->state() = ABORTED;
     over = true;
     journal(who() + " abort ends" + (under.empty() ? "" : "; kernels run at" + under));
   }
@@ -219,9 +144,9 @@ struct Communicator {
     journal(who() + (launched > finished ? " destroy begins, in flight" : " destroy begins"));
     double since = now();
     while (finished < launched && !faulted()) nap(since);
-    shared->state[rank] = LEAVING;
-    while (!everybody([this](int peer) { return shared->state[peer] >= LEAVING; })) nap(since);
-    shared->state[rank] = FREED;
+    peers->state() = LEAVING;
+    while (!peers->everybody([this](int peer) { return peers->state_of(peer) >= LEAVING; })) nap(since);
+    peers->state() = FREED;
     over = true;
     journal(who() + " destroy ends");
   }
@@ -247,7 +172,7 @@ struct Communicator {
       }
       if (!remote || aborting) continue;
       for (int peer = 0; peer < size; peer++)
-        if (peer != rank && exited(peer) && shared->state[peer] == THERE && !over && !aborting) {
+        if (peer != rank && peers->exited(peer) && peers->state_of(peer) == THERE && !over && !aborting) {
           journal(who() + " WATCHDOG: remote process " + std::to_string(peer) + " exited");
           usleep(200000);
           std::abort();

@@ -34,28 +34,6 @@ thread_local long current_id = 0;
 
 }  // namespace
 
-double now() {
-  timespec time;
-  clock_gettime(CLOCK_MONOTONIC, &time);
-  return time.tv_sec + time.tv_nsec * 1e-9;
-}
-
-const char* setting(const char* name, const char* otherwise) {
-  const char* value = getenv((std::string("SIMULATED_") + name).c_str());
-  return value && *value ? value : otherwise;
-}
-
-void journal(const std::string& text) {
-  static const int file =
-      open(setting("JOURNAL", "/dev/null"), O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC, 0600);
-  char stamp[64];
-  snprintf(stamp, sizeof stamp, "%.6f %d ", now(), (int)getpid());
-  std::string line = stamp + text + "\n";
-  (void)!write(file, line.data(), line.size());
-}
-
-void nap(double since) { usleep(now() - since < 0.02 ? 200 : 1000); }
-
 void fault(const std::string& why) {
   State& s = state();
   {

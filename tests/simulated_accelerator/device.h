@@ -10,12 +10,9 @@
 #include <string>
 #include <vector>
 
-namespace simulated {
+#include "journal.h"
 
-double now();  // seconds of CLOCK_MONOTONIC, which is Python's time.monotonic
-const char* setting(const char* name, const char* otherwise);  // of the environment: SIMULATED_<name>
-void journal(const std::string& text);  // a line of the file $SIMULATED_JOURNAL, which all ranks append to
-void nap(double since);                 // a look at what sends no notice: often at first, seldom later
+namespace simulated {
 
 // An error of the device stays, as CUDA's do: whatever is asked of it from then on raises.
 void fault(const std::string& why);

@@ -1,0 +1,1 @@
+"""torch's own ProcessGroupNCCL on libraries that stand for CUDA, NCCL and cuBLAS: README.md."""
