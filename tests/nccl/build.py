@@ -44,7 +44,7 @@ LIBRARIES = [
         "nvidia/cu13/lib/libcudart.so.13",
         (
             *("device", "capture", "memory", "cudart_device", "cudart_memory", "cudart_graph", "cudart_kernels"),
-            *("compute_elementwise", "compute_reduction", "compute_foreach"),
+            *("compute_elementwise", "compute_reduction", "compute_foreach", "compute_copies"),
         ),
         r"(__)?cuda",
         CUDART,

@@ -64,6 +64,7 @@ const Functor functors[] = {
     {"PointwiseOpScalarListFunctor<float", "std::multiplies<", 0, COMPUTE { return a + scalar * (b * c); }},
     {"PointwiseOpScalarListFunctor<float", "std::divides<", 0, COMPUTE { return a + scalar * (b / c); }},
     {"UnaryOpFunctor<float", "Sqrt<float>", 0, COMPUTE { return sqrtf(a); }},
+    {"UnaryOpFunctor<float", "Copy<float, float>", 0, COMPUTE { return a; }},
 };
 
 // Of `Functor<float, depth, inputs, result>`: the list that the result is written to.

@@ -54,7 +54,7 @@ Bind bind_of(const void* function) {
   Kernel& kernel = registry().kernels[function];
   if (!kernel.known && kernel.name) {
     std::string name = demangled(kernel.name);
-    for (auto lookup : {elementwise_kernel, reduction_kernel, foreach_kernel, other_kernel})
+    for (auto lookup : {elementwise_kernel, reduction_kernel, foreach_kernel, copy_kernel, other_kernel})
       if (!kernel.bind) kernel.bind = lookup(name);
     if (verbose) journal((kernel.bind ? "computed: " : "not computed: ") + name);
   }

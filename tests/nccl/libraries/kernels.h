@@ -21,6 +21,7 @@ using Bind = std::function<Work(const Launch& launch)>;  // takes copies of the 
 Bind elementwise_kernel(const std::string& name);
 Bind reduction_kernel(const std::string& name);
 Bind foreach_kernel(const std::string& name);
+Bind copy_kernel(const std::string& name);
 Bind other_kernel(const std::string& name);
 
 inline bool contains(const std::string& text, const char* part) { return text.find(part) != std::string::npos; }
