@@ -11,7 +11,7 @@ JOBS ?= 4
 DRILL ?=
 BENCH ?=
 
-.PHONY: help drill test torch-versions lint format bench unchanged chaos network network-chaos slurm frameworks gpu wheel docs clean
+.PHONY: help drill test torch-versions lint format bench unchanged chaos network network-chaos slurm frameworks gpu nccl wheel docs clean
 
 help:
 	@echo "make drill        evict a rank of a real training job here, and see what happens"
@@ -20,6 +20,7 @@ help:
 	@echo "make lint         ruff and mypy          make format   let ruff fix what it can"
 	@echo "make bench        what the agent costs   make chaos    long randomized fault injection"
 	@echo "make frameworks   tests with real Ray, Lightning, ...   make gpu   tests that need a GPU"
+	@echo "make nccl         torch's own ProcessGroupNCCL without a GPU (5.5 GB): tests/gpu and tests/nccl"
 	@echo "make network      jobs on several hosts (network namespaces, as root), also with faults   make network-chaos"
 	@echo "make slurm        jobs on a real SLURM of the tests' own (as root; installs Debian's packages where apt is)"
 	@echo "make unchanged    CPython's own tests, with the agent and without"
@@ -89,6 +90,10 @@ gpu:
 	@if $(PYTHON) -c 'import pytest, torch, wrapt; assert torch.version.cuda or torch.version.hip' 2>/dev/null; \
 	then python=$(PYTHON); else $(MAKE) $(VENV)/.has-test && python=$(BIN)/python; fi && \
 	$$python -m pytest -o addopts=-ra -m gpu tests/gpu $(TEST)
+
+# On libraries that stand for CUDA and NCCL (tests/nccl/README.md). TEST="tests/gpu -k stuck" selects.
+nccl:
+	@$(PYTHON) tests/nccl/make.py .venv-nccl $(TEST)
 
 wheel: $(VENV)/.has-build
 	$(BIN)/python -m build --wheel --outdir dist .

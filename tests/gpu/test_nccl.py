@@ -148,7 +148,8 @@ def test_training(world, rows, what, args, env):
     """All stop after the same step, also with the host ahead of its device."""
     made = world("train", 2, *args, **env)
     for rank in made:
-        rank.wait_for("^(step 20|waiting 10)$" if what not in ("in backward",) else "^step 3$", START)
+        said = {"in backward": "^step 3$", "20 steps ahead": "^ahead (19|20)$"}
+        rank.wait_for(said.get(what, "^(step 20|waiting 10)$"), START)
     evict(made, rows, f"train, {what}")
     clean(made)
     assert len({rank.report()["steps"]["stopped_at"] for rank in made}) == 1, made[0].story()
