@@ -338,6 +338,8 @@ class Stop(Machine):
             # No peers to wait for, or gloo, whose destroy is not collective.
             self._end("skipped", now, "no peers" if self.facts.world == 1 else "peers are not asked")
             return self._release(now, everyone=True)
+        if self._released:  # later than the abort's time-out
+            self._post("quiet", False)
         if "quiet" in self.received and not (self.facts.unwaitable or "unwaitable" in self.received):
             clean = bool(self.received["quiet"])
             self._end("ok", now, "" if clean else "a peer was wedged or lost")
@@ -415,11 +417,19 @@ class Stop(Machine):
         if "aborted" in self.received:
             problem = self.received["aborted"]
             self._end("error" if problem else "ok", now, problem or "")
-            return self._abort_over(now, stopped=not problem)
+            return self._abort_over(now, stopped=self._released)
         if not self._timed_out:
             return False
         self._end("timeout", now, "the abort does not return")
         return self._abort_over(now, stopped=False)
+
+    @property
+    def _released(self) -> bool:
+        """Whether nothing of this rank runs on its device any more, after an abort.
+
+        A device in error has ended its kernels, and refuses the abort as it refuses everything.
+        """
+        return "aborted" in self.received and ("drained" in self.received or not self.received["aborted"])
 
     def _abort_over(self, now: float, stopped: bool) -> bool:
         if stopped:

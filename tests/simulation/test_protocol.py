@@ -413,6 +413,22 @@ def test_an_abort_that_does_not_return_is_not_quiet():
     assert on.stop.wake == on.stop.floor == 19.0
 
 
+def test_an_abort_that_returns_late_is_quiet_from_then_on():
+    on = wedged()
+    on(9.1, "tick")
+    assert on(11.0, "aborted") == [("quiet", False)]
+    assert on(11.1, "quiet", False) == ["left", ("leave", False), "die"]
+    assert on.stop.outcome == "aborted"
+
+
+def test_a_device_in_error_is_quiet_although_its_abort_is_refused():
+    on = Script(GPU).to("drain")
+    on(1.1, "drained", "CUDA error: device-side assert triggered")
+    assert on(1.2, "abort") == ["abort"]
+    assert on(1.3, "aborted", "CUDA error: device-side assert triggered") == [("quiet", False)]
+    assert on(1.4, "quiet", False) == ["left", ("leave", False), "die"]
+
+
 def test_a_failed_abort_is_not_quiet():
     on = wedged()
     assert on(6.2, "aborted", "NCCL error") == []
