@@ -266,7 +266,7 @@ class Teardown:
             final_report.write(outcome, self.control, patience, final=True)
             if (
                 self.stop is not None
-                and self.stop.wedged
+                and (self.stop.wedged or self.stop.blocked)
                 and self.now < self._deadline.hard - _LONG_LAST_WORDS
             ):
                 final_report.write_evidence(outcome, self.control, _LAST_WORDS)

@@ -306,7 +306,7 @@ class Stop(Machine):
         if problem:
             return self._enter_wedged(now)
         if self.blocked:
-            self.wedged = True
+            self._fault("the training thread is blocked in C")
             self._skip("abort", now, "the device is idle: left to the exit")
             return self._abort_over(now, stopped=True)
         if "stopped" in self.received and self.steps is not None and "halt" not in self.received:
@@ -362,7 +362,7 @@ class Stop(Machine):
         return self._release(now, everyone=False)
 
     def _release(self, now: float, everyone: bool) -> bool:
-        if self.wedged:  # aborted already
+        if self.wedged or self.blocked:  # aborted already, or left to the exit
             return self._enter_exit(now)
         if everyone:
             self._emit("destroy")
@@ -407,6 +407,7 @@ class Stop(Machine):
         if "drained" in self.received and not self.received["drained"]:
             # What the device was waiting for has come after all: it must not be aborted any more (ai2cm/ace#1438).
             self._end("skipped", now, "the device became idle")
+            self.wedged = False
             return self._abort_over(now, stopped=True)
         if "abort" not in self.received and self._group and not self._timed_out:
             return False
