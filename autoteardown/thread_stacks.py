@@ -44,13 +44,13 @@ def in_collective() -> list[int]:
     return inside("torch/distributed/distributed_c10d.py")
 
 
-def inside(path: str) -> list[int]:
-    """The threads that are in a call of a function of the file whose path ends so."""
+def inside(path: str, function: str = "") -> list[int]:
+    """The threads that are in a call of a function (of that one, if it is named) of the file whose path ends so."""
     found = []
     for ident, top in sys._current_frames().items():
         frame: Any = top
         while frame is not None:
-            if frame.f_code.co_filename.endswith(path):
+            if frame.f_code.co_filename.endswith(path) and function in ("", frame.f_code.co_name):
                 found.append(ident)
                 break
             frame = frame.f_back

@@ -19,6 +19,7 @@ import sys
 from collections.abc import Hashable
 from typing import Any, Callable, Optional
 
+from autoteardown import thread_stacks
 from autoteardown.node import safe_folder
 from autoteardown.process_groups import custom_groups, devices
 
@@ -77,15 +78,36 @@ def progress() -> Optional[Hashable]:
     """A value that changes whenever this rank's collectives have advanced, on the host or on the device.
 
     Never blocks for long, whatever is stuck; 0.1 ms for seven groups. None: unknown, because there is no flight
-    recorder or it is off (TORCH_FR_BUFFER_SIZE or TORCH_NCCL_TRACE_BUFFER_SIZE is 0). NCCL's numbers are up to 0.1 s
-    old.
+    recorder, it is off (TORCH_FR_BUFFER_SIZE or TORCH_NCCL_TRACE_BUFFER_SIZE is 0), or its counters stand still
+    (`_frozen`). NCCL's numbers are up to 0.1 s old.
     """
+    if _frozen():
+        return None
     counters = [
         counted for _, dump in _recorders() for counted in [_call(dump, False)] if _has_status(counted)
     ]
     if not counters:
         return None
     return (*counters, tuple(sequence_numbers().items()))
+
+
+def _frozen() -> bool:
+    """Whether NCCL's counters stand still although collectives may end: its watchdog, which counts, does not run.
+
+    1. `destroy_process_group` ends the watchdog, then waits for the device.
+    2. With TORCH_NCCL_BLOCKING_WAIT the watchdog is given no work: launched collectives are not counted either.
+    """
+    if not devices.accelerators():
+        return False
+    if thread_stacks.inside("torch/distributed/distributed_c10d.py", "destroy_process_group"):
+        return True
+    if not any(sequence_numbers().values()):
+        return False
+    status = [_parsed(_call(dump, False)).get("pg_status") for name, dump in _recorders() if name != "gloo"]
+    counts = [
+        int(each.get("last_enqueued_collective", 0)) for groups in status for each in (groups or {}).values()
+    ]
+    return bool(counts) and max(counts) < 0
 
 
 def stuck_collective() -> Optional[dict[str, Any]]:
@@ -96,6 +118,8 @@ def stuck_collective() -> Optional[dict[str, Any]]:
         there is no such collective, or no flight recorder.
     """
     entries = not devices.accelerators()
+    if _frozen():
+        return None  # the counters name one that may have ended: `evidence` finds it
     for _, dump in _recorders():
         found = _first_entry(_call(dump, True)) if entries else None
         found = found or _first_by_number(_call(dump, False))
@@ -112,7 +136,8 @@ def evidence(path: str, stuck: Optional[dict[str, Any]] = None) -> list[str]:
 
     Args:
         path: of the files, without "-<backend>" and a suffix.
-        stuck: what `stuck_collective` has returned; its `op` is filled in.
+        stuck: what `stuck_collective` has returned, whose `op` is filled in; if it is empty, the first collective
+            is filled in that the entries do not call completed.
 
     Returns:
         The paths that were written.
@@ -126,7 +151,9 @@ def evidence(path: str, stuck: Optional[dict[str, Any]] = None) -> list[str]:
         entries = _parsed(data).get("entries")
         if data is None or not entries:
             continue
-        if stuck is not None and stuck["op"] is None:
+        if stuck is not None and not stuck:
+            stuck.update(_first_entry(data) or {})
+        elif stuck is not None and stuck["op"] is None:
             stuck["op"] = _op_of(entries, stuck)
         target = f"{path}-{backend}.trace"  # not `.json`, which is the suffix of reports
         _write(target, data)

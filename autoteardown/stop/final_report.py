@@ -46,11 +46,9 @@ def write_evidence(outcome: Outcome, control: RankControl, seconds: float) -> No
     def run() -> None:
         try:
             path = os.path.join(folder, report.taken(folder, _name(outcome), outcome.as_dict()))
-            if (
-                control.evidence(path.rpartition(".json")[0], outcome.collective)
-                and outcome.collective is not None
-            ):
-                _write_report(outcome, control)  # the report now names the operation
+            collective = dict(outcome.collective or {})
+            if control.evidence(path.rpartition(".json")[0], collective) and collective:
+                _write_report(outcome._replace(collective=collective), control)  # it now names the operation
         except BaseException as error:
             control.log.line(f"no evidence: {type(error).__name__}: {error}", outcome.seconds)
 

@@ -20,6 +20,7 @@ class Poller:
         self._control = control
         self._shown: dict[str, bool] = {"saving": False, "stalled": False}
         self._progress: Any = None
+        self._unknown = False
 
     def reset(self) -> None:
         """The training thread was let go, or is to stop: whether it is stalled is decided anew."""
@@ -41,7 +42,10 @@ class Poller:
             if value != self._shown[what]:
                 self._shown[what] = value
                 yield what, value
-        if draining and shown.progress is not None and shown.progress != self._progress:
+        if draining and shown.progress is None and not self._unknown:
+            self._unknown = True
+            yield "progress_unknown", None
+        elif draining and shown.progress is not None and shown.progress != self._progress:
             first, self._progress = self._progress is None, shown.progress
             if not first:
                 yield "progress", now

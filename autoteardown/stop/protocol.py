@@ -48,7 +48,7 @@ class Stop(Machine):
     - from the application: `released` (it has removed its handler), `leaves` (it has destroyed its group, or ended),
       `exits` (it runs its last exit callbacks);
     - from the training thread: `stopped` (iteration), `parked`, `ended`, `swallowed`; and about it: `saving`,
-      `stalled` (bools), `progress` (when its device last made some);
+      `stalled` (bools), `progress` (when its device last made some), `progress_unknown` (no counter shows any);
     - from the agent's worker threads: `drained`, `unwaitable` (which devices), `called`, `destroyed`, `aborted`
       (None, or what went wrong), `fault` (what went wrong elsewhere).
     """
@@ -292,6 +292,8 @@ class Stop(Machine):
     def _in_drain(self, now: float) -> bool:
         if not self.blocked:
             self._drain_until(0.0)
+        elif "progress_unknown" in self.received:  # no counter tells a busy device from a stuck one
+            self._until(min(self.phases[-1].start + self.limits.drain, self._save_until()))
         if "progress" in self.received:  # time without progress counts, not time
             self._until(
                 min(max(self._deadline, self.received["progress"] + self.limits.drain), self._save_until())

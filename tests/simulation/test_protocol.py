@@ -375,6 +375,16 @@ def test_a_blocked_thread_with_an_idle_device_is_not_aborted():
     assert on.stop.reason == "no iteration to wait for"
 
 
+def test_a_blocked_thread_whose_device_shows_no_progress_has_all_of_the_drains_time():
+    on = Script(GPU).to("step")
+    on(1.0, "plan", None)
+    on(1.0, "steps", (7, False))
+    assert on(2.0, "stalled", True) == [("stacks", "park"), "drain"]
+    assert on(2.0, "progress_unknown") == []
+    assert on.stop.wake == 2.0 + LIMITS.drain
+    assert on(6.0, "drained") == [("quiet", False)]
+
+
 def wedged():
     """A rank whose device does not become idle, at 6 s."""
     on = Script(GPU).to("drain")
