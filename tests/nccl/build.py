@@ -43,7 +43,15 @@ LIBRARIES = [
         CUDART,
         "nvidia/cu13/lib/libcudart.so.13",
         (
-            *("device", "capture", "memory", "cudart_device", "cudart_memory", "cudart_graph", "cudart_kernels"),
+            *(
+                "device",
+                "capture",
+                "memory",
+                "cudart_device",
+                "cudart_memory",
+                "cudart_graph",
+                "cudart_kernels",
+            ),
             *("compute_elementwise", "compute_reduction", "compute_foreach", "compute_copies"),
         ),
         r"(__)?cuda",
@@ -51,6 +59,7 @@ LIBRARIES = [
         801,  # cudaErrorNotSupported
     ),
     Library("libcuda.so.1", "", ("driver",), r"cu[A-Z]", "", 801),
+    Library("libnvidia-ml.so.1", "", ("nvml",), r"nvml[A-Z]", "", 3),
     Library(
         "libnccl.so.2",
         "nvidia/nccl/lib/libnccl.so.2",
@@ -59,9 +68,23 @@ LIBRARIES = [
         "",
         5,  # ncclInvalidUsage
     ),
-    Library("libcublas.so.13", "nvidia/cu13/lib/libcublas.so.13", ("cublas",), "cublas", "libcublas.so.13", 0, True),
     Library(
-        "libcublasLt.so.13", "nvidia/cu13/lib/libcublasLt.so.13", ("cublaslt",), "cublas", "libcublasLt.so.13", 0, True
+        "libcublas.so.13",
+        "nvidia/cu13/lib/libcublas.so.13",
+        ("cublas",),
+        "cublas",
+        "libcublas.so.13",
+        0,
+        True,
+    ),
+    Library(
+        "libcublasLt.so.13",
+        "nvidia/cu13/lib/libcublasLt.so.13",
+        ("cublaslt",),
+        "cublas",
+        "libcublasLt.so.13",
+        0,
+        True,
     ),
 ]
 
@@ -75,7 +98,7 @@ def _names(library, site):
     """Every name that the library has to export."""
     if library.stands_for:
         found = _symbols(site / library.stands_for, "-D", "--defined-only")
-    else:  # the driver comes with the GPU; its header and what torch asks for tell its names
+    else:  # what comes with the GPU and its driver: a header and what torch asks for tell the names
         header = (site / "nvidia/cu13/include/cuda.h").read_text()
         found = set(re.findall(r"\bCUDAAPI\s+(cu[A-Z]\w+)\s*\(", header))
         found |= set(re.findall(r"#define\s+cu\w+\s+(cu\w+)\s*$", header, re.MULTILINE))
@@ -109,7 +132,11 @@ def _link(library, objects, folder, site):
     script = folder / f"{library.soname}.map"
     script.write_text(f"{library.version} {{ global: *; }};\n")
     _run(["gcc", "-fPIC", "-fno-builtin", "-w", "-c", missing, "-o", f"{missing}.o"])
-    needed = [] if library.soname in (CUDART, "libcuda.so.1") else [folder / CUDART]
+    needed = (
+        []
+        if (not library.version and not library.stands_for) or library.soname == CUDART
+        else [folder / CUDART]
+    )
     command = ["g++", "-shared", f"-Wl,-soname,{library.soname}", f"-Wl,--version-script={script}", *objects]
     _run([*command, f"{missing}.o", *needed, "-o", folder / library.soname, "-lpthread", "-ldl"])
 
@@ -144,7 +171,9 @@ def build(site):
         return folder
     for tool in ("g++", "gcc", "nm"):
         if not shutil.which(tool):
-            raise CannotBuild(f"the libraries that stand for CUDA and NCCL need {tool}, and there is none on the PATH")
+            raise CannotBuild(
+                f"the libraries that stand for CUDA and NCCL need {tool}, and there is none on the PATH"
+            )
     includes = ["nvidia/cu13/include", "nvidia/nccl/include", "triton/backends/nvidia/include"]
     options = [*OPTIONS, *(f"-I{site / path}" for path in includes)]
     folder.mkdir(parents=True, exist_ok=True)
@@ -152,9 +181,7 @@ def build(site):
         fcntl.flock(lock, fcntl.LOCK_EX)
         if (folder / "whole").exists():
             return folder
-        objects = {
-            library: [folder / f"{source}.o" for source in library.sources] for library in LIBRARIES
-        }
+        objects = {library: [folder / f"{source}.o" for source in library.sources] for library in LIBRARIES}
         commands = [
             ["g++", *options, "-c", SOURCES / f"{made.stem}.cpp", "-o", made]
             for each in objects.values()

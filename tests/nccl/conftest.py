@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 from harness import AGENT, TESTS
-from nccl import build, plugin
 from simulated_accelerator import Device
+
+from nccl import build, plugin
 
 PROGRAM = Path(__file__).parent / "program.py"
 START = 180.0  # to import a CUDA build on a busy machine takes its time
@@ -27,7 +28,12 @@ def pytest_collection_modifyitems(items):
 
 def pytest_terminal_summary(terminalreporter):
     """The table."""
-    reports = [each for group in terminalreporter.stats.values() for each in group if hasattr(each, "user_properties")]
+    reports = [
+        each
+        for group in terminalreporter.stats.values()
+        for each in group
+        if hasattr(each, "user_properties")
+    ]
     rows = [value for report in reports for name, value in report.user_properties if name == "job"]
     for row in [COLUMNS, ["---"] * len(COLUMNS), *rows] if rows else ():
         terminalreporter.write_line("| " + " | ".join(map(str, row)) + " |")
@@ -76,7 +82,7 @@ class World:
     def wait_for_end(self, grace=25.0):
         """Of every rank, which a platform ends after the grace period."""
         self._start = self._start or time.monotonic()
-        while any([rank.running for rank in self.ranks]):
+        while [rank for rank in self.ranks if rank.running]:  # asks each: that takes the time of its end
             if time.monotonic() > self._start + grace:
                 for rank in self.ranks:
                     if rank.running:
@@ -121,7 +127,12 @@ def world(job, devices, libraries, record_property, request):
         record_property("job", (request.node.name, *row))
 
     def start(role, ranks=2, *arguments, mode=AGENT, said="^ready", settings=None, each=None, **env):
-        env = {"AUTOTEARDOWN_GRACE": 25, **devices.settings(devices=str(ranks), **(settings or {})), **libraries, **env}
+        env = {
+            "AUTOTEARDOWN_GRACE": 25,
+            **devices.settings(devices=str(ranks), **(settings or {})),
+            **libraries,
+            **env,
+        }
         launcher = ("env", f"PYTHONPATH={AGENT_PATH}")
         options = {"mode": mode, "fresh": True, "launcher": launcher, "each": each, **env}
         made = World(job.world(str(PROGRAM), ranks, role, *arguments, **options), devices, record)

@@ -19,7 +19,15 @@ from nccl import build  # noqa: E402
 
 TORCH = "2.14.1"
 PYTHON = "3.11"
-PACKAGES = [f"torch=={TORCH}", "numpy", "wrapt>=1.14,<3", "pytest>=8", "pytest-timeout", "pytest-xdist", "jsonschema"]
+PACKAGES = [
+    f"torch=={TORCH}",
+    "numpy",
+    "wrapt>=1.14,<3",
+    "pytest>=8",
+    "pytest-timeout",
+    "pytest-xdist",
+    "jsonschema",
+]
 
 
 def skip(why):
@@ -31,7 +39,10 @@ def interpreter():
     """The first python3.11 that runs: a version manager may have a name without a Python behind it."""
     for folder in os.get_exec_path():
         found = Path(folder) / f"python{PYTHON}"
-        if found.exists() and subprocess.run([found, "-c", "import venv"], capture_output=True).returncode == 0:
+        if (
+            found.exists()
+            and subprocess.run([found, "-c", "import venv"], capture_output=True).returncode == 0
+        ):
             return found
     return skip(f"there is no Python {PYTHON} on the PATH")
 
@@ -44,7 +55,9 @@ def environment(folder):
     if not shutil.which("g++"):
         skip("there is no g++ on the PATH, and the libraries that stand for CUDA and NCCL are C++")
     subprocess.run([interpreter(), "-m", "venv", "--clear", folder], check=True)
-    if subprocess.run([python, "-m", "pip", "install", "-q", "--disable-pip-version-check", *PACKAGES]).returncode:
+    if subprocess.run(
+        [python, "-m", "pip", "install", "-q", "--disable-pip-version-check", *PACKAGES]
+    ).returncode:
         shutil.rmtree(folder)
         skip(f"pip finds no torch {TORCH} for CUDA, or not all of {' '.join(PACKAGES[1:])}")
     stamp.touch()

@@ -1,9 +1,10 @@
-"""The libraries still stand for what they stand for: part of the quick tests where `make nccl` has made its environment."""
+"""One look at the libraries, among the quick tests, where `make nccl` has made its environment."""
 
 import subprocess
 
 import pytest
 from harness import TESTS
+
 from nccl import build
 
 ENVIRONMENT = TESTS.parent / ".venv-nccl"

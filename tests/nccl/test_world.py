@@ -43,8 +43,7 @@ def test_a_rank_that_is_killed_under_a_running_kernel(world, devices, link, faul
     made[1].signal(signal.SIGKILL)
     made[1].wait()
     if faults:
-        made[0].wait_blocked("waiting") if made[0].running else None
-        assert made[0].wait() != 0, made.story()
+        assert made[0].wait() not in (0, -9), made.story()
         assert "Invalid access of peer GPU memory over nvlink" in made[0].stderr, made.story()
     else:
         made[0].wait_blocked("waiting")
