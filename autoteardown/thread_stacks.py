@@ -141,6 +141,12 @@ def foreign() -> list[int]:
     ]
 
 
+def of_program() -> list[int]:
+    """The program's threads, but for the main thread."""
+    main = main_ident()
+    return [ident for ident, frame in sys._current_frames().items() if ident != main and not ours(frame)]
+
+
 def ours(frame: FrameType) -> bool:
     """Whether that thread is one of the agent's: it may well bear the number of a thread that has ended."""
     return _first(frame).co_filename.startswith(PACKAGE)

@@ -82,6 +82,11 @@ class SavesInProgress:
         self._background += 1
         future.add_done_callback(self._background_over)
 
+    @property
+    def continues(self) -> bool:
+        """Whether a save continues in the background, on a thread that nobody knows."""
+        return self._background > 0
+
     def _background_over(self, future: Any) -> None:
         self._background -= 1
 

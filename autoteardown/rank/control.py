@@ -128,10 +128,13 @@ class LocalRankControl:
             self._progress.reset()
         gate.close()
         self.interrupt_main_thread()
-        for thread in gate.to_park():
+        self._park(gate.to_park())
+
+    def _park(self, threads: list[int]) -> None:
+        for thread in threads:
             if thread != thread_stacks.main_ident():
                 park_thread(thread)
-                gate.training.wake_loop()
+                self._gate.training.wake_loop()
 
     def drain(self) -> Problem:
         """See `stop.control.RankControl`."""
@@ -150,6 +153,9 @@ class LocalRankControl:
 
     def abort(self, done: Callable[[Problem], object]) -> None:
         """See `stop.control.RankControl`."""
+        # A thread that waits for the device comes back from there with data that is not reduced.
+        self.interrupt_main_thread()
+        self._park(self._gate.to_park_before_abort())
         operations.abort(done)
 
     def hold_off_watchdog(self) -> None:

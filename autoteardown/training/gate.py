@@ -143,6 +143,14 @@ class Gate:
         stopped = self.parking.stopped | self.held
         return [i for i in self.training.candidates() if i not in stopped and not self.shielded(i)]
 
+    def to_park_before_abort(self) -> list[int]:
+        """All further threads: an abort ends what they wait for on the device, or will ask it, and torch raises
+        nothing there. While a save continues in the background, a thread that may write it is left alone.
+        """
+        stopped = self.parking.stopped | self.held
+        threads = self.training.candidates() if self.saves.continues else thread_stacks.of_program()
+        return [i for i in threads if i not in stopped and not self.shielded(i)]
+
     def shielded(self, ident: int) -> bool:
         """Whether that thread is writing a checkpoint, of which one file may be only a part."""
         return ident not in self.parking and self.saves.shields(ident)
