@@ -155,7 +155,8 @@ class Guard(RankState):
             self._lost_timer.hear(kind, value)
         elif kind == "notice" and self._begun.acquire(False):
             try:
-                self._begin("peer", None, value)
+                # A peer that is torn down because a rank is lost says so.
+                self._begin("lost" if value.get("lost") is True else "peer", None, _origin(value))
             except Exception as error:
                 report_failure("to stop with a peer", error)
                 self.teardown = None
@@ -212,9 +213,7 @@ class Guard(RankState):
         if cause == "peer" and self.settings.handlers == "alone":
             owns = False
         control = LocalRankControl(self, self.main, owns)
-        self.teardown = Teardown(
-            control, cause, signum, _origin(origin) if cause == "peer" else origin, self._timer
-        )
+        self.teardown = Teardown(control, cause, signum, origin, self._timer)
         if self.channel is not None and not self.channel.connected:
             self.events.put(("down", self.channel.why))
         self.teardown.begin()

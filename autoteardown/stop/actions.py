@@ -38,7 +38,8 @@ class ActionRunner:
             control.post(do, value)
 
     def _do_tell(self, left: float) -> None:
-        self._control.post("tell", {**self._record.origin, "left": left})
+        lost = {"lost": True} if self._record.cause == "lost" else {}
+        self._control.post("tell", {**self._record.origin, "left": left, **lost})
 
     def _do_hold(self, _: Any) -> None:
         self._control.hold()  # first the flag, then the count: see `Gate`

@@ -96,7 +96,7 @@ class Teardown:
             self._application_owns = facts.application_owns
             stop = self.stop = protocol.Stop(self._limits(facts), facts)
             self._open()
-            if self._record.cause == "peer":
+            if self._record.cause == "peer" or "left" in self._notice:
                 self._take(stop, "notice", self._notice)
             self._take(stop, "begin", None)
             while stop.state != "done":

@@ -89,7 +89,7 @@ class Stop(Machine):
         left = self.limits.hard - now
         if "notice" in self.received:
             left = min(left, self.received["notice"].get("left", left))
-        elif self.facts.cause == "signal":
+        elif self.facts.cause == "signal" or self._abort_is_shared:
             self._post("tell", left)
         limits = self.limits = self.limits.within(left)
         self._set_floor(now)
@@ -97,6 +97,8 @@ class Stop(Machine):
             self._fault("its peers were not told")
         if self.facts.cause == "lost":
             self._fault("a peer is lost")
+            if self._abort_is_shared:
+                self._post("answer", (None, True, False))
             self.phases.append(Phase("step", now))
             return self._step_over("skipped", now, "a peer is lost")
         if "answer" in self._once:
@@ -105,6 +107,13 @@ class Stop(Machine):
         self._held = True
         self._emit("hold")
         return self._enter("step", now, limits.step)
+
+    @property
+    def _abort_is_shared(self) -> bool:
+        """A lost peer: with accelerators all ranks stop by one decision, as the first of several aborts frees what the
+        others' kernels still poll. Without, a rank that is not blocked runs on: an elastic framework may heal it.
+        """
+        return self.facts.cause == "lost" and self.facts.accelerator
 
     def _set_floor(self, now: float) -> None:
         limits = self.limits

@@ -65,12 +65,11 @@ class StopRecord:
 
     def opening(self, application_owns: bool) -> str:
         """Why this rank stops, in words; `application_owns`: the application may end by itself."""
-        settings = self._control.settings
         rank = self.origin.get("rank")
         if self.cause == "peer":
             return f"a peer is being evicted: rank {rank} on {self.origin.get('host')}"
         if self.cause == "lost":
-            return f"rank {rank} is lost, and this one has waited {settings.lost:g}s for it"
+            return f"rank {rank} is lost, and a peer has waited AUTOTEARDOWN_LOST seconds for it"
         name = signal_name(self.signum) if self.signum else "?"
         if application_owns and self.yields:
             return f"{name}: the application ends by itself, and has {round(self.yields, 1):g}s"

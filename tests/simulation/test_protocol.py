@@ -424,6 +424,21 @@ def test_an_abort_that_does_not_return_is_not_quiet():
     assert on.stop.wake == on.stop.floor == 19.0
 
 
+def test_with_accelerators_a_lost_peer_stops_all_ranks_by_one_decision():
+    on = Script(GPU._replace(cause="lost"))
+    assert on(0.0, "begin") == [("tell", 24.0), ("answer", (None, True, False)), "park"]
+    assert on(2.5, "stalled", True) == [("stacks", "park"), "drain"]
+    assert on(3.5, "tick") == [("stacks", "drain"), "halt", "wedged"]
+    assert on(3.6, "abort") == ["abort"]
+    assert on(3.7, "aborted") == [("quiet", False)]
+    assert on(3.8, "quiet", False) == ["left", ("leave", False), "die"]
+
+
+def test_without_accelerators_a_lost_peer_is_each_ranks_own_matter():
+    on = Script(PEERS._replace(cause="lost"))
+    assert on(0.0, "begin") == ["park"]
+
+
 def test_an_abort_that_returns_late_is_quiet_from_then_on():
     on = wedged()
     on(9.1, "tick")
