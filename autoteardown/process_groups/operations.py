@@ -135,7 +135,7 @@ def _backend_of(group: Any, kind: str) -> Any:
         return None
 
 
-def abort(done: Callable[[Problem], object]) -> None:
+def abort(done: Callable[[Problem], object], after: float = 0.0) -> None:
     """Abort every process group, each on a thread of its own, all at once.
 
     One after the other can deadlock (pytorch/pytorch#119797), and a parent's abort does not release the groups that
@@ -143,7 +143,9 @@ def abort(done: Callable[[Problem], object]) -> None:
 
     Args:
         done: called once, when the last abort has returned, with what went wrong or None. May never be called.
+        after: seconds from now; the threads are there by then.
     """
+    at = unpatched.monotonic() + after
     after_release.released = True
     aborts = [function for function in map(_abort_of, groups()) if function is not None]
     problems: list[str] = []
@@ -151,6 +153,7 @@ def abort(done: Callable[[Problem], object]) -> None:
 
     def run(function: Callable[[], object]) -> None:
         try:
+            unpatched.sleep(max(0.0, at - unpatched.monotonic()))
             function()
         except BaseException as error:
             problems.append(line(error))

@@ -151,12 +151,12 @@ class LocalRankControl:
         """See `stop.control.RankControl`."""
         return operations.destroy(self._armed.real_destroy)
 
-    def abort(self, done: Callable[[Problem], object]) -> None:
+    def abort(self, done: Callable[[Problem], object], after: float) -> None:
         """See `stop.control.RankControl`."""
         # A thread that waits for the device comes back from there with data that is not reduced.
         self.interrupt_main_thread()
         self._park(self._gate.to_park_before_abort())
-        operations.abort(done)
+        operations.abort(done, after)
 
     def hold_off_watchdog(self) -> None:
         """See `stop.control.RankControl`."""

@@ -6,8 +6,10 @@ from typing import Any, Callable, Optional
 
 from autoteardown import spare_threads
 from autoteardown.stop.control import RankControl
+from autoteardown.stop.coordinator import LEAD
 from autoteardown.stop.record import StopRecord
 from autoteardown.stop.types import Action
+from autoteardown.unpatched import monotonic
 
 
 class ActionRunner:
@@ -64,8 +66,9 @@ class ActionRunner:
     def _do_destroy(self, _: Any) -> None:
         self.start("destroyed", self._control.destroy)
 
-    def _do_abort(self, _: Any) -> None:
-        self._control.abort(lambda problem: self._control.events.put(("aborted", problem)))
+    def _do_abort(self, moment: Optional[float]) -> None:
+        after = _seconds_until(moment)
+        self._control.abort(lambda problem: self._control.events.put(("aborted", problem)), after)
 
     def _do_stacks(self, phase: str) -> None:
         self.start(None, lambda: self._record.take_stacks(f"{phase} timed out"))
@@ -85,3 +88,18 @@ class ActionRunner:
 
         if not spare_threads.start(run) and event is not None:
             run()  # unbounded, on the driver's thread: the hard deadline ends the process in time
+
+
+_LATE = 10.0  # seconds by which a message may be late
+
+
+def _seconds_until(moment: Optional[float]) -> float:
+    """How long to wait for a moment of the hub's monotonic clock; None: not at all.
+
+    Ranks on the hub's host have the same clock. On another host the clock tells nothing, and there is no memory that
+    the hub's devices reach over NVLink either: there the lead begins when the message arrives.
+    """
+    if moment is None:
+        return 0.0
+    left = moment - monotonic()
+    return max(0.0, left) if -_LATE < left <= LEAD else LEAD

@@ -92,8 +92,8 @@ class RankControl(Protocol):
     def destroy(self) -> Problem:
         """Release the process groups. May never return."""
 
-    def abort(self, done: Callable[[Problem], object]) -> None:
-        """Abort the process groups; `done` is called when that has ended, which may be never."""
+    def abort(self, done: Callable[[Problem], object], after: float) -> None:
+        """Abort the process groups `after` so many seconds; `done` is called when that has ended, maybe never."""
 
     def hold_off_watchdog(self) -> None:
         """From now on `abort()` on another thread does not end the process: the exit code stays the stop's."""

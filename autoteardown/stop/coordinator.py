@@ -23,7 +23,8 @@ The ranks are told:
 - `advance` (`{"round": n, "until": numbers}`: stop at the end of the next iteration that has reached these numbers),
   `aligned` (all are at the same iteration), `halt`, `busy` (whether any rank saves);
 - `callback_failed` (`{"rank": rank, "why": words}`, the first one);
-- `owners_done` (the ranks whose applications end by themselves have left), `abort`, `quiet` (whether clean);
+- `owners_done` (the ranks whose applications end by themselves have left), `abort` (the moment, by the hub's
+  monotonic clock), `quiet` (whether clean);
 - `departed` (the first rank that left), `lost` (a rank), `back` (a rank that was lost), `all_left` (all but the
   hub).
 """
@@ -38,6 +39,7 @@ from autoteardown.stop.message_types import MOST
 
 Messages = list[tuple[Optional[int], str, Any]]
 
+LEAD = 0.15  # seconds from the decision to abort until all ranks do
 ABSENT = 10.0  # seconds after the first rank by which every rank that can connect has done so
 
 
@@ -229,7 +231,8 @@ class Coordinator:
 
     def _abort(self) -> None:
         if self._present <= self._wedged | self._quiet.keys():
-            self._announce("abort")
+            # A moment, not an order: the hub's own rank hears of it some 20 ms before the others on a busy machine.
+            self._announce("abort", self._now + LEAD)
 
     def _all_quiet(self) -> None:
         # A device whose rank is only out of reach may still touch this one's memory: then the floor decides

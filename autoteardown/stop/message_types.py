@@ -30,6 +30,10 @@ def _number(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**53
 
 
+def _moment(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < 2**53
+
+
 def _words(value: Any) -> bool:
     return isinstance(value, str) and len(value) <= MOST
 
@@ -72,7 +76,7 @@ _SHAPES: dict[str, Callable[[Any], bool]] = {
     "halt": _words,
     "busy": _flag,
     "owners_done": _nothing,
-    "abort": _nothing,
+    "abort": _moment,
     "callback_failed": _callback_failed,
     "quiet": _flag,
     "departed": _number,

@@ -422,7 +422,7 @@ class Stop(Machine):
             return self._abort_over(now, stopped=True)
         if "abort" not in self.received and self._group and not self._timed_out:
             return False
-        self._emit("abort")
+        self._emit("abort", self.received.get("abort"))
         return self._enter("abort", now, self.limits.abort, phase=False)
 
     def _in_abort(self, now: float) -> bool:

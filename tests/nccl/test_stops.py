@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-# Seconds from the end of an abort's kernels until its memory goes, where several ranks abort: the 20 ms that are assumed
-# elsewhere would measure how busy this machine is.
+# Seconds from the end of an abort's kernels until its memory goes, where several ranks abort: the 20 ms that are
+# assumed elsewhere would measure how busy this machine is.
 TOGETHER = 0.3
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from autoteardown.stop.alignment import CONFIRM
-from autoteardown.stop.coordinator import ABSENT, Coordinator
+from autoteardown.stop.coordinator import ABSENT, LEAD, Coordinator
 from autoteardown.stop.message_types import understood
 
 
@@ -242,7 +242,8 @@ def test_wedged_ranks_abort_when_the_last_has_said_so():
     group.agreed(7, 7, 7)
     group(0, "wedged")
     group(1, "quiet", True)
-    assert group(2, "wedged") == ["abort"]
+    ((to, kind, moment),) = group.values(2, "wedged")
+    assert (to, kind, moment) == (None, "abort", group.now + LEAD)  # all at the same moment, soon
     group(0, "quiet", False)
     assert group.values(2, "quiet", False)[-1] == (None, "quiet", False)
 

@@ -389,7 +389,7 @@ def wedged():
     """A rank whose device does not become idle, at 6 s."""
     on = Script(GPU).to("drain")
     assert on(6.0, "tick") == [("stacks", "drain"), "halt", "wedged"]
-    assert on(6.1, "abort") == ["abort"]
+    assert on(6.1, "abort", 77.5) == [("abort", 77.5)]
     return on
 
 
