@@ -1,6 +1,7 @@
 """The libraries are what README.md says, without the agent: what the other tests here take for granted."""
 
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -59,3 +60,22 @@ def test_a_healthy_end(world, devices):
     last = [max(devices.said("destroy begins", rank.pid)) for rank in made.ranks]
     ends = [min(devices.said("destroy ends", rank.pid)) for rank in made.ranks]
     assert max(last) <= min(ends), made.story()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"TORCH_NCCL_USE_COMM_NONBLOCKING": "1"},
+        {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"},
+        {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"},
+    ],
+    ids=["as it is", "non-blocking", "expandable segments", "no watchdog"],
+)
+def test_the_ways_to_use_the_class(job, devices, libraries, settings):
+    """Messages, coalescing, side streams, graphs, new and split groups, gathering and scattering: right numbers."""
+    program = str(Path(__file__).parent / "ways.py")
+    ranks = job.world(program, 2, mode=NONE, fresh=True, **libraries, **devices.settings(), **settings)
+    for rank in ranks:
+        assert rank.wait(240) == 0, f"{rank.story()}\n{devices.story()}"
+        assert len(rank.stdout.split()) == 7
