@@ -28,13 +28,9 @@ def pytest_collection_modifyitems(items):
 
 def pytest_terminal_summary(terminalreporter):
     """The table."""
-    reports = [
-        each
-        for group in terminalreporter.stats.values()
-        for each in group
-        if hasattr(each, "user_properties")
-    ]
-    rows = [value for report in reports for name, value in report.user_properties if name == "job"]
+    reports = [each for group in terminalreporter.stats.values() for each in group]
+    calls = [each for each in reports if getattr(each, "when", None) == "call"]
+    rows = [value for each in calls for name, value in each.user_properties if name == "job"]
     for row in [COLUMNS, ["---"] * len(COLUMNS), *rows] if rows else ():
         terminalreporter.write_line("| " + " | ".join(map(str, row)) + " |")
 

@@ -71,7 +71,7 @@ def main(folder, *arguments):
         build.build(site)
     except build.CannotBuild as reason:
         skip(reason)
-    options = ["-p", "nccl.plugin", "-o", "addopts=-ra", "-m", "nccl or gpu"]
+    options = ["-p", "nccl.plugin", "-o", "addopts=-ra"]
     command = [python, "-m", "pytest", *options, *(arguments or ("tests/gpu", "tests/nccl"))]
     return subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(HERE.parent)}).returncode
 
