@@ -208,7 +208,7 @@ def test_the_example_script(start):
     """The user's own launch command: found by its armed ranks, one evicted, its reports shown; its output is seen."""
     drill = start("--json", "--grace", GRACE, "--after", 2, "--", sys.executable, *TORCHRUN, EXAMPLE)
     assert drill.wait("autoteardown*") == 0, drill.stderr
-    assert "train_ddp.py FAILED" in drill.stderr  # torchrun, of rank 0's 143
+    assert "autoteardown: torchrun: its workers were evicted (exited with 143); exit 1" in drill.stderr
     (found,) = json.loads(drill.stdout)["outcomes"]
     assert found["clean"] and found["backend"] == "gloo"
     assert [rank["exit_code"] for rank in found["ranks"]] == [143, 0]
