@@ -53,9 +53,9 @@ class Outcome(NamedTuple):
         why = f" ({self.why})" if self.why else ""
         stopped = self.steps["stopped_at"] if self.steps else None
         where = f"stopped at step {stopped}, " if stopped else ""
-        code = "with a code of its own" if self.exit_code is None else self.exit_code
-        ended = "the application has ended the process, " if self.ended_by == "application" else ""
-        return f"done: {self.outcome}{why}, {ended}{where}exit {code}"
+        code = "a code of its own" if self.exit_code is None else self.exit_code
+        how = f"{self.outcome}{why}, {where}exit {code}"
+        return f"the application ended the process: {how}" if self.ended_by == "application" else f"done: {how}"
 
     def text(self) -> str:
         """The text of the termination log, for a reader of `kubectl describe pod`."""

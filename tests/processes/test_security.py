@@ -533,7 +533,7 @@ if dist.get_rank() == 0:
     def say():
         for kind, value in json.loads(os.environ["SAYS"]):
             hub._log.add(1, kind, value)
-        hub._tell()
+        hub._broadcast()
     if os.environ["WHEN"] == "before":
         hub._loop.call(say)
     else:
