@@ -386,17 +386,6 @@ def test_the_exit_code_that_fits(machine, variables, code, level, words):
     assert words in only(surrounded(machine("train"), variables, EXIT_CODE=code), "exit code", level)["text"]
 
 
-TORCHRUN_IN_SLURM = {"SLURM_JOB_ID": "1", "SLURM_STEP_ID": "0", "TORCHELASTIC_RUN_ID": "x"}
-
-
-def test_a_signal_that_torchrun_dies_of(machine):
-    """SLURM signals the launcher too; `test_torchrun_dies_of_the_early_signal` shows what comes of it."""
-    report = surrounded(machine("train"), TORCHRUN_IN_SLURM, SIGNALS="SIGTERM,SIGUSR1")
-    found = only(report, "SLURM", "problem")
-    assert found["text"].startswith("SIGUSR1 means eviction, and torchrun has no handler for it")
-    assert found["advice"] == "export AUTOTEARDOWN_SIGNALS=SIGTERM"
-
-
 def test_a_folder_on_a_read_only_file_system(monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result((0,) * 8 + (os.ST_RDONLY, 0)))

@@ -154,28 +154,23 @@ def test_workers_outlive_the_signal(cluster_of, how):
 
 
 @pytest.mark.slurm
-@pytest.mark.xfail(
-    strict=False, reason="torchrun kills its workers 30 s after SIGTERM whatever AUTOTEARDOWN_GRACE says"
-)
 def test_torchrun_waits_as_long_as_the_grace_period(cluster_of):
     cluster = cluster_of(kill_wait=70)
     check_saved(cluster, evicted(cluster, "srun torchrun", "scancel -s TERM", "callback slow", grace=60))
 
 
 @pytest.mark.slurm
-@pytest.mark.xfail(strict=False, reason="torchrun returns 1 whatever AUTOTEARDOWN_EXIT_CODE says")
 def test_torchrun_returns_what_the_settings_say(cluster_of):
     job = evicted(cluster_of(kill_wait=KILL_WAIT), "srun torchrun", "scancel -s TERM", "callback")
     assert job.show("ExitCode") == "143:0", job.story()
 
 
 @pytest.mark.slurm
-@pytest.mark.xfail(strict=False, reason="torchrun dies of SIGUSR1, and its workers are orphans")
 def test_torchrun_passes_usr1_on(cluster_of):
     job = evicted(cluster_of(kill_wait=KILL_WAIT), "srun torchrun", "--signal=USR1@", "callback",
                   AUTOTEARDOWN_SIGNALS="SIGTERM,SIGUSR1")  # fmt: skip
-    assert "138" not in job.show("ExitCode"), job.story()
     check_saved(job.cluster, job)
+    assert job.show("ExitCode") == f"{128 + signal.SIGUSR1}:0", job.story()
 
 
 @pytest.mark.slurm

@@ -18,7 +18,7 @@ def asked(tmp_path):
         tool.chmod(0o755)
         given = {"AUTOTEARDOWN_GRACE": str(grace)}
         environ = {**STEP, "PATH": f"{tmp_path}:/usr/bin:/bin", **given, **environ}
-        return slurm.check(environ, settings.load(given)[0], "SLURM")
+        return slurm.check(environ, settings.load(given)[0])
 
     return ask
 
@@ -66,12 +66,12 @@ def test_where_there_is_no_scontrol(asked):
 def test_a_batch_script_is_not_a_step(asked):
     assert len(asked(answers(30, 0))) == 1
     environ = {name: value for name, value in STEP.items() if name != "SLURM_STEP_ID"}
-    found = slurm.check({**environ, "PATH": ""}, settings.load({})[0], "SLURM")
+    found = slurm.check({**environ, "PATH": ""}, settings.load({})[0])
     assert [each.advice for each in found] == [None, "start the ranks with srun"]
 
 
 def test_outside_of_slurm(asked):
-    assert slurm.check({"PATH": "/usr/bin"}, settings.load({})[0], None) == []
+    assert slurm.check({"PATH": "/usr/bin"}, settings.load({})[0]) == []
 
 
 @pytest.mark.parametrize(("above", "level"), [("slurmstepd", "note"), ("containerd-shim", "warning")])

@@ -12,7 +12,6 @@ import shutil
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
-from signal import SIGINT, SIGTERM
 
 from autoteardown import settings
 from autoteardown.cli.doctor.finding import NOTE, OK, PROBLEM, WARNING, Finding
@@ -22,7 +21,7 @@ _SPARE = 5  # seconds for the way of the signals, and for what comes after the r
 _PATIENCE = 5.0  # for a controller that does not answer
 
 
-def check(environ: Mapping[str, str], found: settings.Settings, launcher: str | None) -> list[Finding]:
+def check(environ: Mapping[str, str], found: settings.Settings) -> list[Finding]:
     """The findings in a job of SLURM; none elsewhere."""
     if "SLURM_JOB_ID" not in environ:
         return []
@@ -30,11 +29,6 @@ def check(environ: Mapping[str, str], found: settings.Settings, launcher: str | 
     if "SLURM_STEP_ID" not in environ:
         text = "the batch script, not a step: --signal and `scancel -s` reach the processes of srun alone"
         findings.append(Finding("SLURM", NOTE, text, "start the ranks with srun"))
-    others = [settings.signal_name(each) for each in found.signals if each not in (SIGTERM, SIGINT)]
-    if launcher == "torchrun" and others:
-        # SLURM signals every process of the step. Of a SIGUSR1 torchrun ends with 138, and its workers are orphans.
-        text = f"{', '.join(others)} means eviction, and torchrun has no handler for it: it dies of it"
-        findings.append(Finding("SLURM", PROBLEM, text, "export AUTOTEARDOWN_SIGNALS=SIGTERM"))
     return findings
 
 

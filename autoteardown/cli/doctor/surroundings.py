@@ -48,7 +48,7 @@ def check(environ: Mapping[str, str], found: settings.Settings, root: Path = Pat
         *_inherited(found, proc),
         *_kubernetes(environ, found),
         *_ray(environ),
-        *slurm.check(environ, found, _launcher(environ, proc)),
+        *slurm.check(environ, found),
         *_exit_code(environ, found, proc),
         *_agents(environ),
     ]
