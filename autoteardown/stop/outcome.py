@@ -55,7 +55,9 @@ class Outcome(NamedTuple):
         where = f"stopped at step {stopped}, " if stopped else ""
         code = "a code of its own" if self.exit_code is None else self.exit_code
         how = f"{self.outcome}{why}, {where}exit {code}"
-        return f"the application ended the process: {how}" if self.ended_by == "application" else f"done: {how}"
+        return (
+            f"the application ended the process: {how}" if self.ended_by == "application" else f"done: {how}"
+        )
 
     def text(self) -> str:
         """The text of the termination log, for a reader of `kubectl describe pod`."""

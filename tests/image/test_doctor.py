@@ -110,7 +110,7 @@ def test_settings_that_are_wrong_misspelt_or_do_not_fit(quick):
     )
     assert "AUTOTEARDOWN_GRACE_PERIOD" in only(report, "settings", "warning")["text"]
     assert "scaled to 50%" in only(report, "settings", "note")["text"]
-    assert report["settings"]["AUTOTEARDOWN_STEP_TIMEOUT"] == {"given": None, "effective": 4.0}
+    assert report["settings"]["AUTOTEARDOWN_STEP_TIMEOUT"] == {"given": None, "effective": 6.5}
     assert report["settings"]["AUTOTEARDOWN_SIGNALS"] == {
         "given": "USR1,TERM",
         "effective": "SIGUSR1,SIGTERM",

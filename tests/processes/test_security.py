@@ -119,6 +119,9 @@ INIT = (
 )
 
 
+ELASTIC = ("PContext.start", "PContext.wait", "PContext.close", "_terminate_process_handler")
+
+
 @pytest.mark.parametrize("armed", [False, True])
 def test_what_is_patched_is_what_the_page_says(armed, tmp_path):
     program = LOOK.replace("import autoteardown\n", f"import autoteardown\n{INIT if armed else ''}\n")
@@ -127,6 +130,9 @@ def test_what_is_patched_is_what_the_page_says(armed, tmp_path):
     assert run.stderr == ""
     assert set(run.stdout.split()) == {
         *(["_thread.interrupt_main"] if armed else []),
+        *(f"torch.distributed.elastic.multiprocessing.api.{name}" for name in ELASTIC),
+        "torch.distributed.elastic.multiprocessing.errors.ChildFailedError.__init__",
+        "torch.distributed.elastic.agent.server.api.SimpleElasticAgent._restart_workers",
         "signal.signal",
         "signal.getsignal",
         "_signal.set_wakeup_fd",

@@ -133,7 +133,7 @@ def test_one_worker_under_torchrun(job):
     os.kill(workers(launcher, 3)[1], SIGTERM)
     launcher.wait(30)
     assert len(set(checkpoints(job, 3).values())) == 1, launcher.story()
-    assert "exitcode  : 42" in launcher.stderr, launcher.story()
+    assert "exited with 42" in launcher.stderr, launcher.story()
 
 
 def test_once_more_while_it_saves(job):
@@ -331,7 +331,7 @@ def test_a_delivery_on_top_of_the_signal_s_own_handler(job):
     (rank,) = job.world(
         """
         import _thread, signal, sys, time
-        from autoteardown.rank import main_thread
+        from autoteardown.rank.eviction_owner import EvictionOwner
         import torch.distributed as dist
 
         def owner(self, signum):
@@ -339,7 +339,7 @@ def test_a_delivery_on_top_of_the_signal_s_own_handler(job):
                 time.sleep(0.5)
             return real(self, signum)
 
-        real, main_thread.MainThread.owner = main_thread.MainThread.owner, owner
+        real, EvictionOwner.application_owns = EvictionOwner.application_owns, owner
         main = _thread.get_native_id()
         calls = []
         signal.signal(signal.SIGTERM, lambda *_: calls.append(1))
@@ -436,7 +436,7 @@ def test_at_random_moments_under_torchrun(job, seed):
     assert launcher.wait(30) == 1, launcher.story()
     assert len(set(checkpoints(job, 4).values())) == 1, launcher.story()
     # Signalled itself, it does not tell.
-    assert victim == launcher.pid or "exitcode  : 42" in launcher.stderr, launcher.story()
+    assert victim == launcher.pid or "exited with 42" in launcher.stderr, launcher.story()
     assert "SIGKILL" not in launcher.stderr, launcher.story()
     assert " done: " not in launcher.stderr, "the agent has nothing to tell"
     wait_until(lambda: not job.survivors(), "the end of the workers", 10)

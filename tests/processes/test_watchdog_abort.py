@@ -8,7 +8,7 @@ from harness import NONE
 PROGRAM = """
 import ctypes, os, sys, threading, time
 from autoteardown.process_groups import watchdog_abort
-from autoteardown.stop.posix_timer import Fuse
+from autoteardown.stop.posix_timer import HardDeadlineTimer
 
 signal_handler = __import__("signal").signal
 signal_handler(__import__("signal").SIGUSR1, lambda *_: None)
@@ -16,14 +16,14 @@ if {held}:
     assert watchdog_abort.hold_off()
 abort = ctypes.CDLL(None).abort if {c} else os.abort  # without the GIL, or with it
 if not {c}:
-    Fuse().light(1, 7)
+    HardDeadlineTimer().arm(1, 7)
 threading.Thread(target=abort, daemon=True).start()
 time.sleep(0.3)
 for _ in range(5):
     os.kill(os.getpid(), __import__("signal").SIGUSR1)
     time.sleep(0.05)
 if {main}:
-    Fuse().light(0.3, 7)
+    HardDeadlineTimer().arm(0.3, 7)
     abort()
 os._exit(7)
 """
