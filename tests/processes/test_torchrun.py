@@ -359,4 +359,4 @@ def test_as_a_library(job):
     launcher.signal()
     assert launcher.wait() == 5, launcher.story()
     assert "caught SIGTERM" in launcher.stdout
-    assert saved(job)
+    assert saved(job), launcher.story()

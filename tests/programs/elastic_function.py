@@ -9,6 +9,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 
 def train():
+    import torch
     import torch.distributed as dist
 
     import autoteardown
@@ -16,11 +17,14 @@ def train():
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     autoteardown.on_teardown(lambda: Path(f"saved-{rank}").write_text("0"))
+    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     dist.barrier()
     print(f"attempt 0 rank {rank} pid 0", flush=True)
     while True:
-        dist.barrier()
-        time.sleep(0.01)
+        model(torch.randn(2, 4)).square().mean().backward()
+        optimizer.step()
+        time.sleep(0.005)
 
 
 if __name__ == "__main__":
