@@ -33,8 +33,17 @@ def watch() -> None:
 
 
 def failed() -> bool:
-    """Whether an uncaught exception ends the program."""
-    return getattr(sys, "last_type", None) is not None
+    """Whether an uncaught exception ends the program, and not one that came up while it exited with SystemExit."""
+    error: Any = getattr(sys, "last_value", None)
+    if error is None:
+        return False
+    for _ in range(_FRAMES):
+        if error is None:
+            break
+        if isinstance(error, SystemExit):
+            return False
+        error = error.__context__
+    return True
 
 
 def status() -> Optional[int]:
