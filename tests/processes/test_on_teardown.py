@@ -55,7 +55,7 @@ def test_a_callback_that_fails(job):
     """It is said, the stop goes on, and it is not called clean."""
     ranks = started(job, "fails")
     _, reports = evicted(ranks, "partial")
-    assert {report["why"].partition(": ")[0] for report in reports} == {"on_teardown callback failed"}
+    assert all(": on_teardown callback failed: " in report["why"] for report in reports)
     assert "No space left" in str(ranks[0].said)
 
 
@@ -63,7 +63,7 @@ def test_a_callback_that_hangs(job):
     """It has what the grace period leaves, and no more."""
     ranks = started(job, "hangs", AUTOTEARDOWN_GRACE=10)
     _, reports = evicted(ranks, "partial", grace=10)
-    assert {report["why"] for report in reports} == {"an on_teardown callback did not return in time"}
+    assert all("an on_teardown callback did not return in time" in report["why"] for report in reports)
 
 
 @pytest.mark.parametrize("name", ["__main__:save", "on_teardown_plugin:save"])
