@@ -17,6 +17,8 @@ __all__ = ["SWITCH", "VARIABLES", "Settings", "known", "load", "signal_name", "s
 
 _PREFIX = "AUTOTEARDOWN_"
 # The part of the time that drain, abort and exit get at most under AUTOTEARDOWN_STEP_TIMEOUT=auto.
+SAME_EVICTION = 2.0
+"""Seconds after the first eviction signal in which another one is a repetition: platforms repeat themselves."""
 _AUTO_SHARE = 11 / 24
 _SAVING = 6.0  # seconds that `AUTOTEARDOWN_YIELD=auto` reserves for the agent's own work
 _TIMEOUTS = ("STEP", "DRAIN", "DESTROY", "ABORT", "EXIT")
@@ -45,6 +47,7 @@ class Settings:
         "on_teardown",
         "peer_exit_code",
         "peers",
+        "refused",
         "report_dir",
         "runtime_dir",
         "scaled",
@@ -82,6 +85,7 @@ class Settings:
     termination_log: str | None
     runtime_dir: str
     scaled: float  # the factor that the time-outs were multiplied by to fit; 1.0: unchanged
+    refused: set[str]  # the variables whose value is invalid
     sources: dict[
         str, tuple[str | None, object]
     ]  # by variable: its value in the environment, the effective value
@@ -93,9 +97,9 @@ class Settings:
         return 128 + signum if self.exit_code is None else self.exit_code
 
     def exit_code_is_set(self, signum: int | None) -> bool:
-        """Whether the environment says what that code is: then it also replaces a program's own 0."""
-        variable = "PEER_EXIT_CODE" if signum is None else "EXIT_CODE"
-        return bool((self.sources[_PREFIX + variable][0] or "").strip())
+        """Whether the environment gives that code, and a valid one: then it also replaces another program's code."""
+        variable = _PREFIX + ("PEER_EXIT_CODE" if signum is None else "EXIT_CODE")
+        return bool((self.sources[variable][0] or "").strip()) and variable not in self.refused
 
     def yield_within(self, hard: float) -> float:
         """`yield_seconds`, shortened if the process has to exit in `hard` seconds and that is less than usual."""
@@ -105,7 +109,7 @@ class Settings:
 def load(environ: Mapping[str, str]) -> tuple[Settings, list[str]]:
     """The effective settings, and one line for each invalid value, which was replaced by its default."""
     found = Settings()
-    found.sources = {}
+    found.sources, found.refused = {}, set()
     problems: list[str] = []
     for name, (default, read, allowed, _) in variables.TABLE.items():
         variable = _PREFIX + name
@@ -115,6 +119,7 @@ def load(environ: Mapping[str, str]) -> tuple[Settings, list[str]]:
         try:
             value = read(raw.strip() if given and raw is not None else default)
         except ValueError:
+            found.refused.add(variable)
             problems.append(f"{variable}={raw!r} is not {allowed}: using the default, {default}")
             value = read(default)
         setattr(found, _ATTRIBUTES.get(name, name.lower()), value)

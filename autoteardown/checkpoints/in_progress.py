@@ -84,7 +84,7 @@ class SavesInProgress:
 
     @property
     def continues(self) -> bool:
-        """Whether a save continues in the background, on a thread that nobody knows."""
+        """Whether a save continues in the background, on a thread that is not known."""
         return self._background > 0
 
     def _background_over(self, future: Any) -> None:

@@ -23,11 +23,11 @@ from typing import Any, Callable, Optional
 from autoteardown.fail_open import fail_open
 from autoteardown.launchers.evidence import Evidence
 from autoteardown.launchers.outcome import Outcome, leave_with
+from autoteardown.settings import SAME_EVICTION
 from autoteardown.unpatched import monotonic, on_main_thread
 
 TORCHS_OWN = 30
 """Seconds between the signal and SIGKILL, in every version of torch."""
-_SAME_EVICTION = 2.0  # seconds
 
 
 class RealTimeSignal(int):
@@ -61,7 +61,7 @@ class Launcher:
             self.pending = self.pending or signum
             return
         now = monotonic()
-        if self.signalled is not None and now - self.signalled < _SAME_EVICTION:
+        if self.signalled is not None and now - self.signalled < SAME_EVICTION:
             return
         if self.context is not None:
             self._pass_on(signum)

@@ -32,8 +32,7 @@ class Outcome:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.settings, refused = settings.load(os.environ)
-        self._refused = {line.partition("=")[0] for line in refused}
+        self.settings, _ = settings.load(os.environ)
 
     def of_signal(
         self, signum: int, workers: Mapping[int, int | None], own: int = _OWN, returns: int | None = None
@@ -47,7 +46,7 @@ class Outcome:
             returns: what a worker returns after a signal, beside what ranks return.
         """
         found = self.settings
-        code = found.exit_code_for(signum) if self._given("AUTOTEARDOWN_EXIT_CODE") else own
+        code = found.exit_code_for(signum) if found.exit_code_is_set(signum) else own
         usual = {0, returns, found.exit_code_for(signum), found.peer_exit_code, 128 + signum, -signum}
         others = [f"{rank} {_ended(each)}" for rank, each in sorted(workers.items()) if each not in usual]
         if others and code == 0:
@@ -66,15 +65,11 @@ class Outcome:
         """
         found, code = self.settings, _OWN
         evicted = found.exit_code_for(found.signals[0])
-        if evicted in codes and self._given("AUTOTEARDOWN_EXIT_CODE"):
+        if evicted in codes and found.exit_code_is_set(found.signals[0]):
             code = evicted
-        elif found.peer_exit_code in codes and self._given("AUTOTEARDOWN_PEER_EXIT_CODE"):
+        elif found.peer_exit_code in codes and found.exit_code_is_set(None):
             code = found.peer_exit_code
         return code, f"its workers were evicted ({', '.join(map(_ended, codes))}); exit {code}"
-
-    def _given(self, variable: str) -> bool:
-        raw = self.settings.sources[variable][0]
-        return bool(raw and raw.strip()) and variable not in self._refused
 
     def say(self, text: str) -> None:
         """One line on stderr, dropped rather than waited for."""

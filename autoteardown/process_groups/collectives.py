@@ -47,7 +47,7 @@ def sequence_numbers(comparable: bool = False) -> dict[str, int]:
 
 
 def launch_counters(comparable: bool = False) -> dict[str, Callable[[], int]]:
-    """Functions that return the numbers of `sequence_numbers`; each costs 0.2 us, and raises when its group is gone."""
+    """Functions that return the numbers of `sequence_numbers`; each costs 0.2 us, and may raise after a destroy."""
     c10d = sys.modules["torch.distributed.distributed_c10d"]
     found: dict[str, Callable[[], int]] = {}
     for group, name in list(dict(c10d._world.pg_names).items()):

@@ -16,10 +16,9 @@ from __future__ import annotations
 from types import FrameType
 from typing import Optional
 
+from autoteardown.settings import SAME_EVICTION
 from autoteardown.unpatched import monotonic, sleep
 
-SAME_EVICTION = 2.0
-"""Seconds after the first signal in which another is a repetition."""
 _LOOP_THREAD = 0.05  # seconds for the loop thread, which needs nothing but the GIL, to read what has arrived
 _SENDS_SIGNALS = frozenset({"raise_signal", "kill", "killpg", "pthread_kill"})
 

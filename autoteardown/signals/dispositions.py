@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import ctypes
 import signal
-from typing import Callable, Optional
+from typing import Callable
 
 from autoteardown import spare_threads
 from autoteardown.fail_open import fail_open, report_failure
+from autoteardown.loaded_symbols import locate
 
 DEFAULT, IGNORE = 0, 1  # SIG_DFL and SIG_IGN; any other value is the address of a handler
 _LARGEST = 512  # bytes; struct sigaction has 152 on Linux, and 16 on macOS
@@ -85,8 +86,8 @@ def _do_errands(_: object) -> int:
 _run_errands = _Pending(_do_errands)  # kept alive: C has its address
 
 
-def run_saved(signum: int, disposition: bytes, ours: int) -> None:
-    """Run a saved handler on a new thread; then put the handler `ours` back.
+def run_saved(signum: int, disposition: bytes, interpreters: int) -> None:
+    """Run a saved handler on a new thread; then put the interpreter's handler back.
 
     faulthandler's may chain: it puts back what it has replaced, which may be the default action, and raises the signal
     again. While the process is armed, that is the agent's to decide. So faulthandler's is called as a function, on a
@@ -102,41 +103,23 @@ def run_saved(signum: int, disposition: bytes, ours: int) -> None:
             if _is_pythons(handler):
                 # It reads the frames of all threads and crashes if they run on meanwhile, so it is called with the GIL
                 # held. If it then blocks, the POSIX timer ends the process.
-                set_handler(signum, ours)
+                set_handler(signum, interpreters)
                 signal.pthread_sigmask(signal.SIG_BLOCK, (signum,))
                 _Handler(handler)(signum)
             else:
                 _raise(signum)  # for this thread: the handler has run when the call returns
         finally:
-            set_handler(signum, ours)
+            set_handler(signum, interpreters)
 
     spare_threads.start(fail_open(run))
 
 
 def _is_pythons(handler: int) -> bool:
     """Whether a handler is part of the interpreter, as faulthandler's is."""
-    base = _loaded_at(handler)
-    return base is not None and base == _loaded_at(ctypes.cast(_setsig, ctypes.c_void_p).value)
+    found = locate(handler)
+    interpreter = locate(ctypes.cast(_setsig, ctypes.c_void_p).value)
+    return found is not None and interpreter is not None and found.library == interpreter.library
 
 
-def _loaded_at(address: Optional[int]) -> Optional[int]:
-    """The address at which the library or program that contains this address was loaded."""
-    found = _Symbol()
-    if _dladdr is None or not _dladdr(ctypes.c_void_p(address), ctypes.byref(found)):
-        return None
-    base: Optional[int] = found.base
-    return base
-
-
-class _Symbol(ctypes.Structure):  # struct Dl_info
-    _fields_ = [
-        ("file", ctypes.c_char_p),
-        ("base", ctypes.c_void_p),
-        ("name", ctypes.c_char_p),
-        ("address", ctypes.c_void_p),
-    ]
-
-
-_dladdr = getattr(ctypes.CDLL(None), "dladdr", None)
 _raise = ctypes.CDLL(None)["raise"]
 _Handler = ctypes.PYFUNCTYPE(None, ctypes.c_int)  # called with the GIL held

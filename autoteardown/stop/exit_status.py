@@ -13,6 +13,8 @@ import functools
 import sys
 from typing import Any, Optional
 
+from autoteardown.loaded_symbols import locate
+
 _FRAMES = 64  # of the C stack
 _recorded: Optional[int] = None
 
@@ -70,24 +72,11 @@ def _code_of(status: Any) -> int:
 
 def _in_py_exit() -> Optional[bool]:
     """Whether `Py_Exit` is on the C stack of this thread; None where that cannot be seen (musl)."""
-    try:
-        library = ctypes.CDLL(None)
-        frames = (ctypes.c_void_p * _FRAMES)()
-        count = library.backtrace(frames, _FRAMES)
-        wanted = ctypes.cast(ctypes.pythonapi.Py_Exit, ctypes.c_void_p).value
-        symbol = _Symbol()
-        for address in frames[:count]:
-            if library.dladdr(ctypes.c_void_p(address), ctypes.byref(symbol)) and symbol.address == wanted:
-                return True
-        return False
-    except (AttributeError, OSError):
+    backtrace = getattr(ctypes.CDLL(None), "backtrace", None)
+    if backtrace is None:
         return None
-
-
-class _Symbol(ctypes.Structure):  # struct Dl_info
-    _fields_ = [
-        ("file", ctypes.c_char_p),
-        ("base", ctypes.c_void_p),
-        ("name", ctypes.c_char_p),
-        ("address", ctypes.c_void_p),
-    ]
+    frames = (ctypes.c_void_p * _FRAMES)()
+    count = backtrace(frames, _FRAMES)
+    wanted = ctypes.cast(ctypes.pythonapi.Py_Exit, ctypes.c_void_p).value
+    located = [locate(address) for address in frames[:count]]
+    return any(each is not None and each.function == wanted for each in located)

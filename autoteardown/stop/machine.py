@@ -117,7 +117,12 @@ class Machine:
             self._emit_once(do, value)
 
     def _fault(self, why: str) -> None:
-        self.why = self.why or why
+        if not self.lost_callback:  # what comes after that follows from it
+            self.why = self.why or why
+
+    def _callback_skipped(self) -> None:
+        if self.facts.callbacks:
+            self._callback_failed("the on_teardown callback was skipped")
 
     def _callback_failed(self, why: str) -> None:
         """Every rank has to know: what the others have saved is a part of a checkpoint."""

@@ -283,8 +283,6 @@ class Stop(Machine):
         if not (self._timed_out or (self.received.get("stalled") and not saving and now >= self._settled)):
             return False
         self.blocked = True
-        if self.facts.callbacks and self.facts.joined:
-            self._callback_failed("the on_teardown callback was skipped")
         if not self.facts.joined:
             self._end("timeout", now, "blocked in init_process_group")
             self._fault("blocked in init_process_group")
@@ -292,6 +290,7 @@ class Stop(Machine):
         self._end(
             "timeout", now, "a save is still going on" if saving else "the training thread is blocked in C"
         )
+        self._callback_skipped()
         if not self.facts.accelerator:
             return self._enter_wedged(now)
         # Blocked is not busy: to abort an idle rank frees what a peer's kernel may still poll (ai2cm/ace#1438).
@@ -402,8 +401,7 @@ class Stop(Machine):
     def _enter_wedged(self, now: float) -> bool:
         self.wedged = True
         self._fault(self.phases[-1].detail)
-        if self.facts.callbacks:
-            self._callback_failed("the on_teardown callback was skipped")
+        self._callback_skipped()
         if "halt" not in self.received:
             self._post("halt")
         if not self.facts.can_abort:

@@ -76,7 +76,6 @@ def test_a_device_that_cannot_be_waited_for(ranks_on, devices):
         assert "simulated" in (report.get("why") or ""), rank.story()
 
 
-@pytest.mark.xfail(reason="open: what its report says since ranks are released by one decision", strict=False)
 def test_in_the_capture_of_a_graph(ranks_on, devices):
     """To synchronise raises: a healthy rank does not abort for it."""
     world = ranks_on("capture")

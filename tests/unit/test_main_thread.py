@@ -11,7 +11,8 @@ import pytest
 from autoteardown.rank import repeated_signals
 from autoteardown.rank.eviction_owner import EvictionOwner
 from autoteardown.rank.main_thread import MainThread
-from autoteardown.rank.repeated_signals import SAME_EVICTION, RepeatedSignals
+from autoteardown.rank.repeated_signals import RepeatedSignals
+from autoteardown.settings import SAME_EVICTION
 from autoteardown.training import gate
 
 SIGNUM = signal.SIGTERM
