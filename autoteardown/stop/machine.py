@@ -59,7 +59,7 @@ class Machine:
         if self.outcome == "clean":
             return ""
         if self.lost_callback:
-            return self.lost_callback + (f"; {self.why}" if self.why else "")
+            return self.lost_callback + ("" if self.why in self.lost_callback else f"; {self.why}")
         return self.why or ("a phase timed out" if not self.forced else "the hard deadline")
 
     @property
@@ -117,8 +117,7 @@ class Machine:
             self._emit_once(do, value)
 
     def _fault(self, why: str) -> None:
-        if not self.lost_callback:  # what comes after that follows from it
-            self.why = self.why or why
+        self.why = self.why or why
 
     def _callback_skipped(self) -> None:
         if self.facts.callbacks:
@@ -126,6 +125,7 @@ class Machine:
 
     def _callback_failed(self, why: str) -> None:
         """Every rank has to know: what the others have saved is a part of a checkpoint."""
+        self._fault(why)  # first: what comes after it may follow from it
         self._post("callback_failed", why)
         if not self.facts.channel:
             self.lost_callback = self.lost_callback or why
