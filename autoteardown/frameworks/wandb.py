@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 
 from autoteardown.fail_open import fail_open
-from autoteardown.unpatched import start_new_thread
+from autoteardown.spare_threads import start
 
 
 @fail_open
@@ -19,4 +19,4 @@ def mark_preempting() -> None:
     """Mark the active run of this process, if there is one. Returns at once."""
     run = getattr(sys.modules.get("wandb"), "run", None)
     if run is not None:
-        start_new_thread(fail_open(run.mark_preempting), ())
+        start(fail_open(run.mark_preempting))
