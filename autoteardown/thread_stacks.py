@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from types import CodeType, FrameType
+from types import CodeType, FrameType, TracebackType
 from typing import Any, Optional
 
 from autoteardown import unpatched
@@ -102,6 +102,13 @@ def place(ident: Optional[int]) -> str:
             return "peers"
         frame = frame.f_back
     return ""
+
+
+def is_in_collective(traceback: Optional[TracebackType]) -> bool:
+    """Whether an exception comes out of a collective, as where a peer has exited."""
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    return traceback is not None and any(part in traceback.tb_frame.f_code.co_filename for part in _PEERS)
 
 
 _FINALIZERS = frozenset(

@@ -39,6 +39,8 @@ _WITH_VALUE = ("--logging-level", "--logging-format")  # options of `ray` itself
 _RAY_TIMEOUT = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
 _RAY_DEFAULT = 30.0
 _POD_GRACE = "TERMINATION_GRACE_PERIOD_SECONDS"
+# Seconds for the agreed iteration, where AUTOTEARDOWN_STEP_TIMEOUT is auto: all other time is Ray's own.
+_ITERATION = 8.0
 _MARGIN = 2.0  # seconds that a teardown may need besides the time for an iteration
 # Seconds between the deadline that Ray announces and the drain. Ray Train checks every 2 s, and treats a worker that
 # ends before that deadline as failed. At the deadline it stops its workers itself, and its retry costs nothing.
@@ -194,7 +196,7 @@ def times(found: Settings, environ: Any) -> tuple[float, float]:
     pod = _seconds(environ.get(_POD_GRACE), found.grace)
     total = min(found.grace, pod) if pod > 0 else found.grace
     until_kill = min(total, max(0.0, _seconds(environ.get(_RAY_TIMEOUT), _RAY_DEFAULT)))
-    need = found.step_timeout + _MARGIN
+    need = (min(found.step_timeout, _ITERATION) if found.step_auto else found.step_timeout) + _MARGIN
     return total, max(0.0, until_kill - need)
 
 

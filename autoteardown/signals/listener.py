@@ -141,17 +141,18 @@ class Listener:
     def _hear(self, data: bytes) -> None:
         """On the loop thread: deal with the signal numbers that were read from the wake-up fd."""
         application, ownership = self._application, self.ownership
-        signums = bytes(byte for byte in data if not byte & OWN and byte != ownership.interrupt.number)
-        deferred = set()
-        for byte in dict.fromkeys(data) if self.armed else ():
-            signum = byte & ~OWN
-            if signum not in application.signals:
-                continue
-            if self._on_signal(signum, not byte & OWN):
-                deferred.add(signum)
-            elif application.application_owns(signum):
-                ownership.chain(signum)
-        ownership.forward(bytes(signum for signum in signums if signum not in deferred), application.warn)
+        forwarded = bytearray()
+        for byte in data:
+            signum, arrived = byte & ~OWN, not byte & OWN
+            held_back = False
+            if self.armed and signum in application.signals:
+                held_back = bool(self._on_signal(signum, arrived))
+                if not held_back and application.application_owns(signum):
+                    ownership.chain(signum)
+            # A byte of the trampoline's is about a signal whose own byte, if there was one, has been forwarded.
+            if arrived and not held_back and signum != ownership.interrupt.number:
+                forwarded.append(signum)
+        ownership.forward(bytes(forwarded), application.warn)
 
     def _deaf(self, error: Exception) -> None:
         """On the loop thread: it cannot go on. Give the wake-up fd back, which event loops wait for."""

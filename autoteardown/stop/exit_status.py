@@ -14,6 +14,7 @@ import sys
 from typing import Any, Optional
 
 from autoteardown.loaded_symbols import locate
+from autoteardown.thread_stacks import is_in_collective
 
 _FRAMES = 64  # of the C stack
 _recorded: Optional[int] = None
@@ -35,9 +36,12 @@ def watch() -> None:
 
 
 def failed() -> bool:
-    """Whether an uncaught exception ends the program, and not one that came up while it exited with SystemExit."""
+    """Whether an uncaught exception of the program's own ends it.
+
+    Not its own are those that came up while it exited with SystemExit, and those of a collective whose peer has exited.
+    """
     error: Any = getattr(sys, "last_value", None)
-    if error is None:
+    if error is None or is_in_collective(error.__traceback__):
         return False
     for _ in range(_FRAMES):
         if error is None:
@@ -50,7 +54,7 @@ def failed() -> bool:
 
 def status() -> Optional[int]:
     """The exit code of the process, from its last atexit callback; None if it is not certain."""
-    if failed():
+    if getattr(sys, "last_value", None) is not None:
         return 1
     process = sys.modules.get("multiprocessing.process")
     if process is not None and process.parent_process() is not None:

@@ -20,7 +20,7 @@ from autoteardown.launchers import ray_start as ray_node
 # Has its handler put in as Ray does it: in Python, late, on the main thread. Its Node is where Ray has it.
 NODE = """
     import os, signal, subprocess, sys, time, types
-    from autoteardown.node import ray_start as ray_node
+    from autoteardown.launchers import ray_start as ray_node
 
     runtime = os.environ["AUTOTEARDOWN_RUNTIME_DIR"]
     os.makedirs(runtime, 0o700, exist_ok=True)

@@ -49,6 +49,7 @@ NEVER = {
     "rank.torch_hooks:_wrap_save.save",
     "rank.torch_hooks:_wrap_worker_handlers._set_worker_signal_handlers",
     "signals.fork:ForkHooks._unmask",
+    "spare_threads:_Spare._run",
     "signals.interception:_failed",
     "stop.driver:end",
 }

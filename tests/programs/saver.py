@@ -19,7 +19,7 @@ places      as poll, asked at two places of each iteration
 off-main    as poll, on a thread
 no-step     as poll, without an optimizer
 deaf-poll   asks, and does not mind the answer
-slow-save   as flag; the save takes 2 s
+slow-save   as flag; the save takes 4 s
 collective  as flag; every rank contributes to what rank 0 saves
 allreduced  what people write by hand without the agent: the flag is all-reduced in each step
 none        none of all this
@@ -58,7 +58,7 @@ def save():
         dist.all_reduce(total)
     if style == "slow-save":
         print("saving", flush=True)
-        time.sleep(2)
+        time.sleep(4)
     Path("saved").mkdir(exist_ok=True)
     rank = dist.get_rank()
     torch.save({"step": done, "weight": total}, f"saved/{rank}.pt")
