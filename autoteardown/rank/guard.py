@@ -240,7 +240,8 @@ class Guard(RankState):
     def _ignore_signals(self) -> None:
         """A launcher signals the other ranks when one has exited: the interpreter's shutdown must not die of that."""
         set_handler = self.interceptor.originals[0]
-        for signum in self.settings.signals:
+        interrupt = self.listener.ownership.interrupt.number  # the driver may still send it
+        for signum in (*self.settings.signals, *([interrupt] if interrupt else [])):
             try:
                 set_handler(signum, signal.SIG_IGN)
             except ValueError:  # not on the main thread

@@ -59,8 +59,12 @@ class MainThreadInterrupt:
 
     def connect(self, connected: bool) -> None:
         """Set the kernel's disposition of the signal: the interpreter's handler, or the default. Any thread."""
+        # The flag is true only while the handler is in force: another thread may send the signal at any moment.
+        if not connected:
+            self._connected = False
+        if self.number:
+            dispositions.set_handler(self.number, self.python if connected else dispositions.DEFAULT)
         self._connected = connected
-        self._connect()
 
     def _connect(self) -> None:
         if self.number:

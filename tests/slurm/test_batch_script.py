@@ -44,7 +44,7 @@ def test_it_saves_and_goes_on_there(cluster_of, event):
     if event == "--signal=TERM@":  # once is enough: SLURM lets it wait for two minutes
         (step,) = set(saved(cluster).values())
         cluster.command("scontrol", "update", f"jobid={job}", "StartTime=now", "TimeLimit=5")
-        wait_until(lambda: job.output.count(f"begins at {step}\n") == 2, "the second run", 240)
+        wait_until(lambda: job.output.count(f"begins at {step}\n") == 2, "the second run")
         trains(job)
         assert job.show("Restarts") == "1"
         # A user's own scancel is the end.
