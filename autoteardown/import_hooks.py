@@ -38,13 +38,20 @@ def install() -> None:
 def _hook_signal(module: "ModuleType") -> None:
     from autoteardown.signals import interception
 
-    interception.install(module)
+    interceptor = interception.install(module)
     # This runs in most processes of the image, so the import below is made only if `ray` is in the command line.
     words = getattr(sys, "orig_argv", None)  # 3.10 and later
     if words is None or any(word.rpartition("/")[2] in ("ray", "ray.scripts.scripts") for word in words):
         from autoteardown.launchers import ray_start
 
         ray_start.serve(module)
+    # So that the import below is made only in the processes that `multiprocessing` has started.
+    if "--multiprocessing-fork" in sys.argv or any(
+        "multiprocessing.forkserver" in word for word in words or ()
+    ):
+        from autoteardown.children import child_signals
+
+        child_signals.attach_spawned(interceptor)
 
 
 def _hook_torch(module: "ModuleType") -> None:

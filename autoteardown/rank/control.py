@@ -6,6 +6,8 @@ from typing import Any, Callable, Optional
 
 from autoteardown import thread_stacks
 from autoteardown.checkpoints import callbacks
+from autoteardown.children import termination
+from autoteardown.fail_open import fail_open
 from autoteardown.frameworks import ray
 from autoteardown.process_groups import operations, watchdog_abort
 from autoteardown.rank.main_thread import MainThread
@@ -95,6 +97,10 @@ class LocalRankControl:
         if not operations.accelerators():
             return {}
         return self._gate.launches.regular(operations.comparable_numbers(), stopped)
+
+    def end_children(self, seconds: float) -> None:
+        """See `stop.control.RankControl`."""
+        fail_open(termination.end_children)(seconds)
 
     def flush(self, seconds: float) -> None:
         """See `stop.control.RankControl`."""

@@ -188,17 +188,12 @@ def _patch_workers(module: ModuleType) -> None:
 def _wrap_worker_handlers(real: Callable[..., Any]) -> Callable[..., Any]:
     def _set_worker_signal_handlers(*args: Any, **kwargs: Any) -> Any:
         result = real(*args, **kwargs)
-        _in_worker()
+        child_signals = sys.modules.get("autoteardown.children.child_signals")
+        if child_signals is not None:  # this process is a child of an armed rank
+            child_signals.become_worker()
         return result
 
     return _set_worker_signal_handlers
-
-
-@fail_open
-def _in_worker() -> None:
-    from autoteardown.rank import dataloader_workers
-
-    dataloader_workers.stand_apart()
 
 
 # -- what the wrapped init and destroy do -----------------------------------------------------------------------------

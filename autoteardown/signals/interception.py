@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     Handler = Any
     Listener = Any  # signals.listener.Listener: loaded only where torch is imported
+    ChildSignals = Any  # children.child_signals.ChildSignals: loaded only in a child of a rank
 
 # Handlers that only raise SystemExit: the application has no work to do in them.
 # Ray sets this one in workers (`Worker.main_loop`) and drivers (`ray.init`). In a driver it also stands for abseil's
@@ -75,6 +76,8 @@ class SignalInterceptor:
         """The application's `warn_on_full_buffer`."""
         self.report_failure = _failed
         self._listener: Listener | None = None  # None until torch is imported
+        self.child: ChildSignals | None = None
+        """What deals with the signals in a child of an armed rank."""
 
     @property
     def armed(self) -> bool:
@@ -97,6 +100,20 @@ class SignalInterceptor:
 
     def set_handler(self, signalnum: "Any", handler: "Handler") -> "Handler":
         """Do what `signal.signal` does, and raise what it raises."""
+        if self.child is None or self.armed or signalnum not in self.signals:
+            return self._set_handler(signalnum, handler)
+        old = self.seen(signalnum, self._set_handler(signalnum, handler))
+        self.child.handler_set(int(signalnum))
+        return old
+
+    def take_in_child(self, signum: int) -> None:
+        """In a child of a rank, on the main thread: have `child` deal with this signal."""
+        handler = self._getsignal(signum)
+        if handler is not self._trampoline:
+            self._handlers[signum] = handler
+        self._signal(signum, self._trampoline)
+
+    def _set_handler(self, signalnum: "Any", handler: "Handler") -> "Handler":
         if self._listener is None and signalnum in self.signals and _is_exit_only(handler):
             # In a Ray worker the main thread goes into C++ from here, where it runs handlers but no bytecode. An async
             # actor imports torch on another thread, and what only the main thread can do would never be done.
@@ -175,6 +192,8 @@ class SignalInterceptor:
         except Exception as error:
             _failed("signal handler", error)
             return None  # the loop thread has read the signal from the wake-up fd, and ends the process
+        if self.child is not None and not self.armed and self.child.handles(signum):
+            return self.child.on_signal(signum)
         handler = self._handlers.get(signum, self._default)
         if callable(handler):
             return handler(signum, frame)

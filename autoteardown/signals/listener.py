@@ -52,6 +52,7 @@ class Listener:
         self._on_signal: Callable[[int, bool], object] = lambda signum, arrived: None
         self.on_main_thread: Callable[[int, Optional[FrameType]], bool] = lambda signum, frame: False
         """Called by the trampoline: see `arm`."""
+        self._in_child: Callable[[], object] = lambda: None
 
     @property
     def loop(self) -> Optional[Loop]:
@@ -79,6 +80,7 @@ class Listener:
         on_signal: Callable[[int, bool], object],
         on_main_thread: Callable[[int, Optional[FrameType]], bool],
         on_quiet: Callable[[], object],
+        in_child: Callable[[], object],
     ) -> None:
         """Listen from now on. May be called on any thread.
 
@@ -89,11 +91,12 @@ class Listener:
             on_main_thread: called on the main thread, between two bytecodes, with the number and the frame that is
                 interrupted; returns whether the agent deals with the signal.
             on_quiet: called on the loop thread after each day without a signal.
+            in_child: called in each process that this one forks, before a signal can reach it.
 
         Raises:
             OSError, RuntimeError: no socket pair or no thread is available. Nothing has been changed then.
         """
-        self._on_signal, self.on_main_thread = on_signal, on_main_thread
+        self._on_signal, self.on_main_thread, self._in_child = on_signal, on_main_thread, in_child
         if self.armed:
             self.reclaim()
             return
@@ -131,6 +134,7 @@ class Listener:
             self._guard_interrupt_main(False)
             loop.forget()
             self.ownership.give_back(self._application.warn)
+            fail_open(self._in_child)()
 
     def _guard_interrupt_main(self, armed: bool) -> None:
         real = getattr(_thread.interrupt_main, "_original", _thread.interrupt_main)

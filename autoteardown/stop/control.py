@@ -62,6 +62,9 @@ class RankControl(Protocol):
     def post(self, kind: str, value: Any) -> None:
         """Post a message to the coordinator."""
 
+    def end_children(self, seconds: float) -> None:
+        """End the child processes that are to end with this rank, and wait for that, at most so many seconds."""
+
     def flush(self, seconds: float) -> None:
         """Wait until posted messages have been sent, at most so many seconds."""
 

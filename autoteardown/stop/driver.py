@@ -26,6 +26,7 @@ from autoteardown.unpatched import allocate_lock, sleep
 
 _POLL = 0.02  # seconds between two polls of what sends no event
 _FLUSH = 0.2  # seconds for the last posts to reach the hub
+_CHILDREN = 0.3  # seconds for the DataLoader workers to end by themselves
 _LAST_WORDS = 0.4  # seconds for report and termination log, before the process ends without them
 _LONG_LAST_WORDS = 2.0  # the same, if time is left
 # Seconds after which the agent checks whether a program that was asked to exit is exiting, or has caught the exit.
@@ -198,6 +199,7 @@ class Teardown:
 
     def _leave(self, soft: bool) -> None:
         self.control.flush(_FLUSH)
+        self.control.end_children(min(_CHILDREN, max(0.0, self._deadline.hard - _LONG_LAST_WORDS - self.now)))
         if not soft:
             return
         # From here on the program's own code decides how the process ends: it may call os._exit, or free what cannot be

@@ -147,7 +147,6 @@ def test_two_sigterms_are_one_eviction(cluster_of, event):
 
 @pytest.mark.slurm
 @pytest.mark.parametrize("how", ["polls", "flag", "callback"])
-@pytest.mark.xfail(strict=False, reason="SLURM signals every process of a step: DataLoader workers die of it")
 def test_workers_outlive_the_signal(cluster_of, how):
     cluster = cluster_of(kill_wait=KILL_WAIT)
     check_saved(cluster, evicted(cluster, "srun", "scancel", f"{how} workers"))
