@@ -420,7 +420,7 @@ def test_a_call_that_has_not_come_to_its_method(cluster, world, tmp_path, kind):
         pytest.param("asyncio", True, marks=pytest.mark.slow),
     ],
 )
-def test_a_worker_that_never_inits_is_as_without_us(cluster, tmp_path, kind, sleeps):
+def test_a_worker_that_never_inits_is_as_without_the_agent(cluster, tmp_path, kind, sleeps):
     """Same error to the driver, same log."""
     seen = []
     for env in ({}, OFF):

@@ -139,7 +139,7 @@ def test_ranks_that_leave_by_themselves_are_not_signalled(start):
     assert node.stderr.endswith("its ranks have left; Ray's own shutdown continues\n")
 
 
-def test_the_ranks_of_another_node_are_left_alone(start):
+def test_the_ranks_of_another_node_are_not_signalled(start):
     """Several nodes, or other jobs, may share a machine and the registry."""
     other, node = start(NODE, "clean"), start(NODE, "clean")
     node.signal()

@@ -505,7 +505,7 @@ def test_a_wrong_token(talk):
     ]
 
 
-def test_what_is_said_does_not_tell_the_token(talk):
+def test_the_first_line_does_not_contain_the_token(talk):
     talk.world(2)
     card = card_of(talk)
     assert card.token not in hello(card, 1).decode()

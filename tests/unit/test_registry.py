@@ -410,7 +410,7 @@ def test_a_file_of_another_user_is_not_read(runtime):
 
 
 @root_only
-def test_a_process_that_changed_its_user_is_not_ours(runtime, job):
+def test_a_process_that_changed_its_user_is_not_signalled(runtime, job):
     """Same folder, same pid, but no longer this user's to signal."""
     program = """
         import os, signal, sys

@@ -261,7 +261,7 @@ def test_no_card(change):
 
 
 @pytest.mark.parametrize("data", [b"", b"\xff", b"[]", b"null", b"{}", b"[" * 4000, b"x" * 5000])
-def test_nonsense_is_no_card(data):
+def test_nonsense_is_no_hub_address(data):
     with pytest.raises(Malformed):
         rendezvous.HubAddress.decode(data)
 
