@@ -21,6 +21,16 @@ for _signum, _usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
         signal.signal(_signum, _usual)
 
 
+try:  # what `make gpu` runs needs no hypothesis
+    import hypothesis
+except ImportError:
+    pass
+else:
+    # How long an example takes says how busy the machine is.
+    hypothesis.settings.register_profile("any machine", deadline=None)
+    hypothesis.settings.load_profile("any machine")
+
+
 @pytest.fixture(scope="session")
 def fork_servers():
     """Fork servers by mode, started when first asked for."""

@@ -179,3 +179,30 @@ def test_no_thread_can_be_started(job, style):
     codes = [rank.outlast(25) for rank in ranks]
     assert codes == ([0, 143] if style == "callback" else [0, 0]), ranks[0].story()
     assert_saved_together(job, *ranks)
+
+
+def test_a_framework_that_cannot_be_hooked_is_no_clean_stop(job):
+    """A version of Accelerate that has another class: its checkpoint is not saved."""
+    (job.folder / "accelerate").mkdir()
+    (job.folder / "accelerate" / "__init__.py").write_text(
+        "import torch\nfrom accelerate import accelerator\n"
+    )
+    (job.folder / "accelerate" / "accelerator.py").write_text("")
+    rank = job.start(
+        """
+        import accelerate, time
+        import torch.distributed as dist
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        print("ready", flush=True)
+        while True:
+            time.sleep(0.01)
+        """,
+        fresh=True,
+        PYTHONPATH=job.folder,
+        AUTOTEARDOWN_CHECKPOINT="on",
+    )
+    rank.wait_for("^ready$")
+    assert "saves nothing: accelerate.accelerator cannot be hooked" in rank.stderr
+    rank.evict()
+    assert rank.report()["outcome"] == "partial", rank.story()
+    assert "accelerate.accelerator cannot be hooked" in rank.report()["why"]

@@ -3,7 +3,8 @@
 1. `activation` starts a child process and examines it.
 2. `vehicles` finds the start-up files that can start the agent.
 3. `configuration` checks the settings, the folders, and the versions of torch and wrapt.
-4. `surroundings` reports what the platform will do on an eviction.
+4. `checkpoints` imports the frameworks that `AUTOTEARDOWN_CHECKPOINT` hooks.
+5. `surroundings` reports what the platform will do on an eviction.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import sys
 
 import autoteardown
 from autoteardown import settings
-from autoteardown.cli.doctor import activation, configuration, surroundings, vehicles
+from autoteardown.cli.doctor import activation, checkpoints, configuration, surroundings, vehicles
 from autoteardown.cli.doctor.finding import NOTE, OK, PROBLEM, WARNING, Finding
 from autoteardown.node.entry import printable
 
@@ -38,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
         *activation.check(environ, process),
         *vehicles.check(environ, process.start),
         *configuration.check(environ, found, refused, process),
+        *checkpoints.check(environ, found),
         *surroundings.check(environ, found),
     ]
     bad = any(finding.level == PROBLEM for finding in findings)
