@@ -206,3 +206,82 @@ def test_a_framework_that_cannot_be_hooked_is_no_clean_stop(job):
     rank.evict()
     assert rank.report()["outcome"] == "partial", rank.story()
     assert "accelerate.accelerator cannot be hooked" in rank.report()["why"]
+
+
+NO_FILES = """
+import builtins, os, sys
+
+# No file descriptor is left after ten iterations, but one for the program's own checkpoint.
+source = open(os.environ["PROGRAM"]).read().replace('print(f"iteration', 'done == 10 and exhaust(); print(f"iteration')
+sys.argv = ["as_sent.py", sys.argv[1], "0.01"]
+taken = []
+
+
+def exhaust():
+    while not autoteardown.status()["connected"]:
+        time.sleep(0.01)
+    dist.barrier()
+    try:
+        while True:
+            taken.append(os.open("/dev/null", os.O_RDONLY))
+    except OSError:
+        pass
+
+
+def open(*args):
+    os.close(taken.pop())
+    return builtins.open(*args)
+
+
+import resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))
+exec(compile(source, os.environ["PROGRAM"], "exec"))
+"""
+
+
+@pytest.mark.parametrize("style", ["flag", "callback"])
+def test_no_file_can_be_opened(job, style):
+    """EMFILE at the signal: all save; reports cannot be written, and a line says so."""
+    (job.folder / "saved").mkdir()
+    program = {"SAVED": job.folder / "saved", "PROGRAM": PROGRAMS / "as_sent.py"}
+    ranks = job.world(NO_FILES, 2, style, fresh=True, **program, **ROOMY)
+    for rank in ranks:
+        rank.wait_for("^iteration 10$")
+    ranks[0].signal()
+    codes = [rank.outlast(25) for rank in ranks]
+    assert codes == ([0, 143] if style == "callback" else [0, 0]), ranks[0].story()
+    assert_saved_together(job, *ranks)
+
+
+# In a mount namespace of its own: $1 is the folder, the rest the program.
+FULL = 'mount -t tmpfs -o size=8k none "$1" && head -c 8192 /dev/zero > "$1/full"; shift; exec "$@"'
+READ_ONLY = 'mount -t tmpfs -o ro none "$1" && shift; exec "$@"'
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system: root only")
+@pytest.mark.parametrize("how", [FULL, READ_ONLY], ids=["full", "read-only"])
+@pytest.mark.parametrize("style", ["flag", "callback"])
+def test_nothing_can_be_written(job, style, how):
+    """A disk that is full, or read-only: for registry, reports, termination log and temporary files alike."""
+    disk = job.folder / "disk"
+    for folder in (disk, job.folder / "saved"):
+        folder.mkdir()
+    names = ("AUTOTEARDOWN_RUNTIME_DIR", "AUTOTEARDOWN_REPORT_DIR", "AUTOTEARDOWN_TERMINATION_LOG", "TMPDIR")
+    ranks = job.world(
+        "as_sent.py",
+        2,
+        style,
+        0.01,
+        launcher=("unshare", "-m", "sh", "-c", how, "sh", str(disk)),
+        SAVED=job.folder / "saved",
+        **dict.fromkeys(names, disk),
+        **ROOMY,
+    )
+    for rank in ranks:
+        rank.wait_for("^iteration 10$")
+    ranks[0].signal()
+    codes = [rank.outlast(25) for rank in ranks]
+    assert codes == ([0, 143] if style == "callback" else [0, 0]), ranks[0].story()
+    assert_saved_together(job, *ranks)
+    assert list(job.reports.iterdir()) == []
+    assert "not written" in ranks[0].stderr, ranks[0].story()
