@@ -157,7 +157,9 @@ def kill_time(descriptor: int, marker: str, name: str) -> tuple[float, bool] | N
     try:
         content = json.loads(safe_folder.read(descriptor, marker))
         until, longer = plain(content["until"]), content.get("longer") is True
-        return (float(until), longer) if name in content["ranks"] and isinstance(until, (int, float)) else None
+        return (
+            (float(until), longer) if name in content["ranks"] and isinstance(until, (int, float)) else None
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return None  # the marker has just been removed, or announces nothing
 

@@ -83,7 +83,7 @@ class Machine:
         elif event == "fault":
             self._fault(value)
         elif event == "less_time":
-            self._take_less_time(*value, now)
+            self._take_less_time(value, now)
         elif event == "callback_failed":
             self.lost_callback = self.lost_callback or f"rank {value['rank']}: {value['why']}"
         else:
@@ -102,8 +102,9 @@ class Machine:
             pass
         return self._out
 
-    def _take_less_time(self, hard: float, yields: float, now: float) -> None:
+    def _take_less_time(self, limits: tuple[float, float], now: float) -> None:
         """The process has to end earlier than the limits say: a platform's own signal has come after a notice."""
+        hard, yields = limits
         if hard >= self.limits.hard:
             return
         self.limits = self.limits._replace(hard=hard, yield_=yields).within(hard - now)
