@@ -23,6 +23,8 @@ NOT_FOUND, NOT_EXECUTABLE = 127, 126
 
 def block() -> set[int]:
     """Block every signal that is passed on, and SIGCHLD, in this thread and those it starts; return the old mask."""
+    # If it is ignored, the kernel reaps, and no exit code is left.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     kept = {getattr(signal, name) for name in (*_LEFT_ALONE, *_FAULTS)} - {signal.SIGCHLD}
     return {int(each) for each in signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - kept)}
 
@@ -63,11 +65,8 @@ class Command:
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
-            except (
-                ChildProcessError
-            ):  # SIGCHLD was ignored when this process started: the kernel has reaped it
-                self._status = self._status or 0
-                return True
+            except ChildProcessError:
+                return self._status is not None
             if not pid:
                 return self._status is not None
             if pid == self.pid:

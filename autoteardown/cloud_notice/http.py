@@ -119,7 +119,9 @@ def request(
             connection.sendall(message)
             response = http.client.HTTPResponse(_Bounded(connection, until), method=method)  # type: ignore[arg-type]
             response.begin()
-            text = response.read(LIMIT).decode("utf-8", "replace")
+            if (response.length or 0) > LIMIT:
+                raise Unavailable(f"it sends more than {LIMIT} bytes")
+            text = response.read().decode("utf-8", "replace")
             return Answer(response.status, response.headers, text)
     except TimeoutError:
         raise Unavailable(f"no answer within {seconds:g} s") from None
