@@ -45,7 +45,11 @@ def read_notices(folder: Path) -> list[dict[str, Any]]:
                 notice = json.loads(file.read(MOST_BYTES))
         except (OSError, ValueError, RecursionError):
             continue
-        if isinstance(notice, dict) and notice.get("schema") == 1 and isinstance(notice.get("received_at"), str):
+        if (
+            isinstance(notice, dict)
+            and notice.get("schema") == 1
+            and isinstance(notice.get("received_at"), str)
+        ):
             found.append(notice)
     return sorted(found, key=lambda notice: str(notice["received_at"]))
 

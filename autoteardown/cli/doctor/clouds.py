@@ -18,7 +18,11 @@ def check(root: Path = Path("/")) -> list[Finding]:
         return []
     watcher = _watcher(root / "proc")
     if watcher is not None:
-        return [Finding(_AREA, OK, f"a VM of {_NAMES[cloud]}; process {watcher} watches for the notice of its end")]
+        return [
+            Finding(
+                _AREA, OK, f"a VM of {_NAMES[cloud]}; process {watcher} watches for the notice of its end"
+            )
+        ]
     text = f"a VM of {_NAMES[cloud]}, and no process of this pid namespace watches for the notice of its end"
     advice = "autoteardown watch -- torchrun ..., or autoteardown watch as a service: docs/clouds.md"
     return [Finding(_AREA, NOTE, text, advice)]
