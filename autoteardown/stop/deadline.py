@@ -12,7 +12,8 @@ from autoteardown.unpatched import monotonic, sleep
 _BEFORE = 0.1
 _TIMER_BEFORE = 0.02
 _FREE = 0.5  # seconds before the drain's kill by which the process has ended
-_READING = 0.2  # seconds for the file in which a drain says when it kills
+# Seconds, and part of the time, for the file in which a drain says when it kills: a busy machine may take a while.
+_READING, _READING_SHARE = 1.0, 0.1
 _LEAST = 1.0  # seconds for a stop, however late the drain began
 _AGAIN = 1.0  # seconds between two checks of the deadline, which a drain may have moved
 
@@ -68,7 +69,7 @@ class Deadline:
             code: the exit code.
         """
         found: list[list[tuple[float, bool]]] = []
-        run_bounded(lambda: found.append(times_left()), _READING)
+        run_bounded(lambda: found.append(times_left()), min(_READING, self.hard * _READING_SHARE))
         announced = found[0] if found else []
         given = [seconds for seconds, longer in announced if longer]
         hard = self.hard
