@@ -57,6 +57,8 @@ class Settings:
         "step_timeout",
         "stop_at",
         "termination_log",
+        "wanted",
+        "yield_auto",
         "yield_seconds",
     )
 
@@ -77,7 +79,9 @@ class Settings:
     destroy_timeout: float
     abort_timeout: float
     exit_timeout: float
+    wanted: dict[str, float]  # the time-outs as they were given; STEP is below 0 for `auto`
     yield_seconds: float
+    yield_auto: bool  # it is what the grace period leaves
     log: str  # "quiet", "info" or "debug"
     log_format: str  # "text" or "json"
     job: str | None  # the job's name, if it has one
@@ -102,8 +106,14 @@ class Settings:
         return bool((self.sources[variable][0] or "").strip()) and variable not in self.refused
 
     def yield_within(self, hard: float) -> float:
-        """`yield_seconds`, shortened if the process has to exit in `hard` seconds and that is less than usual."""
-        return min(self.yield_seconds, max(0.0, hard - _SAVING)) if hard < self.hard else self.yield_seconds
+        """`yield_seconds`, if the process has to exit in `hard` seconds and that is less than usual, or more."""
+        if hard < self.hard:
+            return min(self.yield_seconds, max(0.0, hard - _SAVING))
+        return max(0.0, hard - _SAVING) if self.yield_auto else self.yield_seconds
+
+    def timeouts_within(self, hard: float) -> dict[str, float]:
+        """The time-outs of the phases by name, if the process has to exit in `hard` seconds."""
+        return _fit(self.wanted, hard)[0]
 
 
 def load(environ: Mapping[str, str]) -> tuple[Settings, list[str]]:
@@ -127,6 +137,7 @@ def load(environ: Mapping[str, str]) -> tuple[Settings, list[str]]:
     found.job = found.job or _job(environ)
     _record(found, "JOB", found.job)
     found.hard = found.grace - 1.0
+    found.yield_auto = found.yield_seconds < 0
     found.yield_seconds = (
         max(0.0, found.hard - _SAVING) if found.yield_seconds < 0 else min(found.yield_seconds, found.hard)
     )
@@ -174,25 +185,24 @@ def signal_name(number: int) -> str:
 
 
 def _scale(found: Settings) -> None:
-    """Scale the time-outs by one factor so that they fit; each counts for at most the whole time."""
+    """Make the time-outs fit into the grace period."""
+    found.wanted = {name: getattr(found, f"{name.lower()}_timeout") for name in _TIMEOUTS}
     found.step_auto = found.step_timeout < 0
-    if found.step_auto:
-        drain, abort, exit_ = (
-            min(each, found.hard) for each in (found.drain_timeout, found.abort_timeout, found.exit_timeout)
-        )
-        found.step_timeout, found.scaled = automatic_step(found.hard, drain, abort, exit_)
-        for name in _TIMEOUTS[1:]:
-            seconds = min(getattr(found, f"{name.lower()}_timeout"), found.hard) * found.scaled
-            setattr(found, f"{name.lower()}_timeout", seconds)
-            _record(found, f"{name}_TIMEOUT", seconds)
-        _record(found, "STEP_TIMEOUT", found.step_timeout)
-        return
-    wanted = {name: min(getattr(found, f"{name.lower()}_timeout"), found.hard) for name in _TIMEOUTS}
-    total = sum(wanted.values())
-    found.scaled = min(1.0, found.hard / total) if total else 1.0
-    for name, seconds in wanted.items():
-        setattr(found, f"{name.lower()}_timeout", seconds * found.scaled)
-        _record(found, f"{name}_TIMEOUT", seconds * found.scaled)
+    fitted, found.scaled = _fit(found.wanted, found.hard)
+    for name, seconds in fitted.items():
+        setattr(found, f"{name.lower()}_timeout", seconds)
+        _record(found, f"{name}_TIMEOUT", seconds)
+
+
+def _fit(wanted: Mapping[str, float], hard: float) -> tuple[dict[str, float], float]:
+    """Scale time-outs by one factor so that they fit into `hard` seconds; each counts for at most the whole time."""
+    most = {name: min(seconds, hard) for name, seconds in wanted.items()}
+    if wanted["STEP"] < 0:
+        step, scale = automatic_step(hard, most["DRAIN"], most["ABORT"], most["EXIT"])
+        return {name: step if name == "STEP" else most[name] * scale for name in wanted}, scale
+    total = sum(most.values())
+    scale = min(1.0, hard / total) if total else 1.0
+    return {name: seconds * scale for name, seconds in most.items()}, scale
 
 
 def _record(found: Settings, name: str, effective: object) -> None:

@@ -19,6 +19,7 @@ COMMANDS = {
     "doctor": "is the agent active here, and if not, why",
     "ps": "the armed ranks on this node",
     "drain": "signal every armed rank on this node and wait for them",
+    "watch": "drain this node when the cloud announces the end of the machine",
     "drill": "evict a rank of a small training job started here, and show what happens",
     "timeline": "draw the reports of a job",
     "path": "print the folder to put on PYTHONPATH where the agent cannot be installed",

@@ -153,6 +153,7 @@ def drain(
     problem: Callable[[str], object] | None = None,
     selection: Selection | None = None,
     killed_after: bool = False,
+    longer: bool = False,
 ) -> tuple[list[Drained], bool]:
     """Signal the armed ranks and wait until all have exited.
 
@@ -164,6 +165,8 @@ def drain(
         selection: default: all. Selected ranks that arm meanwhile are drained, too: a launcher may restart its workers.
         killed_after: whether the remaining ranks will be killed after the timeout. A rank's own grace period begins
             with its signal, so the ranks are told that they have no more time than this.
+        longer: the machine ends after the timeout, and not before, so the ranks are told that they have all this time,
+            even if it is more than their grace period.
 
     Returns:
         The result for each rank, and whether Ctrl-C ended the wait.
@@ -179,7 +182,11 @@ def drain(
             found = would_signal(runtime_dir, selection, problem)
             new = [record for record in found if record.name not in ranks]
             ranks.update((record.name, Drained(record)) for record in new)
-            if new and killed_after:
+            if new and longer:
+                # Not those that are stopping already: each announcement stands for one signal of this drain.
+                signalled = [name for name, rank in ranks.items() if rank.record.state not in _STOPPING]
+                marker.announce(signalled, began + timeout, longer=True)
+            elif new and killed_after:
                 marker.announce(list(ranks), began + timeout)
             for rank in [ranks[record.name] for record in new]:
                 if rank._start(signum):

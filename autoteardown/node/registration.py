@@ -80,6 +80,10 @@ class Registration:
 
     def time_left(self) -> float | None:
         """Seconds until the drain of this process kills it; None if no drain has announced that. Reads a few files."""
+        return min((seconds for seconds, _ in self.times_left()), default=None)
+
+    def times_left(self) -> list[tuple[float, bool]]:
+        """What each drain of this process has announced: seconds until the kill, and whether it has all of them."""
         try:
             descriptor = safe_folder.open_own(self._path)
             try:
@@ -89,10 +93,10 @@ class Registration:
                 ]
             finally:
                 os.close(descriptor)
-            known = [until for until in announced if until is not None]
-            return min(known) - unpatched.monotonic() if known else None
+            now = unpatched.monotonic()
+            return [(each[0] - now, each[1]) for each in announced if each is not None]
         except Exception:
-            return None
+            return []
 
     def begin(self, runtime_dir: str, problem: Problem | None = None) -> bool:
         """Publish the entry for the first time.

@@ -30,14 +30,15 @@ class DrainMarker:
         self._name = MARKER + own_name()
         self._act(lambda descriptor: safe_folder.replace(descriptor, self._name, b"{}"))
 
-    def announce(self, names: Sequence[str], until: float) -> None:
+    def announce(self, names: Sequence[str], until: float, longer: bool = False) -> None:
         """Write into the marker when ranks will be killed; call this before they are signalled.
 
         Args:
             names: of their entries.
             until: on the clock of `time.monotonic`, which all processes of a machine share.
+            longer: the ranks have all this time, even if it is more than their grace period.
         """
-        content = json.dumps({"until": until, "ranks": list(names)}).encode("ascii")
+        content = json.dumps({"until": until, "ranks": list(names), "longer": longer}).encode("ascii")
         self._act(lambda descriptor: safe_folder.replace(descriptor, self._name, content))
 
     def close(self) -> None:
@@ -148,13 +149,18 @@ def markers(descriptor: int) -> list[str]:
     return [name for name, drain in markers.items() if drain is not None and procfs.lives(*drain)]
 
 
-def kill_time(descriptor: int, marker: str, name: str) -> float | None:
-    """When the drain with this marker will kill the process with this entry; None if it has not announced that."""
+def kill_time(descriptor: int, marker: str, name: str) -> tuple[float, bool] | None:
+    """When the process with this entry is killed after the drain with this marker; None: not announced.
+
+    The second value tells whether the process has all this time, even if it is more than its grace period.
+    """
     try:
         content = json.loads(safe_folder.read(descriptor, marker))
-        until = plain(content["until"])
-        return float(until) if name in content["ranks"] and isinstance(until, (int, float)) else None
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        until, longer = plain(content["until"]), content.get("longer") is True
+        return (
+            (float(until), longer) if name in content["ranks"] and isinstance(until, (int, float)) else None
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return None  # the marker has just been removed, or announces nothing
 
 

@@ -76,9 +76,9 @@ class LocalRankControl:
         stalled = self._progress is not None and not ended and self._progress.stalled()
         return Snapshot(gate.saving, stalled, ended, operations.progress())
 
-    def time_left(self) -> Optional[float]:
+    def times_left(self) -> list[tuple[float, bool]]:
         """See `stop.control.RankControl`."""
-        return self._armed.identity.time_left()
+        return self._armed.identity.times_left()
 
     def unregister(self, outcome: str, exit_code: Optional[int]) -> None:
         """See `stop.control.RankControl`."""

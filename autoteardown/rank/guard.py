@@ -215,6 +215,8 @@ class Guard(RankState):
                 self._children.evicted_for(self.settings.grace)
             if self.teardown is not None:
                 ray.cancel_abort()
+                if arrived:
+                    self.teardown.another_signal()
                 self.teardown.also_signalled(signum)
                 if not first:
                     return repeated or not arrived
@@ -299,6 +301,8 @@ def _origin(notice: Any) -> dict[str, Any]:
     left = found.get("left")
     if isinstance(left, (int, float)) and 0 <= left <= 86400:  # NaN compares false
         origin["left"] = float(left)
+        if found.get("longer") is True:
+            origin["longer"] = True
     return origin
 
 

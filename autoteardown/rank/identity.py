@@ -73,9 +73,9 @@ class Identity:
         if self._entry is not None:
             self._entry.update(**fields)
 
-    def time_left(self) -> Optional[float]:
-        """Seconds until a drain of this node kills the process; None: no drain has set a deadline."""
-        return self._entry.time_left() if self._entry is not None else None
+    def times_left(self) -> list[tuple[float, bool]]:
+        """What each drain of this node has announced: see `Registration.times_left`."""
+        return self._entry.times_left() if self._entry is not None else []
 
     def unregister(self, outcome: Optional[str] = None, exit_code: Optional[int] = None) -> None:
         """Remove the entry from the node's registry."""

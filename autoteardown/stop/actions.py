@@ -41,7 +41,8 @@ class ActionRunner:
 
     def _do_tell(self, left: float) -> None:
         lost = {"lost": True} if self._record.cause == "lost" else {}
-        self._control.post("tell", {**self._record.origin, "left": left, **lost})
+        longer = {"longer": True} if self._record.longer else {}
+        self._control.post("tell", {**self._record.origin, "left": left, **lost, **longer})
 
     def _do_hold(self, _: Any) -> None:
         self._control.hold()  # first the flag, then the count: see `Gate`

@@ -53,8 +53,8 @@ class RankControl(Protocol):
     def unwaitable(self) -> str:
         """The devices in use that cannot be waited for, in words; empty if there are none."""
 
-    def time_left(self) -> Optional[float]:
-        """Seconds until a drain of this node kills the process, or None. Reads a file or two."""
+    def times_left(self) -> list[tuple[float, bool]]:
+        """For each drain of this node: seconds until the kill, and whether the rank has all of them. Reads files."""
 
     def unregister(self, outcome: str, exit_code: Optional[int]) -> None:
         """Remove this rank's entry from the node's registry."""

@@ -5,7 +5,8 @@ ranks. Level-triggered, like `protocol.py`: a message that comes late, early or 
 
 A rank posts:
 
-- `tell` (a dict: which rank is being evicted, and how many seconds it has `left`), `answer` (`[completed or None,
+- `tell` (a dict: which rank is being evicted, how many seconds it has `left`, and whether its machine gives it a
+  `longer` time than the grace period), `answer` (`[completed or None,
   cannot, application_owns]`), `plan_now`;
 - `at` (`[iteration, round, numbers]`), `stalled` (`[whether it waits without progress, round, numbers]`), `ready`
   (round: it knows where to stop); `numbers` are the sequence numbers of the groups' collectives where hosts run

@@ -12,7 +12,8 @@ from autoteardown.unpatched import monotonic, sleep
 _BEFORE = 0.1
 _TIMER_BEFORE = 0.02
 _FREE = 0.5  # seconds before the drain's kill by which the process has ended
-_READING = 0.2  # seconds for the file in which a drain says when it kills
+# Seconds, and part of the time, for the file in which a drain says when it kills: a busy machine may take a while.
+_READING, _READING_SHARE = 1.0, 0.1
 _LEAST = 1.0  # seconds for a stop, however late the drain began
 _AGAIN = 1.0  # seconds between two checks of the deadline, which a drain may have moved
 
@@ -27,7 +28,8 @@ class Deadline:
 
     def __init__(self, hard: float, timer: HardDeadlineTimer) -> None:
         self.hard = hard
-        self.shortened = False  # by a drain of the node
+        self.changed = False  # by a drain of the node
+        self.longer = False  # it is that of the machine, not that of the grace period
         self._started = monotonic()
         self._timer = timer
 
@@ -45,18 +47,39 @@ class Deadline:
         while (left := self.hard - _BEFORE - self.now) > 0:
             sleep(min(left, _AGAIN))
 
-    def shorten(self, time_left: Callable[[], Optional[float]], code: int) -> None:
-        """Move the deadline forward if a drain of the node kills this rank before its grace period ends.
+    def give(self, seconds: float) -> None:
+        """Move the deadline back: the machine of a signalled peer announces that the ranks have so many seconds."""
+        if self.now + seconds > self.hard:
+            self.hard, self.changed, self.longer = self.now + seconds, True, True
+
+    def follow_drains(
+        self, times_left: Callable[[], list[tuple[float, bool]]], signals: int, usual: float, code: int
+    ) -> None:
+        """Move the deadline to what the drains of this node have announced.
+
+        A drain may kill this rank before its grace period ends. Another one, `autoteardown watch`, knows when the
+        machine ends, and gives the rank all the time until then. If more signals have come than such drains have
+        sent, one of them came from the platform, and the rank has its usual time from then on.
 
         Args:
-            time_left: returns the seconds that the drain leaves, None without one; reads a file, and a disk may be
-                dead.
+            times_left: for each drain, the seconds until the kill, and whether the rank has all of them; reads files,
+                and a disk may be dead.
+            signals: how many eviction signals this rank has got.
+            usual: seconds that a rank has after a signal.
             code: the exit code.
         """
-        found: list[Optional[float]] = []
-        run_bounded(lambda: found.append(time_left()), _READING)
-        left = found[0] if found else None
-        if left is not None and self.now + left - _FREE < self.hard:
-            self.hard = max(_LEAST, self.now + left - _FREE)
-            self.shortened = True
+        found: list[list[tuple[float, bool]]] = []
+        run_bounded(lambda: found.append(times_left()), min(_READING, self.hard * _READING_SHARE))
+        announced = found[0] if found else []
+        given = [seconds for seconds, longer in announced if longer]
+        hard = self.hard
+        if given and len(given) >= signals:
+            hard, self.longer = max(_LEAST, self.now + min(given) - _FREE), True
+        elif self.longer:
+            hard = min(hard, self.now + usual)
+        for seconds, longer in announced:
+            if not longer:
+                hard = min(hard, max(_LEAST, self.now + seconds - _FREE))
+        if hard != self.hard:
+            self.hard, self.changed = hard, True
             self.arm(code)

@@ -31,6 +31,7 @@ _LAST_WORDS = 0.4  # seconds for report and termination log, before the process 
 _LONG_LAST_WORDS = 2.0  # the same, if time is left
 # Seconds after which the agent checks whether a program that was asked to exit is exiting, or has caught the exit.
 _SWALLOWS = 0.5
+_BEFORE_DEADLINE = _LAST_WORDS + 0.1  # seconds before the hard deadline by which the protocol is done
 _FOR_EVER = 3600.0  # seconds; longer than the process still has
 
 
@@ -61,6 +62,7 @@ class Teardown:
         self.leaving = False  # the program has been asked to exit with SystemExit
         self.stop: Optional[protocol.Stop] = None
         self._notice = origin
+        self._signals = int(signum is not None)  # how many eviction signals this rank has got
         self._application_owns = False
         self._finishing = allocate_lock()
         self._poller = Poller(control)
@@ -92,7 +94,7 @@ class Teardown:
 
     def _drive(self) -> None:
         try:
-            self._shorten()
+            self._follow_drains()
             facts = native_calls.call(lambda: self.control.facts(self._record.cause))
             self._application_owns = facts.application_owns
             stop = self.stop = protocol.Stop(self._limits(facts), facts)
@@ -117,9 +119,18 @@ class Teardown:
         finally:
             self._finish()
 
-    def _shorten(self) -> None:
-        if self._record.signum is not None:
-            self._deadline.shorten(self.control.time_left, self.exit_code)
+    def _follow_drains(self) -> None:
+        if self._notice.get("longer") and self._record.cause == "peer" and not self._deadline.changed:
+            self._deadline.give(self._notice["left"] + _BEFORE_DEADLINE)
+            self._deadline.arm(self.exit_code)
+        if not self._signals:
+            return
+        before, usual = self._deadline.hard, self.control.settings.hard
+        self._deadline.follow_drains(self.control.times_left, self._signals, usual, self.exit_code)
+        if self.stop is not None and self._deadline.hard < before:
+            self.control.events.put(("less_time", self._limits_now()))
+            if self._deadline.hard < before - 1:
+                self.say(f"hard deadline moved forward to {self._deadline.hard:.1f}s")
 
     @property
     def now(self) -> float:
@@ -176,18 +187,24 @@ class Teardown:
             self.control.mark(state="yielding")
 
     def _limits(self, facts: types.Facts) -> types.Limits:
+        hard, yields = self._limits_now()
+        fitted = self.control.settings.timeouts_within(self._deadline.hard) if self._deadline.longer else {}
         s = self.control.settings
         return types.Limits(
-            hard=self._deadline.hard - _LAST_WORDS - 0.1,
-            yield_=self._record.yields,
-            step=s.step_timeout,
-            drain=s.drain_timeout,
-            destroy=s.destroy_timeout,
-            abort=s.abort_timeout,
-            exit=s.exit_timeout,
+            hard=hard,
+            yield_=yields,
+            step=fitted.get("STEP", s.step_timeout),
+            drain=fitted.get("DRAIN", s.drain_timeout),
+            destroy=fitted.get("DESTROY", s.destroy_timeout),
+            abort=fitted.get("ABORT", s.abort_timeout),
+            exit=fitted.get("EXIT", s.exit_timeout),
             auto=s.step_auto,
             saves=facts.callbacks or facts.application_owns,
         )
+
+    def _limits_now(self) -> tuple[float, float]:
+        """When the protocol must be done, and until when the application may have its time."""
+        return self._deadline.hard - _BEFORE_DEADLINE, self._record.yields
 
     def _open(self) -> None:
         self.control.log.first(self._record.opening(self._application_owns), self.now)
@@ -217,6 +234,12 @@ class Teardown:
         """What the process exits with, whichever way it ends."""
         return self._record.exit_code
 
+    def another_signal(self) -> None:
+        """An eviction signal has arrived during this stop: if it is the platform's own, its time counts."""
+        self._signals += 1
+        if self._deadline.longer:
+            self._actions.start(None, self._follow_drains)
+
     def also_signalled(self, signum: int, sure: bool = False) -> None:
         """This rank's own signal came after a peer's notice: the rank counts as signalled all the same.
 
@@ -232,7 +255,8 @@ class Teardown:
         if self._record.signum is None and (stop is None or "departed" not in stop.received):
             self._record.signum = signum
             self._deadline.arm(self.exit_code)
-            self._actions.start(None, self._shorten)
+            self._signals = max(1, self._signals)
+            self._actions.start(None, self._follow_drains)
 
     def ended(self) -> None:
         """On the main thread, in the last atexit callback: the program is over."""
@@ -287,7 +311,7 @@ class Teardown:
 
 
 def _without_time(origin: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in origin.items() if key != "left"}
+    return {key: value for key, value in origin.items() if key not in ("left", "longer")}
 
 
 def end(code: Callable[[], int]) -> NoReturn:

@@ -82,6 +82,8 @@ class Machine:
             self._advance(value)
         elif event == "fault":
             self._fault(value)
+        elif event == "less_time":
+            self._take_less_time(value, now)
         elif event == "callback_failed":
             self.lost_callback = self.lost_callback or f"rank {value['rank']}: {value['why']}"
         else:
@@ -99,6 +101,20 @@ class Machine:
         while self.state != "done" and getattr(self, "_in_" + self.state)(now):
             pass
         return self._out
+
+    def _take_less_time(self, limits: tuple[float, float], now: float) -> None:
+        """The process has to end earlier than the limits say: a platform's own signal has come after a notice."""
+        hard, yields = limits
+        if hard >= self.limits.hard:
+            return
+        self.limits = self.limits._replace(hard=hard, yield_=yields).within(hard - now)
+        self.floor = min(self.floor, self._exit_by)
+        latest = {
+            "step": now + self.limits.step,
+            "yield": yields,
+            "callbacks": hard - self.limits.abort - self.limits.exit,
+        }
+        self._until(min(self._deadline, latest.get(self.state, hard)))
 
     def _advance(self, more: dict[str, Any]) -> None:
         raise NotImplementedError

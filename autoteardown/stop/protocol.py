@@ -47,6 +47,7 @@ class Stop(Machine):
     - from the channel: `down` (why, or None);
     - from the application: `released` (it has removed its handler), `leaves` (it has destroyed its group, or ended),
       `exits` (it runs its last exit callbacks);
+    - from the driver: `less_time` (when the process has to end, and until when the application may have its time);
     - from the training thread: `stopped` (iteration), `parked`, `ended`, `swallowed`; and about it: `saving`,
       `stalled` (bools), `progress` (when its device last made some), `progress_unknown` (no counter shows any);
     - from the agent's worker threads: `drained`, `unwaitable` (which devices), `called`, `destroyed`, `aborted`

@@ -59,9 +59,14 @@ class StopRecord:
         return self._control.settings.yield_within(self._deadline.hard)
 
     @property
+    def longer(self) -> bool:
+        """Whether the deadline is that of the machine: the peers have as much time."""
+        return self._deadline.longer
+
+    @property
     def _grace(self) -> float:
         deadline = self._deadline
-        return round(deadline.hard + 1.0, 2) if deadline.shortened else self._control.settings.grace
+        return round(deadline.hard + 1.0, 2) if deadline.changed else self._control.settings.grace
 
     def opening(self, application_owns: bool) -> str:
         """Why this rank stops, in words; `application_owns`: the application may end by itself."""

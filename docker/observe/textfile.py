@@ -34,6 +34,26 @@ def read(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
+def read_notices(folder: Path) -> list[dict[str, Any]]:
+    """What `autoteardown watch` has recorded in that folder, oldest first."""
+    found = []
+    for path in sorted(folder.glob("*.notice")):
+        try:
+            if not path.is_file():
+                continue
+            with path.open("rb") as file:
+                notice = json.loads(file.read(MOST_BYTES))
+        except (OSError, ValueError, RecursionError):
+            continue
+        if (
+            isinstance(notice, dict)
+            and notice.get("schema") == 1
+            and isinstance(notice.get("received_at"), str)
+        ):
+            found.append(notice)
+    return sorted(found, key=lambda notice: str(notice["received_at"]))
+
+
 def job_of(report: dict[str, Any]) -> str:
     """The name of its job, as UTF-8 can write it."""
     return str(report.get("job") or "")[:200].encode("utf-8", "replace").decode()
@@ -48,7 +68,7 @@ def lasted(report: dict[str, Any]) -> float:
     return max((float(end) for end in ends if type(end) in (int, float) and 0 <= end <= DAY), default=0.0)
 
 
-def metrics(reports: list[dict[str, Any]]) -> str:
+def metrics(reports: list[dict[str, Any]], notices: list[dict[str, Any]]) -> str:
     """The text of the exposition format."""
     ranks: Counter[tuple[str, str]] = Counter()
     evictions: Counter[str] = Counter()
@@ -100,6 +120,26 @@ def metrics(reports: list[dict[str, Any]]) -> str:
         "Steps that a rank had begun and not completed at the agreed one: 0 where the stop was agreed.",
         [({"job_name": job}, value) for job, value in sorted(lost(reports).items())],
     )
+    counts: Counter[str] = Counter()
+    seconds: dict[str, float] = {}
+    for notice in notices:
+        source = job_of({"job": notice.get("source")})
+        counts[source] += 1
+        given = notice.get("seconds")
+        if type(given) in (int, float) and 0 <= given <= DAY:
+            seconds[source] = float(given)
+    family(
+        "autoteardown_notices_total",
+        "counter",
+        "Notices of the cloud at which a node was drained.",
+        [({"source": source}, count) for source, count in sorted(counts.items())],
+    )
+    family(
+        "autoteardown_seconds_of_notice",
+        "gauge",
+        "Seconds from the drain to the end of the machine, as the latest notice gave them.",
+        [({"source": source}, value) for source, value in sorted(seconds.items())],
+    )
     return "\n".join(lines) + "\n"
 
 
@@ -122,7 +162,7 @@ def main() -> int:
     """Write the file, whole or not at all: the collector may read at any time."""
     folder, target = Path(sys.argv[1]), Path(sys.argv[2])
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    temporary.write_text(metrics(read(folder)), "utf-8")
+    temporary.write_text(metrics(read(folder), read_notices(folder)), "utf-8")
     temporary.chmod(0o644)
     temporary.replace(target)
     return 0

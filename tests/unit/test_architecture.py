@@ -40,9 +40,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         "launchers",
     },
     "launchers": {TOP, "node", "stop"},
+    "cloud_notice": {TOP, "node"},
     "timeline": {TOP},
     DRILLS: {TOP, "node", "timeline"},
-    CLI: {TOP, "node", "timeline", DRILLS},
+    CLI: {TOP, "node", "cloud_notice", "timeline", DRILLS},
 }
 
 # The only imports that go upwards. Each is inside a function, so a process pays for it only when it needs it.

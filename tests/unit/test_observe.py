@@ -22,6 +22,10 @@ def exported(tmp_path, reports):
     """The samples that the script makes of these reports."""
     folder = sample.write(tmp_path / "reports", reports)
     (folder / "cut.json").write_text("{")
+    (folder / "cut.notice").write_text("{")
+    for number, seconds in enumerate((118.5, 90.25)):
+        notice = {"schema": 1, "source": "ec2", "received_at": f"2026-01-0{number + 1}", "seconds": seconds}
+        (folder / f"{number}.notice").write_text(json.dumps(notice))
     target = tmp_path / "autoteardown.prom"
     subprocess.run([sys.executable, OBSERVE / "textfile.py", folder, target], check=True, timeout=60)
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".prom" or path.name[0] == "."] == [
@@ -46,9 +50,17 @@ def test_the_metrics_of_a_stop(tmp_path):
     assert found["autoteardown_steps_lost_total", job] == 1
 
 
+def test_the_notices_of_a_cloud(tmp_path):
+    found = exported(tmp_path, sample.job(1))
+    assert found["autoteardown_notices_total", 'source="ec2"'] == 2
+    assert found["autoteardown_seconds_of_notice", 'source="ec2"'] == 90.25
+
+
 def test_the_name_of_a_job_cannot_forge_a_sample(tmp_path):
     found = exported(tmp_path, [sample.report(0, 1, job='x"} 1\nother{a="\\')])
-    assert all('job_name="x\\"} 1\\nother{a=\\"\\\\"' in labels for _, labels in found)
+    assert all(
+        'job_name="x\\"} 1\\nother{a=\\"\\\\"' in labels for _, labels in found if "source=" not in labels
+    )
 
 
 def test_reports_that_make_no_sense_cost_the_others_nothing(tmp_path):
@@ -84,8 +96,9 @@ def test_reports_that_make_no_sense_cost_the_others_nothing(tmp_path):
 def test_every_metric_of_the_page_and_the_dashboard_is_exported(tmp_path):
     names = {name for name, _ in exported(tmp_path, sample.job(2))}
     dashboard = (OBSERVE / "grafana.json").read_text()
-    for text in (PAGE, dashboard):
-        assert set(re.findall(r"autoteardown_[a-z_]+", text)) == names
+    assert set(re.findall(r"autoteardown_[a-z_]+", PAGE)) == names
+    about_notices = {"autoteardown_notices_total", "autoteardown_seconds_of_notice"}
+    assert set(re.findall(r"autoteardown_[a-z_]+", dashboard)) == names - about_notices
 
 
 def test_the_dashboard_is_one():

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from autoteardown import settings
-from autoteardown.cli.doctor import init_systems, slurm
+from autoteardown.cli.doctor import clouds, init_systems, slurm
 from autoteardown.cli.doctor.finding import NOTE, OK, PROBLEM, WARNING, Finding
 
 # Other code that starts with the interpreter: its name, the variable or part of PYTHONPATH that shows it, what to know.
@@ -49,6 +49,7 @@ def check(environ: Mapping[str, str], found: settings.Settings, root: Path = Pat
         *_kubernetes(environ, found),
         *_ray(environ),
         *slurm.check(environ, found),
+        *clouds.check(root),
         *_exit_code(environ, found, proc),
         *_agents(environ),
     ]
