@@ -129,7 +129,7 @@ def test_what_is_patched_is_what_the_page_says(armed, tmp_path):
     run = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
     assert run.stderr == ""
     assert set(run.stdout.split()) == {
-        *(["_thread.interrupt_main"] if armed else []),
+        *(["_thread.interrupt_main", "posix.kill"] if armed else []),
         *(f"torch.distributed.elastic.multiprocessing.api.{name}" for name in ELASTIC),
         "torch.distributed.elastic.multiprocessing.errors.ChildFailedError.__init__",
         "torch.distributed.elastic.agent.server.api.SimpleElasticAgent._restart_workers",
