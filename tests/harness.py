@@ -290,7 +290,7 @@ class ForkServer:
         with contextlib.suppress(BlockingIOError):
             received = self._channel.recv(65536)
             if not received:
-                raise AssertionError("the fork server is gone")
+                raise AssertionError("the fork server has ended")
             self._buffer += received
         *lines, self._buffer = self._buffer.split(b"\n")
         return [json.loads(line) for line in lines]

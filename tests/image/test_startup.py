@@ -281,7 +281,7 @@ def run_on(code, *folders):
     return done.stdout.strip()
 
 
-def test_the_tap_is_in_place_when_signal_has_been_imported_and_its_loader_is_its_own():
+def test_signal_is_intercepted_when_it_has_been_imported_and_its_loader_is_its_own():
     code = (
         "import signal, _signal, importlib.machinery as machinery\n"
         "from autoteardown.signals import interception\n"

@@ -210,7 +210,7 @@ def test_a_report_does_not_go_through_a_link(tmp_path):
 
 
 def test_nor_does_its_temporary_file(tmp_path, monkeypatch):
-    """Nobody can know its name; whoever guesses it keeps the report from being written, and gains nothing else."""
+    """Its name cannot be known; a user who guesses it keeps the report from being written, and gains nothing else."""
     names = set()
 
     def spy(path, flags, mode=0o777, *, dir_fd=None, open=os.open):

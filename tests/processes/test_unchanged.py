@@ -1,4 +1,4 @@
-"""Others' tests as ours: CPython's own, about signals, forks and subprocesses, come out as without us, test by test."""
+"""Runs CPython's own tests, about signals, forks and subprocesses, come out as without the agent, test by test."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""Healthy programs that look for us. `innocent.py WHAT`: prints what it sees, which is the same without us."""
+"""Healthy programs that look for us. `innocent.py WHAT`: prints what it sees, which is the same without the agent."""
 
 import copy
 import faulthandler

@@ -158,7 +158,7 @@ def test_levels(said, form):
     "changes",
     [
         {"outcome": "splendid"},
-        {"outcome": "partial"},  # without a word on why
+        {"outcome": "partial"},  # without why
         {"schema": 1},
         {"cause": "boredom"},
         {"exit_code": -9},

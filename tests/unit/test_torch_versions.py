@@ -244,7 +244,7 @@ def test_both_ends_of_the_range_of_wrapt(tmp_path, wrapt):
 @pytest.mark.parametrize("wrapt", [OLDEST, NEWEST])
 @pytest.mark.parametrize("minor", [9, 10, 11, 12, 13, 14, 15])
 def test_every_python_at_hand(tmp_path, minor, wrapt):
-    """Without torch: the gate, the tap, the hooks on a torch that is a few lines long."""
+    """Without torch: the gate, the interceptor, the hooks on a torch that is a few lines long."""
     python = shutil.which(f"python3.{minor}")
     # A version manager's shim may be there without the Python that it stands for.
     if python is None or subprocess.run([python, "-c", ""], capture_output=True).returncode:
