@@ -1,4 +1,4 @@
-"""Real ranks for the tests: start them, wait for what they say, signal them, collect what is left of them.
+"""Starts real ranks for the tests, waits for their lines, signals them, and collects their results.
 
 Three kinds of protection are compared (`mode`): the `agent`, the `handwritten` handler that scripts carry, and
 `none`. A rank is forked from a server that has imported torch (`ForkServer`, some 0.3 s a test) or, with

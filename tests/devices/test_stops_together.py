@@ -1,4 +1,4 @@
-"""What wedged and slow ranks agree on: aborts at one moment, progress; and what the outcome owes to the truth."""
+"""What wedged and slow ranks agree on: aborts at one moment, progress; and outcomes that are true."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The ways in which a Ray node, or an actor of it, goes away: what becomes of its ranks, and of their peers elsewhere.
+"""The ways in which a Ray node, or an actor of it, ends: what happens to its ranks, and to their peers elsewhere.
 
 The node is a pod: `ray start` in a PID namespace of its own, started as KubeRay starts it. Its peers are on the head.
 Rank 0 is on the node and waits in a collective; ranks 1 and 2 wait for each other, and nothing but the agent can tell

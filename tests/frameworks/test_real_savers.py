@@ -1,4 +1,4 @@
-"""What others write as one checkpoint is waited for as one, on a disk that is slow (real packages)."""
+"""The agent waits for a whole checkpoint that real packages write, on a slow disk."""
 
 import signal
 

@@ -1,4 +1,4 @@
-"""NCCL for real: several ranks on one GPU, evicted. `make gpu` runs this and prints a table of what came of it.
+"""Real NCCL: evicts several ranks on one GPU. `make gpu` runs this and prints a table of the results.
 
 The ranks talk over the loopback network and share the GPU by time slices (`Cuda` in programs/device.py): what that
 cannot show is NVLink. If you change this file and have no GPU, run it on the simulated accelerator:

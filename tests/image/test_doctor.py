@@ -1,4 +1,4 @@
-"""`autoteardown doctor`: that it sees what is the case, says what to do, and exits with 1 when something is wrong."""
+"""`autoteardown doctor`: it finds what is wrong, says what to do, and exits with 1."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The host never pays for our bugs. Each function of ours that a host meets raises, in turn.
+"""A bug of the agent never costs the host program: each function that a host calls raises, in turn.
 
 Which those are is found out by running the host once with every function of the package writing down that it was
 called, so that a new one is in here from its first day. `programs/breaker.py` breaks them from outside.

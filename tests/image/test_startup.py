@@ -1,4 +1,4 @@
-"""The gate: on and off, in every way that a Python process can be started, and that it can hurt nobody.
+"""The start-up switch: on and off, in every way to start a Python process, and without harm to any of them.
 
 Every test runs real interpreters of this environment, in which the package has to be installed (editable or not).
 """

@@ -1,4 +1,4 @@
-"""The channel between real processes: who hears what, what heals, who is lost, and what strangers can do."""
+"""The channel between real processes: delivery, reconnection, lost ranks, and what strangers can do."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""No checkpoint is cut in half while time is left (promise 10)."""
+"""No checkpoint is interrupted while time is left."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Children are not ranks (promise 9), unless they become ranks."""
+"""Child processes are not ranks, unless they become ranks."""
 
 import os
 import re

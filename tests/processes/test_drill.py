@@ -1,4 +1,4 @@
-"""`autoteardown drill`: real drills, with what they must find, what they must leave behind (nothing), and bad input."""
+"""`autoteardown drill`: real drills find what they must, and leave nothing behind; bad input."""
 
 import io
 import json

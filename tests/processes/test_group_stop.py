@@ -1,4 +1,4 @@
-"""One rank is signalled, the whole group stops (promise 5): same step, quiet devices, nobody left waiting."""
+"""One rank is signalled, and the whole group stops: same step, quiet devices, no rank left waiting."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""A healthy program cannot tell that we are there. Each runs with us and without, and sees the same."""
+"""A healthy program cannot notice the agent. Each runs with the agent and without, and sees the same."""
 
 import json
 import os

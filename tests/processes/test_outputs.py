@@ -1,4 +1,4 @@
-"""What a teardown says: log line, JSON report, termination log; and what it does when it cannot say anything."""
+"""The outputs of a teardown: log lines, JSON report, termination log; and a teardown that cannot write them."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What docs/security.md promises: what the agent touches and writes, and what others and their words can do to it.
+"""What docs/security.md promises: what the agent touches and writes, and what others and their input can do to it.
 
 The registry's own tests (test_registry.py, test_drain.py) have the rest of it.
 """

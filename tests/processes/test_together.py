@@ -1,4 +1,4 @@
-"""No step is lost that could be kept (promise 12): the application saves, on every rank, after the same iteration."""
+"""No step is lost that could be kept: the application saves on every rank after the same iteration."""
 
 import os
 import random

@@ -1,4 +1,4 @@
-"""What `abort()` of another thread does to a process that is on its way out."""
+"""What `abort()` on another thread does to a process that is exiting."""
 
 import signal
 

@@ -1,4 +1,4 @@
-"""Thousands of schedules of whole jobs, each held against the promises of the protocol.
+"""Thousands of schedules of whole jobs, each checked against the promises of the protocol.
 
 A failure prints the schedule; `assert_promises(<what it printed>)` replays it. `AUTOTEARDOWN_SIM_SEED=<number>` starts
 the sweep elsewhere. With CI set, hypothesis tries the same schedules every time.

@@ -1,4 +1,4 @@
-"""The commands, given what they cannot use: a clear line, an exit status, and nothing lost."""
+"""The commands with bad input: a clear line, an exit status, and nothing lost."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Devices and collectives as vendors and torch versions have them: each fake lacks what some of them lack."""
+"""Devices and collectives as vendors and torch versions have them: each fake lacks what some of the real ones lack."""
 
 import json
 import os

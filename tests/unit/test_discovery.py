@@ -1,4 +1,4 @@
-"""When a rank without its hub tries again: what the hub counts on, in virtual time."""
+"""When a rank without its hub tries again, in virtual time: the hub relies on these times."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""Whose handler a signal is for, in the orders that no test of real processes can bring about at will."""
+"""Whose handler a signal is for, in orders of events that real processes cannot produce at will."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The registry of a node: who is in it, who is not, and what others may do to its folder."""
+"""The registry of a node: which ranks are in it, and what others may do to its folder."""
 
 import json
 import os

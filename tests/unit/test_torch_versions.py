@@ -1,4 +1,4 @@
-"""The layer that meets torch, against the shapes that its API had from 2.4 to the newest, and against every wrapt.
+"""The code that calls torch, against the API shapes of torch 2.4 to the newest, and against every wrapt.
 
 `torch_shapes.json` is read out of torch's own wheels by `torch_shapes.py`; a fake is a module with those names. What
 the functions do is what the sources of that version do with the groups of a process.
