@@ -20,7 +20,7 @@ _kept: list[_Spare] = []
 
 
 class _Spare:
-    """A thread that waits for something to do."""
+    """A thread that waits for a function to run."""
 
     def __init__(self) -> None:
         self.function: Optional[Callable[[], object]] = None
@@ -36,13 +36,13 @@ class _Spare:
                 return
             try:
                 function()
-            except BaseException:  # it has been told not to raise; the thread is needed
+            except BaseException:  # its contract says that it does not raise; but this thread is needed
                 pass
             _idle.append(self)
 
 
 def keep() -> None:
-    """Have the threads wait from now on, as many of them as can be started. Idempotent."""
+    """Start the waiting threads, as many as can be started. Idempotent."""
     while len(_kept) < COUNT:
         try:
             spare = _Spare()
@@ -53,14 +53,14 @@ def keep() -> None:
 
 
 def release() -> None:
-    """End those that wait."""
+    """End the threads that wait."""
     _kept.clear()
     while _idle:
         _idle.pop().wake.release()
 
 
 def start(function: Callable[[], object]) -> bool:
-    """Run `function` on a thread, a new one or one that waits. From any thread, at any bytecode.
+    """Run `function` on a thread, a new one or one that waits. May be called from any thread, at any bytecode.
 
     Args:
         function: must not raise.

@@ -1,4 +1,4 @@
-"""What the agent costs and how fast it is: `python -m benchmarks [NAME…] [--quick] [--beside WHEEL]`."""
+"""Measures what the agent costs and how fast it is: `python -m benchmarks [NAME…] [--quick] [--beside WHEEL]`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How fast the channel is with thousands of ranks, and what its hub needs: simulated ranks, real connections.
+"""Measures the channel with thousands of ranks, and what its hub needs: simulated ranks, real connections.
 
     python -m benchmarks.channel [--ranks 64 1024 4096] [--rounds 3]
 

@@ -22,7 +22,7 @@ Pipe = Any
 
 
 class Counting(Coordinator):
-    """The agent's own council, which says in addition when all have come."""
+    """The agent's own coordinator, which also announces when all ranks have joined."""
 
     def __init__(self, world: int) -> None:
         super().__init__(world)
@@ -166,13 +166,13 @@ def arm(pipe: Pipe, port: int, ranks: range, world: int) -> None:
             return
         if what == "open":
             start = time.perf_counter()
-            card = HubAddress.decode(dist.PrefixStore(f"round{value}", server).get(KEY))
+            address = HubAddress.decode(dist.PrefixStore(f"round{value}", server).get(KEY))
             posted = 0
             for rank in ranks:
                 hello = (rank, world, os.urandom(8).hex(), 1, 0, 0)
-                sock = socket.create_connection(card.hosts[0])
+                sock = socket.create_connection(address.hosts[0])
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                sock.send(encode("hello", *hello, proof(card.token, "hello", *hello)))
+                sock.send(encode("hello", *hello, proof(address.token, "hello", *hello)))
                 socks.append(sock)
                 by_fd[sock.fileno()], rests[sock.fileno()] = sock, b""
                 poll.register(sock.fileno(), select.EPOLLIN)

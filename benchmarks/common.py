@@ -1,4 +1,4 @@
-"""What the benchmarks share: medians with their spread, tables, and the line that says where they were made."""
+"""Shared by the benchmarks: medians with their spread, tables, and the line that names the machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an armed rank has more than the same rank without the agent: memory, descriptors, threads."""
+"""Measures how much more memory, descriptors and threads a rank has when it is armed."""
 
 from __future__ import annotations
 

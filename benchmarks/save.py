@@ -1,4 +1,4 @@
-"""What it costs to be ready to save at an eviction: a poll, the hook, and the flag that people all-reduce instead."""
+"""Measures the cost of being ready to save: a poll, the hook, and the flag that people all-reduce instead."""
 
 from __future__ import annotations
 

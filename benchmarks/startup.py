@@ -1,4 +1,4 @@
-"""A Python start from outside: the whole of `python -c pass` and of `python -c "import torch"`.
+"""Measures a Python start from outside: the whole of `python -c pass` and of `python -c "import torch"`.
 
 Each environment is a fresh venv with what its name says and nothing else; torch and the rest come from the environment
 that runs this, by a line in a `.pth`. All variants take turns, in another order every round, and each is compared with

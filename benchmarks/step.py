@@ -1,4 +1,4 @@
-"""The hook by itself, a DDP loop of two ranks with and without the agent, and what the agent adds to an init."""
+"""Measures the optimizer hook, a DDP loop with and without the agent, and what the agent adds to an init."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Evictions, of one rank: seconds from its SIGTERM to the end of all ranks, and to the last of the others free.
+"""Measures an eviction: seconds from a rank's SIGTERM to the exit of all ranks, and until its peers are free.
 
 And a rank that vanishes: seconds from its SIGKILL to the last of those free that are blocked without it.
 

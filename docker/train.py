@@ -1,4 +1,4 @@
-"""A stand-in for your training program: it knows nothing of evictions.
+"""An example of a training program. It has no code for evictions.
 
 One process is a world of its own; torchrun, or RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, make it a rank.
 """

@@ -1,4 +1,4 @@
-"""DDP that saves at an eviction: one line in the loop asks whether to.
+"""DDP that saves at an eviction: one line in the loop asks whether a stop is requested.
 
     torchrun --standalone --nproc-per-node 2 examples/ddp_stop_requested.py --checkpoint /data/state.pt
 

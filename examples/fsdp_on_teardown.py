@@ -1,4 +1,4 @@
-"""FSDP2 that saves at an eviction: a callback writes a sharded checkpoint, the loop knows nothing of it.
+"""FSDP2 that saves at an eviction: a callback writes a sharded checkpoint, and the loop does not change.
 
     torchrun --standalone --nproc-per-node 2 examples/fsdp_on_teardown.py --checkpoint /data/state
 

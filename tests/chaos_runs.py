@@ -1,4 +1,4 @@
-"""Many evictions with faults that a seed decides, some at a time: what the chaos tests of all worlds share."""
+"""Runs many evictions with faults that a seed decides, several at a time. Shared by all chaos tests."""
 
 import os
 import random

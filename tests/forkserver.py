@@ -1,4 +1,4 @@
-"""A process that has imported torch once and forks a fresh-looking `__main__` for every rank asked of it.
+"""A process that imports torch once, and forks a process with a fresh `__main__` for each rank of a test.
 
 Importing torch takes seconds and forking takes milliseconds: with this, an eviction test lasts as long as its
 eviction. What runs in the child is the real thing: its own session, its own stdout and stderr, the program

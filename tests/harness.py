@@ -1,4 +1,4 @@
-"""Real ranks for the tests: start them, wait for what they say, signal them, collect what is left of them.
+"""Starts real ranks for the tests, waits for their lines, signals them, and collects their results.
 
 Three kinds of protection are compared (`mode`): the `agent`, the `handwritten` handler that scripts carry, and
 `none`. A rank is forked from a server that has imported torch (`ForkServer`, some 0.3 s a test) or, with
@@ -290,7 +290,7 @@ class ForkServer:
         with contextlib.suppress(BlockingIOError):
             received = self._channel.recv(65536)
             if not received:
-                raise AssertionError("the fork server is gone")
+                raise AssertionError("the fork server has ended")
             self._buffer += received
         *lines, self._buffer = self._buffer.split(b"\n")
         return [json.loads(line) for line in lines]

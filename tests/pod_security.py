@@ -1,4 +1,4 @@
-"""The `restricted` profile of the Pod Security Standards, as far as training pods meet it."""
+"""The `restricted` profile of the Pod Security Standards, as far as it concerns training pods."""
 
 from __future__ import annotations
 

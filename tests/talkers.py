@@ -1,4 +1,4 @@
-"""Processes that have a channel and nothing else (`programs/talk.py`), and what they say."""
+"""Processes with only a channel (`programs/talk.py`), and what they print."""
 
 import json
 import os

@@ -1,6 +1,6 @@
 """Publishes the hub's address and token in one key of the group's c10d store, and reads it on the other ranks.
 
-1. A store client has one lock, and a blocking wait in it stalls every other user of that client (F12). So no rank waits
+1. A store client has one lock, and a blocking wait in it stalls every other user of that client. So no rank waits
    for the key: rank 0 writes it, and a rank that does not find it reads again later.
 2. A read is three quick operations on a thread of its own, because even those block while the program itself waits in
    that client.

@@ -1,14 +1,14 @@
 """Knows which threads are writing a checkpoint, which is more than one call of `torch.save`.
 
-A thread writes a checkpoint while
+A thread counts as writing one while
 
-- it is in a save that is hooked (`torch.save`, `torch.distributed.checkpoint`) or in `autoteardown.protect()`;
+- it is in a save that the agent hooks (`torch.save`, `torch.distributed.checkpoint`) or in `autoteardown.protect()`;
 - such a save has just ended: the next file may follow, or a temporary file may be renamed;
 - it is in a function whose name says that it saves (`save_state`, `_save_checkpoint`, `save_file`). That covers
   files written by other means, and the time between two files. A function in which the thread has also joined a
   group or stepped (`train_and_save`) does not count.
 
-The checkpoint is complete at the latest when the iteration ends: the thread is stopped there anyway.
+A checkpoint counts as complete when the iteration ends, at the latest: the gate stops the thread there in any case.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ _NO_SAVER = re.compile(r"save_for_backward|should|to_save|register|hook")
 
 
 class SavesInProgress:
-    """The saves of one process."""
+    """The saves that are in progress in this process."""
 
     def __init__(self) -> None:
         self.open: dict[int, int] = {}
-        """How deep each thread is in saves that we see."""
+        """By thread: how many hooked saves it is in, one inside the other."""
         self._began: dict[int, float] = {}
         self._moment: dict[int, float] = {}  # until when the next save may follow
         self._background = 0
@@ -47,17 +47,17 @@ class SavesInProgress:
         self._more_than_saves: set[CodeType] = set()
 
     def does_more(self) -> None:
-        """The calling thread joins a group or steps: its functions do more than save (`train_and_save`)."""
+        """Record that the calling thread joins a group or steps: its functions do more than save (`train_and_save`)."""
         self._more_than_saves.update(frame.f_code for frame in _in_savers(sys._getframe()))
 
     def enter(self, ident: int) -> None:
-        """A save begins on that thread."""
+        """Record that a save begins on that thread."""
         if ident not in self.open:
             self._began[ident] = monotonic()
         self.open[ident] = self.open.get(ident, 0) + 1
 
     def leave(self, ident: int) -> None:
-        """A save ends on that thread."""
+        """Record that a save ends on that thread."""
         depth = self.open.get(ident, 0) - 1
         if depth > 0:
             self.open[ident] = depth
@@ -69,7 +69,7 @@ class SavesInProgress:
 
     @contextmanager
     def on_this_thread(self) -> Iterator[None]:
-        """Everything that this thread does inside the block is a save."""
+        """Count everything that this thread does inside the block as a save."""
         ident = get_ident()
         self.enter(ident)
         try:
@@ -78,7 +78,7 @@ class SavesInProgress:
             self.leave(ident)
 
     def in_background(self, future: Any) -> None:
-        """A save continues until `future` is done."""
+        """Record a save that continues in the background until `future` is done."""
         self._background += 1
         future.add_done_callback(self._background_over)
 

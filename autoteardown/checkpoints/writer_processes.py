@@ -18,7 +18,7 @@ from math import inf
 from autoteardown.node import procfs
 from autoteardown.unpatched import monotonic
 
-_LOOK = 0.1  # seconds between two looks at the processes
+_LOOK = 0.1  # seconds between two checks of the processes
 _MOMENT = 0.5  # seconds from one file of a checkpoint to the next
 _YOUNG = 5.0  # seconds after its start in which a process that computes may be on its way to its first file
 # multiprocessing joins children that are not daemons at exit. Daemons may be killed at any time, also by the program's
@@ -29,12 +29,12 @@ _TO_WRITE = os.O_WRONLY | os.O_RDWR
 
 
 class WriterProcesses:
-    """The child processes that write."""
+    """The child processes that write a checkpoint."""
 
     def __init__(self) -> None:
         self._looked = -inf
         self._any = False
-        # processor seconds of each child and its descendants, at the last look
+        # processor seconds of each child and its descendants, at the last check
         self._used: dict[int, float] = {}
         self._until: dict[int, float] = {}  # until when each counts as a writer, without new evidence
 
@@ -43,7 +43,7 @@ class WriterProcesses:
         now = monotonic()
         if now >= self._looked + _LOOK:
             self._looked = now
-            # Every child is looked at, whatever the first ones do: computing shows only from one look to the next.
+            # Check every child, also after one that writes: two checks are needed to see that a child computes.
             writing = [child for child in _children() if self._writes(child, now)]
             self._any = bool(writing)
         return self._any

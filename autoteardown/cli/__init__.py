@@ -16,12 +16,12 @@ import autoteardown
 from autoteardown.node.entry import printable
 
 COMMANDS = {
-    "doctor": "is the agent active here, and if not, why",
-    "ps": "the armed ranks on this node",
-    "drain": "signal every armed rank on this node and wait for them",
+    "doctor": "check whether the agent is active here, and say why if it is not",
+    "ps": "list the armed ranks on this node, and whether their peers would be notified of an eviction",
+    "drain": "signal the armed ranks on this node and wait until they have exited",
     "watch": "drain this node when the cloud announces the end of the machine",
-    "drill": "evict a rank of a small training job started here, and show what happens",
-    "timeline": "draw the reports of a job",
+    "drill": "start a small training job here, evict one of its ranks, and show what happens",
+    "timeline": "draw the reports of a job as a page, a picture or a trace",
     "path": "print the folder to put on PYTHONPATH where the agent cannot be installed",
 }
 

@@ -11,7 +11,6 @@ from autoteardown import settings, variables
 from autoteardown.cli import ps
 from autoteardown.node import drain, registry
 
-SUMMARY = "signal every armed rank of this node and wait until they are gone"
 _DAY = 86400
 
 
@@ -25,7 +24,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--job", help="only the ranks of this job, as `ps` shows it")
     parser.add_argument(
-        "--pid", type=_pid, action="append", default=[], help="only this rank; may be given several times"
+        "--pid",
+        type=_pid,
+        action="append",
+        default=[],
+        help="only the rank with this process id; may be given several times",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="list the ranks that would be signalled, and signal none"

@@ -28,7 +28,8 @@ def run(args: argparse.Namespace) -> int:
     folder = injection_folder()
     if folder is None:
         print(
-            "autoteardown: this installation has no sitecustomize folder: install it again", file=sys.stderr
+            "autoteardown: this installation has no sitecustomize folder: install the package again",
+            file=sys.stderr,
         )
         return 1
     print(folder)

@@ -11,8 +11,6 @@ from autoteardown import settings
 from autoteardown.node import registry
 from autoteardown.node.entry import Entry, printable
 
-SUMMARY = "list the armed ranks on this node"
-
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""

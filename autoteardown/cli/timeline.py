@@ -17,7 +17,8 @@ DEFAULT_FILE = {"html": "timeline.html", "perfetto": "timeline.perfetto.json", "
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.description = (
-        "Draws the reports of a job (AUTOTEARDOWN_REPORT_DIR): one lane a rank, one bar a phase."
+        "Draw the reports of a job (the files in AUTOTEARDOWN_REPORT_DIR): one lane for each rank, one bar for "
+        "each phase."
     )
     parser.add_argument("dir", type=Path, metavar="DIR", help="folder of the reports")
     parser.add_argument("-o", "--output", metavar="FILE", help="file to write; - for standard output")
@@ -38,7 +39,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Read the reports, draw them, write the file. Problems with single reports go to stderr, and do not fail it."""
     if not args.dir.is_dir():
-        return _fail(f"{args.dir}: not a folder")
+        return _fail(f"{args.dir}: not a folder; give the one that AUTOTEARDOWN_REPORT_DIR names")
     try:
         stops, problems = reports.read(args.dir)
     except OSError as error:

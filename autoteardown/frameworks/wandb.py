@@ -1,4 +1,4 @@
-"""Weights & Biases: an eviction marks the active run as preempting.
+"""Weights & Biases: marks the active run as preempting at an eviction.
 
 1. W&B shows such a run as preempted, and a sweep queues it again, if its process does not end with 0.
 2. The call hands the mark to wandb's own process and waits until that has it. It runs on a thread of its own, and

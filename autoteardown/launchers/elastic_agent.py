@@ -1,4 +1,4 @@
-"""What torchrun does with its workers in an eviction: how long it waits, which signals they get, what it returns.
+"""Decides what torchrun does in an eviction: how long it waits, which signals its workers get, what it returns.
 
 1. `PContext.close` ends the workers: signal, wait, SIGKILL. It waits as long as `AUTOTEARDOWN_GRACE` says where that is
    longer than torch's own 30 s. A `--shutdown-timeout` on the command line (torch 2.13) is obeyed.
@@ -31,16 +31,16 @@ TORCHS_OWN = 30
 
 
 class RealTimeSignal(int):
-    """A signal that `signal.Signals` has no name for, as far as torchrun needs one."""
+    """A real-time signal with the attribute `name`, which torchrun reads; `signal.Signals` has no name for it."""
 
     @property
     def name(self) -> str:
-        """For torchrun's log lines."""
+        """The name in torchrun's log lines."""
         return str(int(self))
 
 
 class Launcher:
-    """The torchrun that this process is."""
+    """The state of torchrun in this process: its workers, and the signals that it got."""
 
     def __init__(self) -> None:
         self.pid = os.getpid()
@@ -56,7 +56,7 @@ class Launcher:
     # -- signals ------------------------------------------------------------------------------------------------------
 
     def handle(self, signum: int, raise_: Callable[[], object]) -> None:
-        """On the main thread: an eviction signal. `raise_` raises torch's SignalException."""
+        """Handle an eviction signal on the main thread. `raise_` raises torch's SignalException."""
         if self.starting:
             self.pending = self.pending or signum
             return
@@ -80,7 +80,7 @@ class Launcher:
 
     @fail_open
     def before_start(self, module: ModuleType) -> None:
-        """The workers are about to be started, maybe again."""
+        """Prepare for workers that are about to be started, maybe again."""
         self.signalled = self.pending = self.context = None
         self.evidence.gather()
         if on_main_thread():
@@ -90,27 +90,27 @@ class Launcher:
 
     @fail_open
     def after_start(self, context: Any) -> None:
-        """They run."""
+        """Remember the workers that have been started."""
         self.evidence.expect(context.pids().values())
 
     # -- the end of the workers ---------------------------------------------------------------------------------------
 
     @fail_open
     def patience(self, asked: float) -> Optional[int]:
-        """How long `close` is to wait, in seconds; None: as long as it was asked to."""
+        """Seconds that `close` should wait; None: what its caller asked for."""
         if asked != TORCHS_OWN or self.explicit_timeout:
             return None
         return max(TORCHS_OWN, math.ceil(self.outcome.settings.grace))
 
     @fail_open
     def closing(self, context: Any) -> None:
-        """`close` begins; after an eviction signal, the next one is passed on."""
+        """Note that `close` begins; if a signal caused it, the next signal is passed on to the workers."""
         if self.signalled is not None:
             self.context = context
 
     @fail_open
     def closed(self, context: Any, error: Any) -> None:
-        """`close` is over, while torchrun deals with this exception: its signal, if that was the reason."""
+        """Set the exit code and print the line when `close` has ended, if `error` is torchrun's SignalException."""
         if self.signalled is None or not hasattr(error, "sigval"):
             return
         codes = {rank: _code(worker) for rank, worker in _workers(context).items()}
@@ -121,12 +121,15 @@ class Launcher:
 
     @fail_open
     def ended(self, failures: Any) -> None:
-        """All workers have ended by themselves; or some have failed, and the others have been stopped for it."""
+        """Note whether the workers that have ended were evicted.
+
+        Either all ended by themselves, or some failed and torchrun stopped the others.
+        """
         self.evicted = self._were_evicted(failures)
         self.evidence.close()
 
     def _were_evicted(self, failures: Any) -> bool:
-        """Whether nothing but an eviction is behind these failures."""
+        """Whether an eviction explains all these failures."""
         codes = [(failure.pid, failure.exitcode) for failure in failures.values()]
         evicted = [code for pid, code in codes if self.evidence.evicted(pid, code)]
         # A process that is no rank, or not yet: it died of the signal with which torchrun stopped it.
@@ -135,7 +138,7 @@ class Launcher:
 
     @fail_open
     def gives_up(self, error: Any) -> None:
-        """This ChildFailedError is about to be raised: workers have failed, and no restart is left."""
+        """Set the exit code before this ChildFailedError is raised: workers have failed, and no restart is left."""
         if self.evicted:
             code, text = self.outcome.of_workers([each.exitcode for each in error.failures.values()])
             self.outcome.say(text)
@@ -143,7 +146,7 @@ class Launcher:
 
     @fail_open
     def before_restart(self, agent: Any, group: Any) -> None:
-        """The workers are about to be stopped and started again; the restart has been paid for already."""
+        """Give the restart back if the workers were evicted: torchrun has counted it already."""
         evicted, self.evicted = self.evicted, False
         if evicted and group.state.name == "FAILED":
             group.spec.max_restarts += 1

@@ -1,6 +1,6 @@
-"""Whether a worker that ended was evicted, or failed: read from what it left in the node's registry.
+"""Tells whether a worker that has ended was evicted or failed, from the entry that it left in the node's registry.
 
-1. The exit code alone does not tell: a program may exit with 143 for reasons of its own.
+1. The exit code is not enough: a program may exit with 143 for reasons of its own.
 2. A rank that the agent ends writes its outcome and its exit code into its entry, and lets the entry stay while a
    marker is up. `autoteardown drain` reads these entries. A launcher puts up a marker for as long as it has workers.
 3. An entry's name is the identity of its process. The names are taken while the workers run, so the entry of another
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Evidence:
-    """What the workers of one launcher leave behind."""
+    """The registry entries that the workers of one launcher leave behind."""
 
     def __init__(self, runtime_dir: str) -> None:
         self._path = safe_folder.absolute(runtime_dir)
@@ -28,7 +28,7 @@ class Evidence:
         self._marker: registry.DrainMarker | None = None
 
     def gather(self) -> None:
-        """Have ranks leave their entries from now on. The registry may have no folder yet."""
+        """Have ranks leave their entries from now on. The registry's folder may not exist yet."""
         try:
             os.close(safe_folder.open_own(self._path, create=True))
         except OSError:
@@ -36,7 +36,7 @@ class Evidence:
         self._marker = registry.DrainMarker(self._path)
 
     def expect(self, pids: Iterable[int]) -> None:
-        """Remember who these processes are. They run, or have yet to be waited for."""
+        """Remember the identities of these processes, which run or have not been waited for yet."""
         self._names.update((pid, entry.name_of(pid)) for pid in pids)
 
     def evicted(self, pid: int, code: int) -> bool:
@@ -55,7 +55,7 @@ class Evidence:
         return found is not None and found.outcome is not None and found.exit_code == code
 
     def close(self) -> None:
-        """The last worker has ended: nothing more is to be left behind."""
+        """Remove the marker: the last worker has ended."""
         if self._marker is None:
             return
         self._marker.close()

@@ -1,12 +1,12 @@
-"""Launchers that start one process and wait for it: they pass eviction signals on, and return the right exit code.
+"""Has launchers that start one process and wait for it pass eviction signals on, and return the right exit code.
 
 1. `accelerate launch` with one process and `deepspeed` on one node have no handler for SIGTERM. Without this module
    they die of it and leave the rank behind; as PID 1 of a container they do not even notice.
 2. The handlers are there while the launcher's own function runs. It waits in `subprocess.Popen.wait`, which goes on
    after a handler has returned.
-3. The process is known because the launcher's module sees a `subprocess` whose `Popen` takes note of it.
-4. `deepspeed.launcher.launch` stops its ranks one after the other, and waits 30 s for each. It waits as long as
-   `AUTOTEARDOWN_GRACE` says where that is longer. It knows SIGTERM alone, so that is what is passed on to it.
+3. The launcher's module gets a stand-in for `subprocess`, whose `Popen` records the process.
+4. `deepspeed.launcher.launch` stops its ranks one after the other, and waits 30 s for each. With the
+   agent it waits as long as `AUTOTEARDOWN_GRACE` says if that is longer. It handles SIGTERM only, so it gets SIGTERM.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ class _Subprocess:
         return getattr(self._real, name)
 
     def Popen(self, *args: Any, **kwargs: Any) -> Any:
-        """As the real one."""
+        """Start a process as `subprocess.Popen` does, and record it."""
         process = self._real.Popen(*args, **kwargs)
         self.started.append(process)
         return process
 
 
 class _Forwarding:
-    """While a launcher waits for its process.
+    """Passes signals on while a launcher waits for its process.
 
     Args:
-        name: what its lines call the launcher.
+        name: the launcher's name in its lines.
         module: the launcher's module.
         only: the one signal that the process understands; None: it gets each as itself.
         returns: what the process returns after a signal, beside what ranks do.
@@ -81,10 +81,10 @@ class _Forwarding:
 
     @fail_open
     def end(self, error: Optional[BaseException] = None) -> Optional[int]:
-        """Put everything back. `error` ended the launcher; returns the exit code, None if nothing was signalled."""
+        """Undo the hooks. `error` ended the launcher. Returns the exit code, None if no signal came."""
         self._module.subprocess = self._subprocess._real
         for signum, handler in self._handlers.items():
-            # The launcher is on its way out: one more signal would only change its exit code.
+            # The launcher is about to exit: one more signal would only change its exit code.
             signal.signal(signum, handler if self.signalled is None else signal.SIG_IGN)
         if self.signalled is None:
             return None

@@ -1,8 +1,8 @@
-"""What a launcher makes of an eviction: its exit code, one line on stderr, no traceback.
+"""Decides the exit code of a launcher after an eviction, and has it print one line instead of a traceback.
 
 1. A launcher that was signalled returns `AUTOTEARDOWN_EXIT_CODE`, and one whose workers were stopped with their peers
    `AUTOTEARDOWN_PEER_EXIT_CODE`, where these are set. A setting that is not set changes nothing: torchrun returns 1.
-2. An eviction never turns into success behind the back of a failed worker: instead of 0, the launcher returns 1 then.
+2. An eviction never hides a failed worker: the launcher returns 1 then, where it would return 0.
 3. The launcher's own exception is raised all the same, for programs that use torch's launcher as a library and catch
    it. Only if nothing catches it, `sys.excepthook` ends the process with the code and without the traceback.
 """
@@ -28,7 +28,7 @@ _OWN = 1  # what launchers return for every failure of a worker
 
 
 class Outcome:
-    """The settings of one launcher, and what follows from them. `name` is what its lines call it."""
+    """The exit codes and log lines of one launcher, by its settings. `name` is the launcher's name in its lines."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -72,7 +72,7 @@ class Outcome:
         return code, f"its workers were evicted ({', '.join(map(_ended, codes))}); exit {code}"
 
     def say(self, text: str) -> None:
-        """One line on stderr, dropped rather than waited for."""
+        """Write one line to stderr; it is dropped if stderr blocks."""
         if self.settings.log_format == "json":
             from autoteardown.stop.report import Log
 

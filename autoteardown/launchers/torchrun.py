@@ -1,11 +1,12 @@
-"""Hooks torch's elastic agent, so that torchrun keeps what the ranks were promised; `elastic_agent.py` decides.
+"""Hooks torch's elastic agent, so that torchrun gives its workers their grace period and returns the right exit code.
 
 1. torchrun is a Python process that imports torch, so the agent runs in it. Without these hooks it kills its workers
    30 s after the signal, dies of a signal that it does not know (SIGUSR1) and leaves them behind, prints a traceback,
    and returns 1 (pytorch/pytorch#68258, #119856).
 2. The names that are hooked are the same in torch 2.4 to 2.14: `PContext.start`, `wait` and `close`,
    `_terminate_process_handler`, `ChildFailedError`, `SimpleElasticAgent._restart_workers`, `LaunchConfig`.
-3. Every hook fails open: torchrun then does what it does without the agent.
+3. The hooks only call `elastic_agent.py`, which decides. Every hook fails open: torchrun then does what it does without
+   the agent.
 4. A traceback that torchrun prints for a failed worker shows no frame of the agent.
 """
 

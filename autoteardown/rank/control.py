@@ -1,4 +1,7 @@
-"""Controls one armed rank for its stop; `stop/control.py` documents each method."""
+"""Carries out on this process's rank what its stop asks for: hold, park, drain, destroy, abort, exit.
+
+`stop/control.py` documents each method.
+"""
 
 from __future__ import annotations
 

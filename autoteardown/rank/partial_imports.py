@@ -1,8 +1,9 @@
 """Calls a hook when a module that is just being imported is complete.
 
-wrapt calls a post-import hook at once if the module is in `sys.modules`, and there it is while it is being imported:
-transformers and accelerate import torch, and with it the agent, in the midst of their own import. importlib says that a
-module is complete by clearing `_initializing` of its spec, so the spec gets a class that notices.
+1. wrapt calls a post-import hook at once if the module is in `sys.modules`. A module is there already while it is being
+   imported: transformers and accelerate import torch, and with it the agent, in the middle of their own import.
+2. importlib clears `_initializing` of a module's spec when the module is complete. So the spec gets a class that calls
+   the hook then.
 """
 
 from __future__ import annotations

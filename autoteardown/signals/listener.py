@@ -1,7 +1,6 @@
-"""Listens for signals in an armed process: starts the loop thread, takes over the signals, and decides who handles
-each.
+"""Listens for signals in an armed process: starts the loop thread, takes the signals over, and dispatches each.
 
-Nothing of this module is loaded in a process that does not import torch.
+A signal goes to the agent or to the application. A process that does not import torch does not load this module.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""Takes over the signals of an armed process (Python handlers, kernel dispositions, the wake-up fd), and gives them
-back.
+"""Takes over the Python handlers, kernel dispositions and wake-up fd of an armed process, and gives them back.
 
 1. Python-level handlers can be set on the main thread only, and most Ray actors and every training function of Ray
    Train call init on another (pytorch/pytorch#135088). So the handlers are set early, while torch is imported,

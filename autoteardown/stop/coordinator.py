@@ -1,4 +1,4 @@
-"""Decides for all ranks of a group together, as a pure state machine: what each rank posts in, what each is told out.
+"""Decides for all ranks of a group together, as a pure state machine: messages of the ranks in, decisions out.
 
 One coordinator for a group, in the process that is its hub (see `channel/`); `tests/simulation` runs it against many
 ranks. Level-triggered, like `protocol.py`: a message that comes late, early or twice is never an error.

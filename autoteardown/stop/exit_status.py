@@ -3,7 +3,7 @@
 1. CPython does not pass the code to atexit callbacks. An uncaught exception is in `sys.last_value`. A SystemExit ends
    the process through `Py_Exit`, which is then on the C stack; its code is known if `sys.exit` was called.
 2. A child of multiprocessing runs its finalizers with the exception, if there is one, still in flight.
-3. What is not certain is None: a code of the program's own must never be replaced by mistake.
+3. The result is None if it is not certain: the agent must never replace an exit code of the program by mistake.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _recorded: Optional[int] = None
 
 
 def watch() -> None:
-    """Record the codes of calls of `sys.exit` from now on. For a process that is being evicted."""
+    """Record the codes of calls of `sys.exit` from now on. Called in a process that is being evicted."""
     real = sys.exit
     if hasattr(real, "__wrapped__"):
         return
@@ -60,7 +60,7 @@ def status() -> Optional[int]:
     if process is not None and process.parent_process() is not None:
         error = sys.exc_info()[1]
         return _code_of(error.code) if isinstance(error, SystemExit) else int(error is not None)
-    if sys.version_info >= (3, 14):  # how a SystemExit gets there has not been looked at
+    if sys.version_info >= (3, 14):  # how a SystemExit reaches the exit there has not been examined
         return _recorded
     through_exit = _in_py_exit()
     if through_exit is None:

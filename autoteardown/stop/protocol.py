@@ -397,7 +397,7 @@ class Stop(Machine):
             return False
         return self._enter_exit(now)
 
-    # -- wedged ranks abort together: the first of several aborts frees what the others' kernels still poll (F9) ------
+    # -- wedged ranks abort together: the first of several aborts frees what the others' kernels still poll ------------
 
     def _enter_wedged(self, now: float) -> bool:
         self.wedged = True

@@ -26,7 +26,7 @@ class LaunchHistory:
         self._ends: deque[list[int]] = deque(maxlen=_ITERATIONS)
 
     def watch(self, counters: dict[str, Callable[[], int]]) -> None:
-        """Record these counters from now on, by the name of their group; none: record nothing."""
+        """Record these counters from now on, by the name of their group; if there are none, record nothing."""
         if counters.keys() != self._counters.keys():
             self._ends.clear()
         self._counters = counters
@@ -41,7 +41,7 @@ class LaunchHistory:
 
         Args:
             numbers: the present ones, by group.
-            stopped: the training thread stands where its last iteration ended, so the numbers have to stand, too.
+            stopped: the training thread waits where its last iteration ended; the numbers must not have changed since.
         """
         ends = list(self._ends)
         if len(ends) < 2:  # nothing known: a program without optimizers, or its first iterations

@@ -1,4 +1,4 @@
-"""Reports as metrics for the node exporter's textfile collector: `python textfile.py REPORTS FILE.prom`, from a timer.
+"""Turns reports into metrics for node exporter's textfile collector: `python textfile.py REPORTS FILE.prom`.
 
 Counts what lies in the folder: stops by outcome, seconds to the last rank, steps lost. Standard library only. Reports
 that are rotated away are no longer counted, which PromQL's `increase` takes for a restart of the counter.

@@ -1,4 +1,4 @@
-"""What the agent asks of devices and groups, asked in real ranks while something is stuck."""
+"""The agent's calls on devices and groups, in real ranks while something is stuck."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The simulated accelerator is what it says it is, without the agent: what the other tests here take for granted."""
+"""The simulated accelerator does what it documents, without the agent: the other tests here rely on that."""
 
 import re
 import signal

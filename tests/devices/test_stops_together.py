@@ -1,4 +1,4 @@
-"""What wedged and slow ranks agree on: aborts at one moment, progress; and what the outcome owes to the truth."""
+"""What wedged and slow ranks agree on: aborts at one moment, progress; and outcomes that are true."""
 
 import json
 import os
@@ -108,7 +108,7 @@ def test_the_report_names_the_collective(ranks_on, devices, job):
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_many_random_evictions(ranks_on, devices, job):
-    """Whatever they do and whoever is evicted: no fault, no abort of a drained rank, every code right, all in time."""
+    """Whatever ranks do and whichever is evicted: no fault, no abort of a drained rank, right codes, all in time."""
     seed = int(os.environ.get("SEED", random.randrange(1 << 30)))
     chance = random.Random(seed)
     print(f"seed {seed}")

@@ -264,7 +264,7 @@ def test_deepspeed(job, who):
     if who == "rank":
         stopped_together(job, {0: "peer", 1: "signal"}, {0: 143, 1: 0})
     else:
-        # One after the other, and only when the last is gone: the peers are faster.
+        # One after the other, and only when the last one has ended: the peers are faster.
         stopped_together(job, {0: "signal", 1: "peer"}, {0: 0, 1: 143})
     assert not any(map(alive, pids.values()))
 

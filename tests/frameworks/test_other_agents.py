@@ -1,4 +1,4 @@
-"""Other code that starts with the interpreter, in the same image: it works, and so do we, in either order.
+"""Other code that starts with the interpreter works beside the agent in one image, in either order.
 
 Each test evicts a rank and looks for what shows that the other agent was at work in that very process. It runs in an
 environment that has no start-up file but those that the test puts there.

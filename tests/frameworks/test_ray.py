@@ -1,4 +1,4 @@
-"""Real Ray: actors of every kind, tasks, Ray Train and drivers as ranks (FACTS F2, F3, F8, F11, F17).
+"""Real Ray: actors of every kind, tasks, Ray Train and drivers as ranks.
 
 One cluster serves the whole module. Its workers have the agent in them, as in an image with `AUTOTEARDOWN=1`; a test
 without it uses what users have for that, `runtime_env`. This process is the driver.

@@ -357,7 +357,7 @@ def stopped_node(job, sockets):
 
 @pytest.mark.frameworks
 def test_actors_in_a_collective_are_torn_down_when_ray_start_is_stopped(job, stopped_node):
-    """Each is signalled, reports, and is gone before Ray would SIGKILL it."""
+    """Each is signalled, reports, and exits before Ray would SIGKILL it."""
     node, driver, pids = stopped_node(AGENT)
     reports = job.all_reports()
     assert {rank: report["pid"] for rank, report in reports.items()} == dict(enumerate(pids))

@@ -1,4 +1,4 @@
-"""`ray stop`: Ray's ranks of the machine are drained before it acts; what is not Ray's is left alone."""
+"""`ray stop`: Ray's ranks of the machine are drained before it acts; other ranks are not signalled."""
 
 import os
 import subprocess

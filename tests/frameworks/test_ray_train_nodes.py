@@ -1,4 +1,4 @@
-"""Ray Train on two nodes and a spare one, when one of the two goes away: what it hears, saves, and how it goes on."""
+"""Ray Train on two nodes and a spare one, when one of the two leaves: what it learns and saves, how it continues."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The ways in which a Ray node, or an actor of it, goes away: what becomes of its ranks, and of their peers elsewhere.
+"""The ways in which a Ray node, or an actor of it, ends: what happens to its ranks, and to their peers elsewhere.
 
 The node is a pod: `ray start` in a PID namespace of its own, started as KubeRay starts it. Its peers are on the head.
 Rank 0 is on the node and waits in a collective; ranks 1 and 2 wait for each other, and nothing but the agent can tell
-them that rank 0 is gone. In a world with weights, an engine waits for them in a group made without init.
+them that rank 0 has ended. In a world with weights, an engine waits for them in a group made without init.
 """
 
 from __future__ import annotations
@@ -223,7 +223,7 @@ def away(head, job, tmp_path):
     for world in worlds:
         world.end()
     job.close()
-    # Its pod is gone; so that the next test does not take it for its own.
+    # Its pod has ended; so that the next test does not take it for its own.
     wait_until(
         lambda: not any(each["Alive"] and "away" in each["Resources"] for each in ray.nodes()),
         "Ray to miss the node",

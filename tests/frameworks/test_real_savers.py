@@ -1,4 +1,4 @@
-"""What others write as one checkpoint is waited for as one, on a disk that is slow (real packages)."""
+"""The agent waits for a whole checkpoint that real packages write, on a slow disk."""
 
 import signal
 
@@ -56,7 +56,7 @@ def load(how, folder):
     ("how", "who"), [("safetensors", 0), ("ignite", 1), ("accelerate", 1), ("megatron", 0), ("persistent", 0)]
 )
 def test_a_slow_disk(job, how, who):
-    """Ten seconds, of a grace period of 30: all of it is there, whoever is evicted (rank 0 saves)."""
+    """Ten seconds, of a grace period of 30: all of it is there, whichever rank is evicted (rank 0 saves)."""
     ranks, folder = saving(job, how, 10, 30)
     ranks[who].signal()
     for rank in ranks:

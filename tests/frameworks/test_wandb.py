@@ -1,4 +1,4 @@
-"""Weights & Biases hears of an eviction: read from what its own process wrote, offline."""
+"""Weights & Biases learns of an eviction: read from what its own process wrote, offline."""
 
 import struct
 

@@ -1,7 +1,7 @@
-"""NCCL for real: several ranks on one GPU, evicted. `make gpu` runs this and prints a table of what came of it.
+"""Real NCCL: evicts several ranks on one GPU. `make gpu` runs this and prints a table of the results.
 
 The ranks talk over the loopback network and share the GPU by time slices (`Cuda` in programs/device.py): what that
-cannot show is NVLink. Whoever changes this file and has no GPU runs it on the simulated accelerator:
+cannot show is NVLink. If you change this file and have no GPU, run it on the simulated accelerator:
 TEST_DEVICE=simulated.
 """
 
@@ -280,7 +280,7 @@ def test_rendezvous(world, rows):
 
 
 def test_the_device_is_never_initialised_by_us(world, rows):
-    """F4: a gloo rank on a machine with a GPU leaves without ever having had a context on it."""
+    """A gloo rank on a machine with a GPU leaves without ever having had a context on it."""
     made = world("none")
     evict(made, rows, "gloo, no device")
     for rank in made:

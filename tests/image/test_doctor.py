@@ -1,4 +1,4 @@
-"""`autoteardown doctor`: that it sees what is the case, says what to do, and exits with 1 when something is wrong."""
+"""`autoteardown doctor`: it finds what is wrong, says what to do, and exits with 1."""
 
 import json
 import os
@@ -18,7 +18,7 @@ INJECT = ROOT / "sitecustomize"
 HOST = shutil.which("python3", path="/usr/bin")
 needs_host = pytest.mark.skipif(
     HOST is None or Path(HOST).resolve() == Path(sys.executable).resolve(),
-    reason="no system Python without us",
+    reason="no system Python without the agent",
 )
 # Runs a doctor that is not installed.
 FROM_SOURCE = (
@@ -265,7 +265,7 @@ def test_what_releases_a_wedged_rank(quick, version, nccl, words):
 
 
 def test_it_tells_of_no_store(quick):
-    """Peers are told over connections of the agent's own: what kind of client the store has is of no account."""
+    """Peers are told over connections of the agent's own: the kind of client that the store has does not matter."""
     _, report = examine(AUTOTEARDOWN="1", PYTHONPATH=quick)
     assert not [each for each in report["findings"] if "store" in each["text"]]
 

@@ -1,4 +1,4 @@
-"""Promise 2: the host never pays for our bugs. Each function of ours that a host meets raises, in turn.
+"""A bug of the agent never costs the host program: each function that a host calls raises, in turn.
 
 Which those are is found out by running the host once with every function of the package writing down that it was
 called, so that a new one is in here from its first day. `programs/breaker.py` breaks them from outside.
@@ -123,7 +123,7 @@ def torch_folder(tmp_path_factory):
 
 @pytest.mark.parametrize("program, error", [(HOST, "RuntimeError"), (HELPER, "SystemExit")])
 def test_start_up(tmp_path, torch_folder, program, error):
-    """From the `.pth` file on: whatever is broken there, a program runs as without us."""
+    """From the `.pth` file on: whatever is broken there, a program runs as without the agent."""
 
     def package(folder, **environ):
         ignored = shutil.ignore_patterns("cli", "drills")
@@ -194,7 +194,7 @@ def life(new_job):
 @pytest.mark.slow
 @pytest.mark.parametrize("module", MODULES)
 def test_a_whole_life(new_job, life, module):
-    """Init, steps, saves, workers, forks, handlers, destroy, init again: as without us, and one line of ours."""
+    """Init, steps, saves, workers, forks, handlers, destroy, init again: as without the agent, and one line of ours."""
     expected, path = life
 
     def complaint(*ranks):
@@ -230,7 +230,7 @@ def eviction(new_job):
 @pytest.mark.slow
 @pytest.mark.parametrize("module", MODULES)
 def test_an_eviction(new_job, eviction, module):
-    """The signalled rank leaves in time with the right code, or dies of the signal as without us."""
+    """The signalled rank leaves in time with the right code, or dies of the signal as without the agent."""
 
     def complaint(peer, signalled):
         code = signalled.outlast()

@@ -1,4 +1,4 @@
-"""What `doctor` says of PID 1 of a container: of each init system by its name, and whether the real one does that."""
+"""`doctor`'s findings on PID 1 of a container, for each init system, and whether the real one does that."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""`python -m autoteardown` in an injected container: it is how one finds out why the agent is not active there."""
+"""`python -m autoteardown` in an injected container: it says why the agent is not active there."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The gate: on and off, in every way that a Python process can be started, and that it can hurt nobody.
+"""The start-up switch: on and off, in every way to start a Python process, and without harm to any of them.
 
 Every test runs real interpreters of this environment, in which the package has to be installed (editable or not).
 """
@@ -281,7 +281,7 @@ def run_on(code, *folders):
     return done.stdout.strip()
 
 
-def test_the_tap_is_in_place_when_signal_has_been_imported_and_its_loader_is_its_own():
+def test_signal_is_intercepted_when_it_has_been_imported_and_its_loader_is_its_own():
     code = (
         "import signal, _signal, importlib.machinery as machinery\n"
         "from autoteardown.signals import interception\n"

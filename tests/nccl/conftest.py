@@ -1,4 +1,4 @@
-"""Fixtures of the tests on torch's own ProcessGroupNCCL, and the table of what came of its jobs."""
+"""Fixtures of the tests on torch's own ProcessGroupNCCL, and the table of the jobs' results."""
 
 import os
 import signal

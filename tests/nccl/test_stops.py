@@ -1,4 +1,4 @@
-"""Evictions of ranks on torch's own ProcessGroupNCCL: that what is documented happens."""
+"""Evictions of ranks on torch's own ProcessGroupNCCL: what the docs say happens."""
 
 import signal
 import time

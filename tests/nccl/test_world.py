@@ -1,4 +1,4 @@
-"""The libraries are what README.md says, without the agent: what the other tests here take for granted."""
+"""The libraries do what README.md says, without the agent: the other tests here rely on that."""
 
 import signal
 from pathlib import Path

@@ -89,8 +89,8 @@ def test_an_interface_that_the_others_do_not_reach(net, talk):
     hosts[0].nft("chain i { type filter hook input priority 0; iifname first0 drop; }")
     start = time.monotonic()
     ranks = spread(talk, hosts)
-    card = rendezvous.HubAddress.decode((talk.folder / "store" / "autoteardown-hub").read_bytes())
-    assert [host for host, _ in card.hosts] == ["10.66.0.1", "10.77.0.1", "127.0.0.1"]
+    address = rendezvous.HubAddress.decode((talk.folder / "store" / "autoteardown-hub").read_bytes())
+    assert [host for host, _ in address.hosts] == ["10.66.0.1", "10.77.0.1", "127.0.0.1"]
     assert time.monotonic() - start < 7
     all_hear(ranks, ranks[1], "hello")
 

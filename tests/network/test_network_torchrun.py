@@ -134,7 +134,7 @@ def test_a_node_whose_network_goes_first(net, job, node, when):
 
 @pytest.mark.parametrize("node", [0, 2])
 def test_a_node_without_power(net, job, node):
-    """Its network is gone, and so are its processes: the others are not left in their collective."""
+    """Its network has failed, and its processes have ended: the others are not left in their collective."""
     nodes = Nodes(net, job, "static")
     nodes.hosts[node].pull()
     nodes.agents[node].signal(signal.SIGKILL)

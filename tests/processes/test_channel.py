@@ -1,4 +1,4 @@
-"""The channel between real processes: who hears what, what heals, who is lost, and what strangers can do."""
+"""The channel between real processes: delivery, reconnection, lost ranks, and what strangers can do."""
 
 import contextlib
 import json
@@ -20,16 +20,16 @@ def talk(tmp_path):
     talk.close()
 
 
-def card_of(talk):
+def hub_address_of(talk):
     """What rank 0 has published."""
     return rendezvous.HubAddress.decode(
         (talk.folder / "store" / rendezvous.KEY.replace("/", "-")).read_bytes()
     )
 
 
-def call_on(card):
+def call_on(address):
     """A connection with the hub."""
-    host, port = next(each for each in card.hosts if rendezvous.is_loopback(each[0]))
+    host, port = next(each for each in address.hosts if rendezvous.is_loopback(each[0]))
     return socket.create_connection((host, port), 10)
 
 
@@ -43,9 +43,9 @@ def until_closed(sock):
     return found
 
 
-def hello(card, rank, member="stranger", attempt=1, heard=0, token=None):
-    said = (rank, card.world, member, attempt, heard, 0)
-    return wire.encode("hello", *said, wire.proof(token or card.token, "hello", *said))
+def hello(address, rank, member="stranger", attempt=1, heard=0, token=None):
+    said = (rank, address.world, member, attempt, heard, 0)
+    return wire.encode("hello", *said, wire.proof(token or address.token, "hello", *said))
 
 
 # -- who hears what ---------------------------------------------------------------------------------------------
@@ -115,7 +115,7 @@ def test_what_is_posted_before_there_is_a_hub_is_not_lost(talk):
     assert first.ask("state") == [True, "", True]
 
 
-def test_the_council_has_a_clock(talk):
+def test_the_coordinator_has_a_clock(talk):
     ranks = talk.world(2)
     ranks[1].tell("post", "alarm", 0.3)
     for rank in ranks:
@@ -215,8 +215,8 @@ def test_a_hub_that_has_much_to_do(talk):
     rank.expect("ready")
     with socket.create_server(("127.0.0.1", 0)) as first, socket.create_server(("127.0.0.1", 0)) as second:
         hosts = first.getsockname(), second.getsockname()
-        card = rendezvous.HubAddress("name", "token", 3, addresses.host_id(), hosts)
-        (talk.folder / "store" / rendezvous.KEY.replace("/", "-")).write_text(card.encode())
+        address = rendezvous.HubAddress("name", "token", 3, addresses.host_id(), hosts)
+        (talk.folder / "store" / rendezvous.KEY.replace("/", "-")).write_text(address.encode())
         rank.ask("open", answer="opened")
         for server in (first, second):
             server.settimeout(PATIENCE)
@@ -443,7 +443,7 @@ def still_well(ranks, mark):
 def test_a_port_scanner(talk):
     ranks = talk.world(2)
     for _ in range(200):
-        call_on(card_of(talk)).close()
+        call_on(hub_address_of(talk)).close()
     still_well(ranks, "after")
     assert len(ranks[0].heard("note")) <= 1
     assert ranks[0].stderr == ""
@@ -466,7 +466,7 @@ def test_a_port_scanner(talk):
 def test_garbage(talk, garbage):
     ranks = talk.world(2)
     for _ in range(20):
-        with call_on(card_of(talk)) as sock, contextlib.suppress(ConnectionError):
+        with call_on(hub_address_of(talk)) as sock, contextlib.suppress(ConnectionError):
             sock.sendall(garbage)
             until_closed(sock)
     still_well(ranks, "after")
@@ -477,12 +477,12 @@ def test_garbage(talk, garbage):
 def test_garbage_costs_no_more_the_more_of_it_there_is(talk):
     """A first line is short: what a stranger sends beyond it is not even read, let alone parsed."""
     ranks = talk.world(2)
-    card = card_of(talk)
+    address = hub_address_of(talk)
 
     def cost(text):
         before = ticks(ranks[0])
         for _ in range(300):
-            with call_on(card) as sock, contextlib.suppress(ConnectionError):
+            with call_on(address) as sock, contextlib.suppress(ConnectionError):
                 sock.sendall(text)
                 until_closed(sock)
         return ticks(ranks[0]) - before
@@ -493,10 +493,10 @@ def test_garbage_costs_no_more_the_more_of_it_there_is(talk):
 
 def test_a_wrong_token(talk):
     ranks = talk.world(3)
-    card = card_of(talk)
+    address = hub_address_of(talk)
     for rank in (1, 2):
-        with call_on(card) as sock:
-            sock.sendall(hello(card, rank, token="f" * 32) + wire.encode("p", 1, "notice", {}))
+        with call_on(address) as sock:
+            sock.sendall(hello(address, rank, token="f" * 32) + wire.encode("p", 1, "notice", {}))
             assert until_closed(sock) == b""
     still_well(ranks, "after")
     assert ranks[0].heard("notice") == []
@@ -507,8 +507,8 @@ def test_a_wrong_token(talk):
 
 def test_the_first_line_does_not_contain_the_token(talk):
     talk.world(2)
-    card = card_of(talk)
-    assert card.token not in hello(card, 1).decode()
+    address = hub_address_of(talk)
+    assert address.token not in hello(address, 1).decode()
 
 
 def test_a_replayed_line(talk):
@@ -516,18 +516,18 @@ def test_a_replayed_line(talk):
     first = talk.start(0, 2)
     first.expect("ready")
     first.ask("open", answer="opened")
-    card = card_of(talk)
-    once = hello(card, 1) + wire.encode("p", 1, "once", None) * 3
-    with call_on(card) as sock:
+    address = hub_address_of(talk)
+    once = hello(address, 1) + wire.encode("p", 1, "once", None) * 3
+    with call_on(address) as sock:
         sock.sendall(once)
         first.expect("heard", "once")
-        with call_on(card) as other:
+        with call_on(address) as other:
             other.sendall(once)
             assert json.loads(until_closed(other)) == ["no", "that hello was used before"]
         sock.sendall(wire.encode("p", 2, "twice", None))  # and this connection is not disturbed
         first.expect("heard", "twice")
-    with call_on(card) as sock:  # the rank itself comes again, and does not know what has arrived
-        sock.sendall(hello(card, 1, attempt=2) + wire.encode("p", 2, "twice", None))
+    with call_on(address) as sock:  # the rank itself comes again, and does not know what has arrived
+        sock.sendall(hello(address, 1, attempt=2) + wire.encode("p", 2, "twice", None))
         sock.sendall(wire.encode("p", 3, "thrice", None))
         first.expect("heard", "thrice")
         sock.sendall(wire.encode("p", 5, "gap", None))
@@ -541,16 +541,16 @@ def test_a_replayed_line_of_an_earlier_life(talk):
     first = talk.start(0, 2)
     first.expect("ready")
     first.ask("open", answer="opened")
-    card = card_of(talk)
+    address = hub_address_of(talk)
     for life in ("one", "two"):
-        with call_on(card) as sock:
-            sock.sendall(hello(card, 1, life) + wire.encode("p", 1, life, None))
+        with call_on(address) as sock:
+            sock.sendall(hello(address, 1, life) + wire.encode("p", 1, life, None))
             first.expect("heard", life)
-    with call_on(card) as sock:
-        sock.sendall(hello(card, 1, "one") + wire.encode("p", 1, "replayed", None))
+    with call_on(address) as sock:
+        sock.sendall(hello(address, 1, "one") + wire.encode("p", 1, "replayed", None))
         assert json.loads(until_closed(sock)) == ["no", "that hello was used before"]
-    with call_on(card) as sock:
-        sock.sendall(hello(card, 1, "three") + wire.encode("p", 1, "after", None))
+    with call_on(address) as sock:
+        sock.sendall(hello(address, 1, "three") + wire.encode("p", 1, "after", None))
         first.expect("heard", "after")
     assert first.heard("replayed") == []
 
@@ -560,10 +560,10 @@ def test_silent_connections_are_few(talk):
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     ranks = talk.world(2)
     before = ranks[0].ask("count")[0]
-    card = card_of(talk)
+    address = hub_address_of(talk)
     socks = []
     for _ in range(10_000):
-        socks.append(call_on(card))
+        socks.append(call_on(address))
         if len(socks) > min(2000, soft // 2):
             socks.pop(0).close()
     assert ranks[0].ask("count")[0] - before <= admission.MAX_UNAUTHENTICATED + 2
@@ -579,7 +579,7 @@ def test_silent_connections_are_few(talk):
 
 def test_a_guest_has_little_time(talk):
     talk.world(2)
-    with call_on(card_of(talk)) as sock:
+    with call_on(hub_address_of(talk)) as sock:
         start = time.monotonic()
         until_closed(sock)
         assert time.monotonic() - start < 2 * admission.AUTHENTICATION_SECONDS + 5
@@ -598,9 +598,9 @@ def two_of_three(talk):
 def test_a_member_that_does_not_read(talk):
     """Costs the others nothing, and is given up when too much waits for it."""
     first, second = two_of_three(talk)
-    card = card_of(talk)
-    with call_on(card) as sock:
-        sock.sendall(hello(card, 2))
+    address = hub_address_of(talk)
+    with call_on(address) as sock:
+        sock.sendall(hello(address, 2))
         second.tell("do", "for n in range(3000):\n    channel.post('much', 'x' * 10000)")
         second.tell("post", "after", None)
         first.expect("heard", "after")
@@ -610,9 +610,9 @@ def test_a_member_that_does_not_read(talk):
 def test_a_member_that_reads_late(talk):
     """Hears everything, also when nothing more is said."""
     _, second = two_of_three(talk)
-    card = card_of(talk)
-    with call_on(card) as sock:
-        sock.sendall(hello(card, 2))
+    address = hub_address_of(talk)
+    with call_on(address) as sock:
+        sock.sendall(hello(address, 2))
         second.tell("do", "for n in range(1000):\n    channel.post('much', 'x' * 10000)")
         second.tell("post", "last", None)
         second.expect("heard", "last")

@@ -1,4 +1,4 @@
-"""No checkpoint is cut in half while time is left (promise 10)."""
+"""No checkpoint is interrupted while time is left."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def whole(job):
 @pytest.mark.parametrize("stop_at", ["step", "now"])
 @pytest.mark.parametrize("how", ["path", "file", "protect", "nested", "dcp"])
 def test_a_save_in_progress_is_waited_for(job, how, stop_at):
-    """Promise 10: `torch.save`, `torch.distributed.checkpoint`, `protect()` by the training thread."""
+    """`torch.save`, `torch.distributed.checkpoint`, `protect()` by the training thread."""
     # Longer than the drain time-out at this grace period (1.5 s), in which a thread has to park.
     ranks = job.world(
         "checkpoint.py",
@@ -121,7 +121,7 @@ def test_protect_leaves_at_the_end_of_the_block(job):
 
 
 def test_saves_are_the_programs_own(job):
-    """Promise 2: what raises in a save or in a protected block still raises, and values are passed through."""
+    """What raises in a save or in a protected block still raises, and values are passed through."""
     rank = job.start(
         """
         import io, pickle, sys
@@ -161,7 +161,7 @@ def evict_at_random(job, seed):
 
 @pytest.mark.parametrize("seed", range(EVICTIONS))
 def test_every_checkpoint_loads(job, seed):
-    """Issue 3: a checkpoint every step, evictions at random times: every checkpoint file on disk loads."""
+    """A checkpoint every step, evictions at random times: every checkpoint file on disk loads."""
     evict_at_random(job, seed)
 
 
@@ -169,7 +169,7 @@ def test_every_checkpoint_loads(job, seed):
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("hundred", [1])
 def test_a_hundred_evictions(job, hundred):
-    """Issue 3, the full hundred."""
+    """The same with a hundred evictions."""
     for seed in range(100 * hundred, 100 * hundred + 100):
         evict_at_random(job, seed)
 
@@ -189,7 +189,7 @@ def test_control_checkpoints_are_cut(job):
     raise AssertionError(f"{seed + 1} kills have not cut a single checkpoint")
 
 
-# -- a checkpoint is more than one file (F20) ------------------------------------------------------------------------
+# -- a checkpoint is more than one file ------------------------------------------------------------------------
 
 WHOLE = {
     "pair": ["model", "optimizer"],
@@ -218,7 +218,7 @@ def files(job):
 @pytest.mark.parametrize("who", [0, 1])
 @pytest.mark.parametrize("how", WHOLE)
 def test_a_checkpoint_is_waited_for(job, how, who):
-    """Not one file of it: whoever is evicted, all the files are there, under their final names."""
+    """Not one file of it: whichever rank is evicted, all the files are there, under their final names."""
     # A child's end is waited for at the exit, too: for 3 s.
     longer = dict.fromkeys(["forked", "worker", "grandchild"], 4.5)
     seconds = {"five": 2.0, "rename": 0.4, **longer}.get(how, 1.8)

@@ -1,4 +1,4 @@
-"""Children are not ranks (promise 9), unless they become ranks."""
+"""Child processes are not ranks, unless they become ranks."""
 
 import os
 import re
@@ -19,7 +19,7 @@ def anonymous(rank):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_child_dies_as_without_us(job, kind):
-    """Issue 2: `kill -TERM` to a child: it dies of it, and the parent sees what it would see without us."""
+    """`kill -TERM` to a child: it dies of it, and the parent sees what it would see without the agent."""
     seen = []
     for mode in (AGENT, NONE):
         rank = job.start("family.py", kind, mode=mode)
@@ -52,7 +52,7 @@ def test_a_child_reports_nothing(job, kind):
 
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_dataloader_worker_killed_alone(job, context):
-    """Issue 2: SIGTERM to a DataLoader worker alone kills it within a second, and its parent as without us."""
+    """SIGTERM to a DataLoader worker alone kills it within a second, and its parent as without the agent."""
     for mode in (AGENT, NONE):
         (rank,) = job.world("loader.py", 1, context, 1, mode=mode)
         rank.wait_for("^step 3$")
@@ -70,7 +70,7 @@ def test_dataloader_worker_killed_alone(job, context):
 
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_whole_process_group_signalled(job, context):
-    """Promise 9's exception: the workers of a rank on its way to its last step stay until it has parked."""
+    """The workers of a rank on its way to its last step stay until it has parked."""
     ranks = job.world("loader.py", 2, context, 1 if context == "spawn" else 2)
     for rank in ranks:
         rank.wait_for("^step 3$")
@@ -89,7 +89,7 @@ def test_whole_process_group_signalled(job, context):
 
 
 def test_control_whole_process_group_signalled(job):
-    """The control of the test above: a rank that wants one more batch does not get it (FACTS F16)."""
+    """The control of the test above: a rank that wants one more batch does not get it."""
     rank = job.start(
         """
         import signal, sys, threading
@@ -110,7 +110,7 @@ def test_control_whole_process_group_signalled(job):
 
 @pytest.mark.parametrize("how", ["persistent", "terminated", "stuck"])
 def test_workers_end_as_without_us(job, how):
-    """Promise 11 and F21: live at the program's end, terminated by it, or stuck in C: torch's own handler is there."""
+    """Live at the program's end, terminated by it, or stuck in C: torch's own handler is there."""
     seen = []
     for mode in (AGENT, NONE):
         rank = job.start("unchanged_loader.py", how, mode=mode)
@@ -121,7 +121,7 @@ def test_workers_end_as_without_us(job, how):
 
 
 def test_a_worker_stuck_in_c_goes_with_its_group(job):
-    """What a launcher kills with the rank's process group is gone with it, also where no bytecode runs."""
+    """What a launcher kills with the rank's process group ends with it, also where no bytecode runs."""
     rank = job.start("unchanged_loader.py", "abandoned")
     worker = int(rank.wait_for(r"^stuck (\d+)$")[1])
     rank.wait_for("^waiting$")
@@ -132,7 +132,7 @@ def test_a_worker_stuck_in_c_goes_with_its_group(job):
 
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_no_worker_outlives_a_killed_rank(job, context):
-    """Promise 9: no worker outlives its parent by more than its own watchdog's 5 s, killed in mid-teardown or not."""
+    """No worker outlives its parent by more than its own watchdog's 5 s, killed in mid-teardown or not."""
     (rank,) = job.world("loader.py", 1, context, 1)
     rank.wait_for("^step 3$")
     workers = [int(pid) for pid in re.findall(r"^worker (\d+)$", rank.stdout, re.MULTILINE)]
@@ -234,7 +234,7 @@ def test_signal_to_the_group_of_a_rank_with_children(job):
 
 @pytest.mark.parametrize("kind", ["idle", "pool", "spawned", "log", "busy"])
 def test_a_helper_is_no_writer(job, kind):
-    """Of the processes that a program has started, only one that writes a checkpoint is waited for (F20)."""
+    """Of the processes that a program has started, only one that writes a checkpoint is waited for."""
     ranks = job.world("helpers.py", 2, kind, AUTOTEARDOWN_GRACE=16)
     for rank in ranks:
         rank.wait_for("^helper up$")

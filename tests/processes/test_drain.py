@@ -1,4 +1,4 @@
-"""`autoteardown drain`: every armed rank of the node is signalled, waited for, and its outcome told; nobody else is."""
+"""`autoteardown drain`: signals every armed rank of the node and no other process, waits, prints the outcomes."""
 
 import json
 import os

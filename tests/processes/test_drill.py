@@ -1,4 +1,4 @@
-"""`autoteardown drill`: real drills, with what they must find, what they must leave behind (nothing), and bad input."""
+"""`autoteardown drill`: real drills find what they must, and leave nothing behind; bad input."""
 
 import io
 import json
@@ -292,9 +292,9 @@ def test_a_job_that_does_not_get_going(start):
         ("--ranks two", "argument --ranks: 'two' is not a whole number from 1 to 64"),
         (
             "--scenario quake",
-            "argument --scenario: 'quake' is none of stuck, train, save, pod, init, peer-lost",
+            "argument --scenario: 'quake' is not a scenario; allowed are stuck, train, save, pod, init, peer-lost",
         ),
-        ("--scenario train,", "argument --scenario: '' is none of stuck"),
+        ("--scenario train,", "argument --scenario: '' is not a scenario; allowed are stuck"),
         ("--scenario stuck --ranks 1", "--ranks 1: the scenario stuck needs at least 2"),
         ("--scenario all --ranks 1", "--ranks 1: the scenario stuck needs at least 2"),
         ("--compare --ranks 1", "--ranks 1: the scenario stuck needs at least 2"),
@@ -306,7 +306,7 @@ def test_a_job_that_does_not_get_going(start):
         ),
         ("--html /nowhere/page.html", "--html '/nowhere/page.html': not a file in a folder that exists"),
         ("--html /", "--html '/': not a file in a folder that exists"),
-        ("--after 3", "--after: only for a COMMAND of your own"),
+        ("--after 3", "--after: only with a COMMAND of your own"),
         ("-- no-such-program", "COMMAND 'no-such-program': no such program"),
         (
             "--scenario init -- true",

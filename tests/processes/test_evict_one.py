@@ -14,7 +14,7 @@ ALONE = {"AUTOTEARDOWN_PEERS": "off"}
 
 
 def test_two_ranks_in_mid_training(job):
-    """Issue 2: SIGTERM to both in mid-training: exit 0 from both, the group destroyed, under 2 s after the signal."""
+    """SIGTERM to both in mid-training: exit 0 from both, the group destroyed, under 2 s after the signal."""
     ranks = job.world("train.py")
     for rank in ranks:
         rank.wait_for("step 3$")
@@ -43,7 +43,7 @@ def test_two_ranks_without_peers(job):
 
 @pytest.mark.parametrize("mode", [AGENT, HANDWRITTEN])
 def test_blocked_in_a_collective(job, mode):
-    """Issue 2: rank 0 in an `all_reduce` that its peer never joins leaves in time; the hand-written one does not."""
+    """Rank 0 in an `all_reduce` that its peer never joins leaves in time; the hand-written one does not."""
     grace = GRACE if mode == AGENT else SHORT
     stuck, peer = job.world("stuck.py", mode=mode, **ALONE)
     peer.wait_for("ready")
@@ -65,7 +65,7 @@ def test_blocked_in_a_collective(job, mode):
 @pytest.mark.parametrize("mode", [AGENT, HANDWRITTEN])
 @pytest.mark.parametrize("missing", [0, 1], ids=["store's host", "peer"])
 def test_waiting_for_a_peer_in_init(job, mode, missing):
-    """Issue 2: inside `init_process_group` waiting for a peer, exit within 1 s; promise 3 (in rendezvous)."""
+    """Inside `init_process_group` waiting for a peer, exit within 1 s."""
     if mode == HANDWRITTEN and missing == 0 and TORCH < (2, 5):
         pytest.skip("this torch waits for the store's host where a signal is handled")
     grace = GRACE if mode == AGENT else SHORT
@@ -80,7 +80,7 @@ def test_waiting_for_a_peer_in_init(job, mode, missing):
 
 
 def test_half_built_world(job):
-    """Promise 3: in `new_group` while a peer does not come, after a first group was built."""
+    """In `new_group` while a peer does not come, after a first group was built."""
     first, _ = job.world(
         """
         import time
@@ -119,7 +119,7 @@ while True:
 
 @pytest.mark.parametrize("state", STATES)
 def test_states_of_the_main_thread(job, state):
-    """Promise 3: from a signal in any state the process ends inside the grace period with the right code."""
+    """From a signal in any state the process ends inside the grace period with the right code."""
     rank = job.start(
         "import threading, time, torch\n"
         "import torch.distributed as dist\n"
@@ -157,7 +157,7 @@ def test_no_rank_dies_as_without_us(job, where):
 
 
 def test_every_later_init_arms_again(job):
-    """Issue 2: every later init arms again; destroy disarms."""
+    """Every later init arms again; destroy disarms."""
     rank = job.start(
         """
         import time
@@ -226,7 +226,7 @@ def test_second_signal_does_not_cut_the_teardown_short(job):
 
 @pytest.mark.parametrize("program", ["train.py", "stuck.py"])
 def test_signal_storm(job, program):
-    """Issue 2: 200 SIGTERMs in a second: right exit code, inside the grace period."""
+    """200 SIGTERMs in a second: right exit code, inside the grace period."""
     rank, _ = job.world(program, **ALONE)
     rank.wait_for("step 2$") if program == "train.py" else rank.wait_blocked("ready")
     rank.signal()
@@ -256,7 +256,7 @@ def test_eviction_during_interpreter_exit(job):
 
 @pytest.mark.parametrize("how", ["atexit", "finally", "thread"])
 def test_exit_that_hangs(job, how):
-    """F14: `sys.exit` hung in interpreter teardown; torchtitan#1342: a collective on the exception path."""
+    """`sys.exit` hung in interpreter teardown; torchtitan#1342: a collective on the exception path."""
     rank, _ = job.world(
         """
         import atexit, sys, threading, time
@@ -282,7 +282,7 @@ def test_exit_that_hangs(job, how):
 
 
 def test_finally_and_atexit_run(job):
-    """Section 5, exit: the main thread leaves through SystemExit, so that `atexit` and `finally` run."""
+    """The exit: the main thread leaves through SystemExit, so that `atexit` and `finally` run."""
     rank = job.start(
         """
         import atexit, time
@@ -303,7 +303,7 @@ def test_finally_and_atexit_run(job):
 
 
 def test_pid_1(job):
-    """Issue 2: as PID 1 of a PID namespace, where the kernel drops a SIGTERM without a handler."""
+    """As PID 1 of a PID namespace, where the kernel drops a SIGTERM without a handler."""
     program = """
         import os, time
         import torch.distributed as dist
@@ -337,7 +337,7 @@ def _children(pid):
 
 @pytest.mark.parametrize("how", ["destroy", "leave"])
 def test_a_normal_job_is_unchanged(job, how):
-    """Promise 11: no output, no other exit code than without the agent."""
+    """No output, no other exit code than without the agent."""
     seen = []
     for mode in (AGENT, NONE):
         ranks = job.world("train.py", 2, "--steps", 4, *(["--leave"] if how == "leave" else []), mode=mode)

@@ -1,4 +1,4 @@
-"""The examples: evicted, started again, and compared with a run that nobody interrupts."""
+"""The examples: evicted, started again, and compared with an uninterrupted run."""
 
 import re
 from pathlib import Path

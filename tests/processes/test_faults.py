@@ -32,7 +32,7 @@ def events(rank, name):
     ],
 )
 def test_something_never_returns(job, role, faults, hung, exit_code, expected):
-    """Issue 2: a destroy, a drain, an abort that never returns: right exit code, inside the grace period."""
+    """A destroy, a drain, an abort that never returns: right exit code, inside the grace period."""
     (rank,) = job.world("faulty.py", 1, role, FAULTS=faults, AUTOTEARDOWN_EXIT_CODE=exit_code)
     rank.wait_blocked("ready") if role == "stuck" else rank.wait_for("ready|step 2")
     assert rank.evict() == expected, rank.story()
@@ -75,7 +75,7 @@ def test_a_driver_that_hangs(job):
 
 
 def test_destroy_that_holds_the_gil(job):
-    """Promise 3, whatever is stuck: no Python code of this process runs any more, the hard deadline included.
+    """The process ends in time although none of its Python code runs any more, the hard deadline included.
 
     Not made up: with torch 2.13 the destructor of a gloo group joins a thread of its own with the GIL held while
     that thread waits for the GIL, when a scaled-loss DDP model is the last to hold the group.
@@ -90,7 +90,7 @@ def test_destroy_that_holds_the_gil(job):
     [("destroy-raises", "destroy"), ("drain-raises", "drain"), ("busy,abort-raises", "abort")],
 )
 def test_something_raises(job, faults, phase):
-    """Promise 2 and section 5: what raises is logged and reported, and the way out goes on."""
+    """What raises is logged and reported, and the way out goes on."""
     (rank,) = job.world("faulty.py", 1, "train", FAULTS=faults)
     rank.wait_for("step 2")
     assert rank.evict() == 0, rank.story()
@@ -100,7 +100,7 @@ def test_something_raises(job, faults, phase):
 
 
 def test_no_garbage_after_the_abort(job):
-    """Promise 4: released by the abort, the main thread does not go on computing with what came of it."""
+    """Released by the abort, the main thread does not go on computing with what came of it."""
     (rank,) = job.world("faulty.py", 1, "stuck", FAULTS="busy")
     rank.wait_blocked("ready")
     assert rank.evict() == 0, rank.story()
@@ -111,7 +111,7 @@ def test_no_garbage_after_the_abort(job):
 
 @pytest.mark.parametrize("faults, aborts", [("", 0), ("busy", 1)])
 def test_abort_only_the_wedged(job, faults, aborts):
-    """Promise 7: a drained rank never aborts; a rank that could not drain does, and does not destroy."""
+    """A drained rank never aborts; a rank that could not drain does, and does not destroy."""
     (rank,) = job.world("faulty.py", 1, "train", FAULTS=faults)
     rank.wait_for("step 2")
     assert rank.evict() == 0, rank.story()
@@ -121,7 +121,7 @@ def test_abort_only_the_wedged(job, faults, aborts):
 
 
 def test_a_wedged_rank_and_a_drained_one(job):
-    """Promise 7 in a group: rank 0 waits for its device for ever, rank 1 is idle: only rank 0 aborts."""
+    """In a group, only the wedged rank aborts: rank 0 waits for its device for ever, rank 1 is idle."""
     stuck, idle = job.world(
         "faulty.py", each={0: {"args": ["stuck"], "FAULTS": "busy"}, 1: {"args": ["idle"]}}
     )
@@ -138,7 +138,7 @@ def test_a_wedged_rank_and_a_drained_one(job):
 
 
 def test_every_group_is_aborted_at_once(job):
-    """F5: serial aborts deadlock (pytorch#119797), and a parent's abort does not release a split child."""
+    """Serial aborts deadlock (pytorch#119797), and a parent's abort does not release a split child."""
     ranks = job.world("faulty.py", 2, "train", "group", FAULTS="busy,abort-together")
     for rank in ranks:
         rank.wait_for("step 2")
@@ -150,7 +150,7 @@ def test_every_group_is_aborted_at_once(job):
 
 
 def test_every_initialised_device_is_drained(job):
-    """Section 5, drain: every accelerator that this process has initialised, and never another one (F4)."""
+    """The drain: every accelerator that this process has initialised, and never another one."""
     (rank,) = job.world("faulty.py", 1, "train")
     rank.wait_for("step 2")
     assert rank.evict() == 0, rank.story()
@@ -159,7 +159,7 @@ def test_every_initialised_device_is_drained(job):
 
 
 def test_nobody_leaves_before_all_are_quiet(job):
-    """Promise 6: with accelerators a rank destroys and leaves only when every rank's device is quiet."""
+    """With accelerators a rank destroys and leaves only when every rank's device is quiet."""
     # The device takes a second: not longer than a drain may take.
     slow, quick = job.world("faulty.py", 2, "train", each={0: {"FAULTS": "slow"}}, AUTOTEARDOWN_GRACE=12)
     for rank in (slow, quick):
@@ -177,7 +177,7 @@ def test_nobody_leaves_before_all_are_quiet(job):
 
 
 def test_a_silent_board_costs_its_time_out_and_no_more(job):
-    """Promise 6: a SIGKILLed peer never says that it is quiet: the time floor passes, and nothing hangs."""
+    """A SIGKILLed peer never says that it is quiet: the time floor passes, and nothing hangs."""
     first, second = job.world("faulty.py", 2, "idle")
     for rank in (first, second):
         rank.wait_for("ready")
@@ -239,7 +239,7 @@ def test_on_teardown(job, kind):
 
 
 def test_a_group_of_a_backend_without_abort_is_left_to_the_exit(job):
-    """Gloo: no abort; a wedged rank is released by its exit, which closes its sockets (F5)."""
+    """Gloo: no abort; a wedged rank is released by its exit, which closes its sockets."""
     stuck, peer = job.world("stuck.py", **ALONE)
     peer.wait_for("ready")
     stuck.wait_blocked("ready")
@@ -258,7 +258,7 @@ HOST_BUGS = {
 
 @pytest.mark.parametrize("bug", HOST_BUGS)
 def test_the_host_never_pays_for_our_bugs(job, bug):
-    """Promise 2: torch's insides are not as expected: the rank still leaves in time with the right code."""
+    """Torch's insides are not as expected: the rank still leaves in time with the right code."""
     (rank,) = job.world(
         f"""
         import time
@@ -298,7 +298,7 @@ def test_init_that_raises(job, mode):
 
 
 def test_disarm(job):
-    """`autoteardown.disarm()`: from then on this process is as without us."""
+    """`autoteardown.disarm()`: from then on this process is as without the agent."""
     (rank,) = job.world(
         """
         import time

@@ -36,7 +36,7 @@ def test_every_handler_saved_and_restored(job):
     assert "1 handlers" in rank.stdout  # of SIGINT: Python's own
 
 
-def test_an_application_that_wants_our_doorbell(job):
+def test_an_application_that_uses_the_same_real_time_signal(job):
     """It gets the signal that nobody used, as if we had not been there; a rank can be torn down all the same."""
     program = """
         import os, signal, time
@@ -124,7 +124,7 @@ def test_a_handler_put_away_and_the_signal_raised_again(job, where):
 
 
 def test_exit_callbacks_registered_before_ours(job):
-    """coverage's .pth comes before ours, so its exit callback would come after it, when the process is gone."""
+    """coverage's .pth comes before the agent's, so its exit callback would come after the agent's, too late."""
     rank = job.start(
         """
         import atexit, time

@@ -1,4 +1,4 @@
-"""One rank is signalled, the whole group stops (promise 5): same step, quiet devices, nobody left waiting."""
+"""One rank is signalled, and the whole group stops: same step, quiet devices, no rank left waiting."""
 
 import os
 import re
@@ -39,7 +39,7 @@ def same_step(ranks):
 
 
 def clean(ranks):
-    """Drained and released, everywhere, without a word beside the agent's."""
+    """Drained and released, everywhere, with no output beside the agent's."""
     for rank in ranks:
         assert rank.report()["outcome"] == "clean", rank.story()
         assert rank.phase("destroy")["outcome"] == "ok", rank.story()
@@ -48,7 +48,7 @@ def clean(ranks):
 
 @pytest.mark.parametrize("victim", [0, 1, 3])
 def test_one_of_four(job, victim):
-    """Issue 3: four DDP ranks, one signalled: same step, clean on all, victim 0, the others 143, no traceback."""
+    """Four DDP ranks, one signalled: same step, clean on all, victim 0, the others 143, no traceback."""
     ranks = job.world("train.py", 4, **ROOMY)
     ready(ranks)
     ranks[victim].signal()
@@ -70,7 +70,7 @@ def test_one_of_four(job, victim):
 
 
 def test_two_at_once(job):
-    """Issue 3: two ranks signalled at the same time."""
+    """Two ranks signalled at the same time."""
     ranks = job.world("train.py", 3, **ROOMY)
     ready(ranks)
     for rank in ranks[1:]:
@@ -82,7 +82,7 @@ def test_two_at_once(job):
 
 
 def test_signalled_while_a_stop_is_going_on(job):
-    """Issue 3: a second rank gets its signal while the group stops already."""
+    """A second rank gets its signal while the group stops already."""
     ranks = job.world("uneven.py", 3, "slow", **ROOMY)
     ready(ranks)
     ranks[0].signal()
@@ -101,7 +101,7 @@ def test_signalled_while_a_stop_is_going_on(job):
 
 
 def test_all_at_once_skewed(job):
-    """F9: a platform's signals reach the ranks of one node a second apart."""
+    """A platform's signals reach the ranks of one node a second apart."""
     ranks = job.world("train.py", 3, **ROOMY)
     ready(ranks)
     for rank in ranks:
@@ -121,7 +121,7 @@ def test_all_at_once_skewed(job):
     "kind", [pytest.param("fsdp2", marks=FSDP2_ON_CPUS), "accumulate", "scaler", "two", "lbfgs"]
 )
 def test_step_boundary(job, kind):
-    """Issue 3: FSDP2, gradient accumulation, skipped steps, several optimizers, closures: the same step on all."""
+    """FSDP2, gradient accumulation, skipped steps, several optimizers, closures: the same step on all."""
     ranks = job.world("train.py", 2, "--kind", kind, **ROOMY)
     ready(ranks, 4)
     ranks[1].signal()
@@ -182,7 +182,7 @@ def test_slow_ranks_and_a_helper(job):
 @pytest.mark.parametrize("how, own_code", [("returns", None), ("ends", 0), ("raises", 1)])
 @pytest.mark.parametrize("who", ["one", "all"])
 def test_training_ends_on_the_way(job, how, own_code, who):
-    """Issue 3: a training thread that raises or returns on the way to the agreed step: nobody waits out the time."""
+    """A training thread that raises or returns on the way to the agreed step: nobody waits out the time."""
     grace = 20
     other = how if who == "all" else "slow"
     ranks = job.world("uneven.py", each={0: {"args": [how]}, 1: {"args": [other]}}, AUTOTEARDOWN_GRACE=grace)
@@ -191,7 +191,7 @@ def test_training_ends_on_the_way(job, how, own_code, who):
     ranks[1].signal()
     ranks[0].signalled = ranks[1].signalled
     codes = [rank.outlast(grace) for rank in ranks]
-    # A rank that was through before it heard of the stop ends as it would without us.
+    # A rank that was through before it heard of the stop ends as it would without the agent.
     assert codes[0] in (143, 143 if own_code is None else own_code), ranks[0].story()
     assert codes[1] in (0, own_code if who == "all" else 0), ranks[1].story()
     for report in job.all_reports().values():
@@ -212,7 +212,7 @@ def test_stop_at(job, stop_at):
 
 
 def test_step_longer_than_the_budget(job):
-    """Issue 3: a step that takes longer than there is time: all are out in time nevertheless."""
+    """A step that takes longer than there is time: all are out in time nevertheless."""
     ranks = job.world("uneven.py", 2, "long")
     ready(ranks, 1)
     ranks[0].signal()
@@ -220,7 +220,7 @@ def test_step_longer_than_the_budget(job):
 
 
 def test_blocked_peer_is_released(job):
-    """Issue 3: a rank stuck in a collective that its peer (in a Python loop) never joins: all out, none SIGKILLed."""
+    """A rank stuck in a collective that its peer (in a Python loop) never joins: all out, none SIGKILLed."""
     ranks = job.world("stuck.py", 3)
     for rank in ranks[1:]:
         rank.wait_for("ready")
@@ -245,7 +245,7 @@ def test_everybody_blocked(job):
 
 
 def test_a_peer_died_without_a_word(job):
-    """Issue 3: one rank SIGKILLed, then SIGTERM to another: everyone out in time, no hang."""
+    """One rank SIGKILLed, then SIGTERM to another: everyone out in time, no hang."""
     ranks = job.world("train.py", 4)
     ready(ranks)
     ranks[3].signal(signal.SIGKILL)
@@ -258,7 +258,7 @@ def test_a_peer_died_without_a_word(job):
 
 
 def test_the_store_died(job):
-    """The board is gone (its host was SIGKILLed): the rank goes on alone and is out in time."""
+    """The hub has ended (its host was SIGKILLed): the rank stops without its peers, in time."""
     ranks = job.world("stuck.py", 3)
     for rank in ranks:
         rank.wait_for("ready")
@@ -292,7 +292,7 @@ def test_peers_off(job, setting):
 @pytest.mark.parametrize("kind", ["file", "store", "prefix", "hash"])
 @pytest.mark.parametrize("victim", [0, 1])
 def test_kinds_of_store(job, kind, victim):
-    """Issue 3: `file://`, a caller's own `store=`, nested PrefixStores; a store that nobody else can see."""
+    """`file://`, a caller's own `store=`, nested PrefixStores; a store that nobody else can see."""
     if kind == "hash" and victim:
         pytest.skip("one rank")
     # The default grace period: a store that has to be polled is looked at once a second.
@@ -305,7 +305,7 @@ def test_kinds_of_store(job, kind, victim):
 
 
 def test_a_second_world_after_the_first(job):
-    """Issue 3: several inits one after another: stale messages of the first world mean nothing in the second."""
+    """Several inits one after another: stale messages of the first world mean nothing in the second."""
     ranks = job.world("uneven.py", 2, "again", **ROOMY)
     ready(ranks)
     ranks[1].signal()
@@ -315,7 +315,7 @@ def test_a_second_world_after_the_first(job):
 
 
 def test_during_a_second_init(job):
-    """Issue 3: evicted while it waits in a second init for peers that never come."""
+    """Evicted while it waits in a second init for peers that never come."""
     rank, _ = job.world(
         """
         import os, time
@@ -335,7 +335,7 @@ def test_during_a_second_init(job):
 
 
 def test_in_the_middle_of_destroy(job):
-    """Issue 3: eviction in mid-`destroy_process_group` of the program's own, which never returns."""
+    """Eviction in mid-`destroy_process_group` of the program's own, which never returns."""
     (rank,) = job.world(
         """
         import faults
@@ -353,7 +353,7 @@ def test_in_the_middle_of_destroy(job):
 
 
 def test_the_store_host_leaves_last(job):
-    """Section 5: the rank that hosts the store leaves last, so that nobody's store breaks under it."""
+    """The rank that hosts the store leaves last, so that nobody's store breaks under it."""
     ranks = job.world("train.py", 3, **ROOMY)
     ready(ranks)
     ranks[0].signal()
@@ -364,7 +364,7 @@ def test_the_store_host_leaves_last(job):
 @pytest.mark.parametrize("order", ["first", "last"])
 @pytest.mark.parametrize("how", ["destroy", "leave"])
 def test_a_normal_end_in_any_order(job, order, how):
-    """Issue 3: no new warning or traceback on a normal end, in any order, with or without destroy."""
+    """No new warning or traceback on a normal end, in any order, with or without destroy."""
     program = """
         import os, sys, time
         import torch.distributed as dist
@@ -386,7 +386,7 @@ def test_a_normal_end_in_any_order(job, order, how):
 
 
 def test_the_whole_job_ends_with_the_first_failure_as_ever(job):
-    """Promise 11: a rank that raises ends the job as it does without us: same codes, no teardown."""
+    """A rank that raises ends the job as it does without the agent: same codes, no teardown."""
     seen = []
     for mode in ("agent", NONE):
         ranks = job.world("uneven.py", 2, each={0: {"args": ["raises"]}, 1: {"args": ["steps"]}}, mode=mode)
@@ -417,7 +417,7 @@ def torchrun_clean(job, count):
 
 
 def test_torchrun_one_worker(job):
-    """Issue 3: DDP under torchrun, four ranks, SIGTERM to one worker: all out, same step, clean, no traceback."""
+    """DDP under torchrun, four ranks, SIGTERM to one worker: all out, same step, clean, no traceback."""
     launcher = job.torchrun("train.py", ranks=4, AUTOTEARDOWN_GRACE=25)
     pids = worker_pids(launcher, range(4))
     os.kill(pids[2], SIGTERM)
@@ -432,11 +432,11 @@ def test_torchrun_one_worker(job):
 
 @pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_torchrun_agent(job, context):
-    """Issue 3: SIGTERM to the torchrun agent, which signals all workers with their DataLoader workers (`killpg`)."""
+    """SIGTERM to the torchrun agent, which signals all workers with their DataLoader workers (`killpg`)."""
     launcher = job.torchrun("train.py", "--workers", 1, "--context", context, AUTOTEARDOWN_GRACE=25)
     worker_pids(launcher, range(2))
     launcher.signal()
-    assert launcher.wait() == 1  # torchrun's own after a signal, whatever its workers return (F8)
+    assert launcher.wait() == 1  # torchrun's own after a signal, whatever its workers return
     reports = torchrun_clean(job, 2)
     assert {report["exit_code"] for report in reports.values()} == {0}
     assert "DataLoader worker" not in launcher.stderr, launcher.stderr
@@ -444,7 +444,7 @@ def test_torchrun_agent(job, context):
 
 
 def test_two_nodes(job):
-    """Issue 3: two torchrun agents, one is signalled: the other node's ranks are out soon, and its agent ends, too."""
+    """Two torchrun agents, one is signalled: the other node's ranks are out soon, and its agent ends, too."""
     nodes = (
         "--nnodes=2",
         "--rdzv-backend=c10d",

@@ -1,4 +1,4 @@
-"""The application's own handler keeps its rights (promise 8), whoever installs it, wherever, whenever."""
+"""The application's own handler keeps its rights, whatever installs it, wherever and whenever."""
 
 import re
 import signal
@@ -24,7 +24,7 @@ STYLES = [(style, when) for style in ("flag", "exits", "raises", "twice") for wh
 
 @pytest.mark.parametrize("style, when", [*STYLES, ("flag", "early")])
 def test_the_application_leaves_by_itself(job, style, when):
-    """Issue 2: a flag-style handler, before or after init: it runs, the loop saves and leaves with its own code."""
+    """A flag-style handler, before or after init: it runs, the loop saves and leaves with its own code."""
     (rank,) = job.world("handlers.py", 1, style, when, fresh=when == "early", **PATIENT)
     rank.wait_for("^step 2$")
     assert rank.evict(12) == 42, rank.story()
@@ -49,7 +49,7 @@ def test_a_whole_world_leaves_by_itself(job, style):
 @pytest.mark.parametrize("style", ["hangs", "deaf"])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_handler_that_does_not_end_the_process(job, style, when):
-    """Issue 2: if it hangs, the agent ends the process in time (isaac-sim/IsaacLab#6530: the process lived on)."""
+    """If it hangs, the agent ends the process in time (isaac-sim/IsaacLab#6530: the process lived on)."""
     (rank,) = job.world("handlers.py", 1, style, when, **IMPATIENT)
     rank.wait_for("^step 2$")
     assert rank.evict(8) == 0, rank.story()
@@ -84,7 +84,7 @@ def test_a_handler_that_only_exits(job, when):
 
 @pytest.mark.parametrize("style", ["flag", "deaf", "none"])
 def test_init_from_a_worker_thread(job, style):
-    """Issue 2: init from a worker thread, with and without an earlier handler: the job runs, SIGTERM tears down."""
+    """Init from a worker thread, with and without an earlier handler: the job runs, SIGTERM tears down."""
     (rank,) = job.world(
         "handlers.py", 1, style, "before" if style != "none" else "never", "thread", **PATIENT
     )
@@ -97,7 +97,7 @@ def test_init_from_a_worker_thread(job, style):
 
 
 def test_control_init_from_a_worker_thread(job):
-    """FACTS F3: the hand-written handler cannot be installed there."""
+    """The hand-written handler cannot be installed there."""
     rank = job.start(
         """
         import threading
@@ -112,7 +112,7 @@ def test_control_init_from_a_worker_thread(job):
 
 @pytest.mark.parametrize("main", ["time.sleep(3600)", "thread.join()", "dist.all_reduce(torch.ones(1))"])
 def test_training_thread_while_main_is_busy(job, main):
-    """Promise 3 with init called off the main thread, and the main thread anywhere, blocked in C included."""
+    """The right code in time, with init on another thread, and the main thread anywhere, blocked in C included."""
     rank, _ = job.world(
         f"""
         import threading, time
@@ -140,7 +140,7 @@ def test_training_thread_while_main_is_busy(job, main):
 
 
 def test_stand_ins_are_invisible(job):
-    """Section 4: same return values, same errors, same thread rules as the originals, in every state of the agent."""
+    """Same return values, same errors, same thread rules as the originals, in every state of the agent."""
     program = """
         import inspect, os, signal, socket, sys, threading
         import torch.distributed as dist
@@ -243,7 +243,7 @@ def test_stand_ins_while_armed(job):
 
 
 def test_destroy_gives_the_handler_back(job):
-    """Section 4: `destroy_process_group` disarms; the handler in force is then the application's, for real."""
+    """`destroy_process_group` disarms; the handler in force is then the application's, for real."""
     rank = job.start(
         """
         import signal, sys, time
@@ -265,7 +265,7 @@ def test_destroy_gives_the_handler_back(job):
 
 
 def test_save_and_restore_around_training(job):
-    """F11: frameworks restore what they found, at the end or in between (verl, HF Trainer): still guarded after."""
+    """Frameworks restore what they found, at the end or in between (verl, HF Trainer): still guarded after."""
     rank = job.start(
         """
         import signal, time
@@ -292,7 +292,7 @@ def test_save_and_restore_around_training(job):
 
 
 def test_signal_module_swapped_for_a_while(job):
-    """F11: verl puts a stub in place of `signal.signal` around an import, and puts back what it found."""
+    """verl puts a stub in place of `signal.signal` around an import, and puts back what it found."""
     rank = job.start(
         """
         import signal, time
@@ -353,7 +353,7 @@ dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 
 @pytest.mark.parametrize("loop", LOOPS)
 def test_event_loops(job, loop):
-    """Issue 2 and F18: SIGTERM acts under an event loop in the main thread, which keeps its own signals, silently."""
+    """SIGTERM acts under an event loop in the main thread, which keeps its own signals, silently."""
     for name in ("uvloop", "trio"):
         if name in loop:
             pytest.importorskip(name)
@@ -411,7 +411,7 @@ def test_event_loop_that_owns_sigterm(job, loop, blocked):
 
 
 def test_async_event_loop_off_the_main_thread(job):
-    """F3, as in Ray's async actors: loop, init and a blocked collective on a thread, the main thread elsewhere."""
+    """As in Ray's async actors: loop, init and a blocked collective on a thread, the main thread elsewhere."""
     rank, _ = job.world(
         """
         import asyncio, threading
@@ -443,7 +443,7 @@ def test_signal_before_the_handler_is_in(job):
         rank.wait_for("joining")
         time.sleep(delay)  # another place on the way into init every time
         codes.append(rank.evict())
-        # Before init there is no rank yet: it dies as it would without us. Never anything else, never a hang.
+        # Before init there is no rank yet: it dies as it would without the agent. Never anything else, never a hang.
         assert codes[-1] in (0, -SIGTERM), rank.story()
     first_guarded = codes.index(0) if 0 in codes else len(codes)
     assert set(codes[:first_guarded]) <= {-SIGTERM}

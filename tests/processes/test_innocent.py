@@ -1,4 +1,4 @@
-"""Promise 11: a healthy program cannot tell that we are there. Each runs with us and without, and sees the same."""
+"""A healthy program cannot notice the agent. Each runs with the agent and without, and sees the same."""
 
 import json
 import os
@@ -18,7 +18,7 @@ IMPATIENT = {"AUTOTEARDOWN_GRACE": 8}
     "what", ["pause", "real-time", "stand-ins", "stand-ins armed", "wake-up errors", "faulthandler"]
 )
 def test_it_sees_the_same(job, what):
-    """FACTS F21: interrupted calls, a survived signal, functions that are others, errors that are not said."""
+    """Interrupted calls, a survived signal, functions that are others, errors that are not said."""
     seen = []
     for mode in (AGENT, NONE):
         rank = job.start("innocent.py", what, mode=mode, fresh=True)

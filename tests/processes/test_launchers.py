@@ -142,10 +142,10 @@ def test_torchrun_two_nodes_a_worker(job):
 @pytest.mark.slow
 def test_torchrun_two_nodes_one_goes(job):
     """A node is evicted: its agent is signalled, and signals its worker. The other one trains on alone."""
-    host, guest = two_nodes(job)
-    pids(host, guest)
-    guest.signal()
-    assert guest.wait() == 1
+    host, other = two_nodes(job)
+    pids(host, other)
+    other.signal()
+    assert other.wait() == 1
     pids(host, attempt=1, world=1)
     assert host.wait() == 0, host.story()
     assert trained(host)

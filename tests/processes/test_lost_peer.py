@@ -1,4 +1,4 @@
-"""Promise 13: a rank that vanishes without a word frees its peers, and an elastic program that heals is left alone."""
+"""A rank that vanishes without notice frees its peers, and an elastic program that heals runs on."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_not_where_it_is_off(job):
 
 @pytest.mark.parametrize("patience", [1, 30])
 def test_a_program_that_heals_is_left_alone(job, patience):
-    """It catches the collective's error, destroys its group, and makes one without the rank that is gone."""
+    """It catches the collective's error, destroys its group, and makes one without the rank that has ended."""
     ranks = job.world(
         """
         import os, time

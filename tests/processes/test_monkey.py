@@ -1,4 +1,4 @@
-"""Programs whose threads, locks and sockets are not the interpreter's any more (FACTS F21)."""
+"""Programs whose threads, locks and sockets are not the interpreter's any more."""
 
 import pytest
 from harness import GRACE, NONE

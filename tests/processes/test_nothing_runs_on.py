@@ -1,4 +1,4 @@
-"""Promise 4: once a rank has parked, the program makes no step and begins no save, whatever it catches."""
+"""Once a rank has parked, the program makes no step and begins no save, whatever it catches."""
 
 from __future__ import annotations
 

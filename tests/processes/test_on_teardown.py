@@ -38,7 +38,7 @@ def same_weights(job, ranks, stopped):
 
 
 def test_torch_save(job):
-    """`torch.save` in a callback is not stopped by our own save hook (F20)."""
+    """`torch.save` in a callback is not stopped by our own save hook."""
     stopped, _ = evicted(started(job, "torch"))
     same_weights(job, 2, stopped)
 

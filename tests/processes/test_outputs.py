@@ -1,4 +1,4 @@
-"""What a teardown says: log line, JSON report, termination log; and what it does when it cannot say anything."""
+"""The outputs of a teardown: log lines, JSON report, termination log; and a teardown that cannot write them."""
 
 import json
 import os
@@ -53,7 +53,7 @@ def test_the_lines_in_the_readme_are_those_of_a_stop(job):
 
 
 def test_log_lines(job):
-    """Section 2, log line: fixed prefix and fields, `+` seconds since the signal, the last line sums up."""
+    """The log line: fixed prefix and fields, `+` seconds since the signal, the last line sums up."""
     for index, rank in enumerate(evicted(job)):
         lines = [LOG_LINE.match(line) for line in rank.stderr.splitlines()]
         assert all(lines), rank.stderr
@@ -73,7 +73,7 @@ def test_log_lines(job):
 
 @pytest.mark.parametrize("program", ["train.py", "stuck.py"])
 def test_report(job, program):
-    """Section 2, report: the fields of the contract, with sensible values, on the clean and the wedged path."""
+    """The report: the fields of the contract, with sensible values, on the clean and the wedged path."""
     before = datetime.now(timezone.utc)
     ranks = evicted(job, program)
     for index, rank in enumerate(ranks):
@@ -118,7 +118,7 @@ def test_program_in_the_report(job):
 
 
 def test_stacks_of_what_was_in_the_way(job):
-    """Section 2: `stuck` holds the stacks of the threads that were in the way."""
+    """`stuck` holds the stacks of the threads that were in the way."""
     rank = evicted(job, "stuck.py")[0]
     assert "all_reduce" in json.dumps(rank.report()["stuck"])
     assert "stuck.py" in json.dumps(rank.report()["stuck"])
@@ -127,7 +127,7 @@ def test_stacks_of_what_was_in_the_way(job):
 @pytest.mark.parametrize("exists", [True, False])
 @pytest.mark.parametrize("program", ["train.py", "stuck.py"])
 def test_termination_log(job, program, exists):
-    """Section 2: the termination log gets the same story in at most 4,096 bytes of text, if the file exists."""
+    """The termination log gets the same story in at most 4,096 bytes of text, if the file exists."""
     path = job.folder / "termination-log"
     if exists:
         path.touch()
@@ -149,7 +149,7 @@ def test_log_levels(job, level):
 
 
 def test_a_bad_setting_is_said_once(job):
-    """Section 2: a bad value is one line that names variable, value and what is allowed; the default is used."""
+    """A bad value is one line that names variable, value and what is allowed; the default is used."""
     rank = evicted(job, AUTOTEARDOWN_STEP_TIMEOUT="soon", AUTOTEARDOWN_LOG="loud")[0]
     for variable, value in ("AUTOTEARDOWN_STEP_TIMEOUT", "soon"), ("AUTOTEARDOWN_LOG", "loud"):
         lines = [line for line in rank.stderr.splitlines() if variable in line]
@@ -194,7 +194,7 @@ sys.stderr = Raises()
 @pytest.mark.parametrize("program", ["loop", "blocked"])
 @pytest.mark.parametrize("stderr", STDERR)
 def test_broken_stderr(job, stderr, program):
-    """Issue 2: stderr closed, a full pipe that nobody reads (F9): right exit code, inside the grace period."""
+    """Stderr closed, a full pipe that nobody reads: right exit code, inside the grace period."""
     end = "while True:\n    time.sleep(0.01)\n" if program == "loop" else "dist.new_group([0, 1])\n"
     rank, *_ = job.world(
         "import os, sys, time\nimport torch.distributed as dist\ndist.init_process_group('gloo')\n"
@@ -211,7 +211,7 @@ def test_broken_stderr(job, stderr, program):
 
 @pytest.mark.parametrize("mode", [AGENT, HANDWRITTEN])
 def test_logging_lock_is_held(job, mode):
-    """Issue 2: a logging handler whose lock is held by a thread that never lets go."""
+    """A logging handler whose lock is held by a thread that never lets go."""
     rank = job.start(
         """
         import logging, os, threading, time
@@ -237,7 +237,7 @@ def test_logging_lock_is_held(job, mode):
 
 @pytest.mark.parametrize("where", ["/dev/null/reports", "/proc/reports", "missing/folder", "file"])
 def test_unwritable_report_folder(job, where):
-    """Issue 2: an unwritable report folder: right exit code; said once, if at all; a missing folder is made."""
+    """An unwritable report folder: right exit code; said once, if at all; a missing folder is made."""
     (job.folder / "file").touch()
     ranks = evicted(job, AUTOTEARDOWN_REPORT_DIR=where if where[0] == "/" else job.folder / where)
     for rank in ranks:
@@ -270,7 +270,7 @@ def test_a_cleaner_of_tmp(job):
 
 @pytest.mark.parametrize("where", ["/dev/null/runtime", "/proc/runtime", "file", "someone else's"])
 def test_unusable_runtime_folder(job, where):
-    """Promise 2: without a registry the rank is guarded all the same."""
+    """Without a registry the rank is guarded all the same."""
     path = where if where[0] == "/" else job.folder / where
     if where == "file":
         path.touch()
@@ -349,7 +349,7 @@ def test_no_threads_left(job):
 
 
 def test_stdout_is_the_programs(job):
-    """Promise 11: nothing of ours ever reaches stdout, teardown included."""
+    """Nothing of ours ever reaches stdout, teardown included."""
     for rank in evicted(job):
         assert all(re.fullmatch(r"rank \d pid \d+ step \d+", line) for line in rank.stdout.splitlines())
 

@@ -12,7 +12,7 @@ import autoteardown
 
 @pytest.mark.parametrize("style", ["no-step", "off-main", "places"])
 def test_all_ranks_at_the_same_call(job, style):
-    """Issue 13: without optimizers (inference, rollouts), off the main thread, from several places of a loop."""
+    """Without optimizers (inference, rollouts), off the main thread, from several places of a loop."""
     ranks = started(job, style)
     ranks[1].signal()
     if style != "no-step":

@@ -1,4 +1,4 @@
-"""What docs/security.md promises: what the agent touches and writes, and what others and their words can do to it.
+"""What docs/security.md promises: what the agent touches and writes, and what others and their input can do to it.
 
 The registry's own tests (test_registry.py, test_drain.py) have the rest of it.
 """
@@ -129,7 +129,7 @@ def test_what_is_patched_is_what_the_page_says(armed, tmp_path):
     run = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
     assert run.stderr == ""
     assert set(run.stdout.split()) == {
-        *(["_thread.interrupt_main"] if armed else []),
+        *(["_thread.interrupt_main", "posix.kill"] if armed else []),
         *(f"torch.distributed.elastic.multiprocessing.api.{name}" for name in ELASTIC),
         "torch.distributed.elastic.multiprocessing.errors.ChildFailedError.__init__",
         "torch.distributed.elastic.agent.server.api.SimpleElasticAgent._restart_workers",
@@ -210,7 +210,7 @@ def test_a_report_does_not_go_through_a_link(tmp_path):
 
 
 def test_nor_does_its_temporary_file(tmp_path, monkeypatch):
-    """Nobody can know its name; whoever guesses it keeps the report from being written, and gains nothing else."""
+    """Its name cannot be known; a user who guesses it keeps the report from being written, and gains nothing else."""
     names = set()
 
     def spy(path, flags, mode=0o777, *, dir_fd=None, open=os.open):

@@ -1,4 +1,4 @@
-"""A world that is stuck is known to be; one that is only slow is given its time."""
+"""The agent recognizes a stuck world, and gives a slow one its time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which thread has to stop, when init, the training and the main program are on threads of their own (F3)."""
+"""Which thread has to stop, when init, the training and the main program are on threads of their own."""
 
 import signal
 

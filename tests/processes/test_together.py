@@ -1,4 +1,4 @@
-"""No step is lost that could be kept (promise 12): the application saves, on every rank, after the same iteration."""
+"""No step is lost that could be kept: the application saves on every rank after the same iteration."""
 
 import os
 import random
@@ -316,7 +316,7 @@ def test_its_own_signal_after_it_has_left(job):
 
 
 def test_a_handler_that_raises(job):
-    """What it raises comes up in the training, on every rank, as without us; each rank ends with its own code."""
+    """What it raises is raised in the training, on every rank, as without the agent; each rank keeps its own code."""
     ranks = started(job, "raises")
     ranks[0].signal()
     for rank in ranks:

@@ -1,4 +1,4 @@
-"""torchrun keeps what its ranks were promised: it waits, passes signals on, and returns the right exit code."""
+"""torchrun gives its ranks their grace period, passes signals on, and returns the right exit code."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Others' tests as ours: CPython's own, about signals, forks and subprocesses, come out as without us, test by test."""
+"""CPython's own tests of signals, forks and subprocesses have the same results with the agent, test by test."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""What `abort()` of another thread does to a process that is on its way out."""
+"""What `abort()` on another thread does to a process that is exiting."""
 
 import signal
 
@@ -44,7 +44,7 @@ def test_without_it(job):
 
 
 def test_whatever_our_own_code_waits_for(job):
-    """The fuse burns before anything else is done: on a starved machine any hand-over of the GIL may be the last."""
+    """The POSIX timer is armed first: on a starved machine any hand-over of the GIL may be the last."""
     rank = job.start(
         """
         import time
@@ -63,7 +63,7 @@ def test_whatever_our_own_code_waits_for(job):
 
 
 def test_an_exit_while_our_thread_is_in_cpp(job):
-    """A thread that comes back from C++ to an interpreter that is gone is an abort: none of ours is there by then."""
+    """A thread that returns from C++ to an interpreter that has shut down aborts: none of the agent's does by then."""
     rank = job.start(
         """
         import datetime, os, signal, time

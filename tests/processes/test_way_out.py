@@ -1,4 +1,4 @@
-"""The program's own code on the way out of a stop, when the group is gone (FACTS F20)."""
+"""The program's own code on the way out of a stop, when the group has been destroyed."""
 
 import re
 

@@ -28,7 +28,7 @@ if attempt == 0 and sys.argv[1] == "apart":
     import autoteardown
 
     groups = [dist.new_group([1, 2]), dist.new_group([1, 2])]
-    while not autoteardown.status()["connected"]:  # else nobody knows of it when it is gone
+    while not autoteardown.status()["connected"]:  # else its peers do not notice its end
         time.sleep(0.01)
     os.write(1, f"rank {rank} apart\n".encode())
     if rank:

@@ -1,4 +1,4 @@
-"""Breaks one function of the agent from outside, or has each one write down that it was called.
+"""Breaks one function of the agent from outside, or has each one record that it was called.
 
 A statement is put at the front of functions of the package, by their source: methods, closures and properties too, and
 whatever is added to the package later. `swap` does it in a process that runs already; `rewrite` in a copy of a file.

@@ -5,7 +5,7 @@
 as `<event> <detail> <monotonic time>`, so that tests can count it and put it in order.
 
 FAULTS, comma-separated:
-  busy            the device is busy until an abort: whoever synchronizes waits in C++, the GIL released
+  busy            the device is busy until an abort: a thread that synchronizes waits in C++, the GIL released
   slow            the device is busy for a second after the first synchronize
   drain-raises    synchronize raises
   destroy-hangs   shutdown never returns
@@ -97,7 +97,7 @@ class Faulty(dist.ProcessGroup):
             never()
 
     def abort(self):
-        """Release whoever waits for the device."""
+        """Release the threads that wait for the device."""
         say("abort", self.size())
         if "abort-raises" in FAULTS:
             raise RuntimeError("NCCL error: remote process exited")

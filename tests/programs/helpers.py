@@ -20,14 +20,14 @@ import torch
 import torch.distributed as dist
 
 
-def wait(orders):
+def wait(queue):
     """For work that never comes. What it has open is no checkpoint."""
     with tempfile.NamedTemporaryFile(dir="/dev/shm"), tempfile.TemporaryFile():
         print("helper up", flush=True)
-        orders.get()
+        queue.get()
 
 
-def log(orders):
+def log(queue):
     """Forever: a line now and then."""
     print("helper up", flush=True)
     with Path("helper.log").open("a") as file:
@@ -37,7 +37,7 @@ def log(orders):
             time.sleep(0.05)
 
 
-def compute(orders):
+def compute(queue):
     """Forever."""
     print("helper up", flush=True)
     while True:
@@ -51,9 +51,9 @@ def helper(kind):
         pool = concurrent.futures.ProcessPoolExecutor(2, context)
         pool.submit(print, "helper up", flush=True)
         return lambda: pool.submit(time.sleep, 0.01).result()
-    orders = context.SimpleQueue()
-    context.Process(target={"log": log, "busy": compute}.get(kind, wait), args=[orders]).start()
-    return lambda: orders
+    queue = context.SimpleQueue()
+    context.Process(target={"log": log, "busy": compute}.get(kind, wait), args=[queue]).start()
+    return lambda: queue
 
 
 def main(kind):

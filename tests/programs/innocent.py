@@ -1,4 +1,4 @@
-"""Healthy programs that look for us. `innocent.py WHAT`: prints what it sees, which is the same without us."""
+"""Healthy programs that look for the agent. `innocent.py WHAT`: prints what it sees, the same without it."""
 
 import copy
 import faulthandler

@@ -1,4 +1,4 @@
-"""Ray actors and tasks that are ranks; they know nothing of evictions.
+"""Ray actors and tasks that are ranks, without code for evictions.
 
 Each says where it is by way of a file in `folder`, `<what>-<rank>`, that holds its pid and its thread's number.
 """

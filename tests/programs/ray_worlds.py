@@ -1,6 +1,6 @@
 """Actors for the ways in which a Ray node goes: trainers, of whom two wait for each other, and an engine for weights.
 
-Nothing tells ranks 1 and 2 that rank 0 is gone: as in an NCCL job, the connections on which they wait are not with it.
+Nothing tells ranks 1 and 2 that rank 0 has ended: as in an NCCL job, they wait on other connections than those to it.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""A training script that knows how to save, on its own, and does not talk to its peers about it.
+"""A training script whose ranks save each by itself, without agreeing with their peers.
 
 `saver.py STYLE [SECONDS]`. Every rank all-reduces its gradient in each step, as DDP does;
 from the third on, an iteration takes SECONDS. STYLE:

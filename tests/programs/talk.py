@@ -2,7 +2,7 @@
 
     talk.py STORE RANK WORLD
 
-STORE is tcp:HOST:PORT, serve:HOST:PORT (and be the server), file:PATH, hash, py:FOLDER or none. The council says
+STORE is tcp:HOST:PORT, serve:HOST:PORT (and be the server), file:PATH, hash, py:FOLDER or none. The coordinator says
 everything that it hears of to everybody.
 """
 

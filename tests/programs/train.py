@@ -1,4 +1,4 @@
-"""A training script like any other: it knows nothing of evictions.
+"""A usual training script, without code for evictions.
 
 Prints `rank R pid P step K` after every step, and `rank R done` at its end.
 """

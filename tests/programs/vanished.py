@@ -1,6 +1,6 @@
 """Ranks 1 and 2 each wait in a collective that nobody joins, and that does not involve the other ranks.
 
-As in an NCCL job, nothing tells them that one of those is gone.
+As in an NCCL job, nothing tells them that one of those has ended.
 """
 
 import time

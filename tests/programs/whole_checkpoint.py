@@ -106,9 +106,9 @@ def fork_grandchild():
     multiprocessing.get_context("fork").Process(target=have_written).start()
 
 
-def work(orders):
+def work(queue):
     """In the worker: writes when it is told to."""
-    while orders.get():
+    while queue.get():
         print("saving", flush=True)
         write(folder / "other", lambda: time.sleep(0.3))
         time.sleep(0.3)
@@ -133,9 +133,9 @@ def main():
     kinds = {"pair": save_state, "rename": disk_saver, "bytes": atomically, "five": five_files}
     kinds.update(forked=fork_writer, slow=save_checkpoint, late=fork_late_writer, grandchild=fork_grandchild)
     if how == "worker" and dist.get_rank() == 0:
-        orders = multiprocessing.get_context("fork").SimpleQueue()
-        multiprocessing.get_context("fork").Process(target=work, args=[orders]).start()
-        kinds[how] = lambda: orders.put(True)
+        queue = multiprocessing.get_context("fork").SimpleQueue()
+        multiprocessing.get_context("fork").Process(target=work, args=[queue]).start()
+        kinds[how] = lambda: queue.put(True)
     step = 0
     while True:
         weight.grad = torch.ones(8)

@@ -1,4 +1,4 @@
-"""All that a rank does which meets the agent, from its first init to its end; what it prints says what it saw.
+"""Everything in which a rank meets the agent, from its first init to its end; prints what it sees.
 
 `whole_life.py`: a normal life. `whole_life.py train`: the first half of it, then training without end.
 """

@@ -56,7 +56,7 @@ class World:
         self.gone: list[Rank] = []
         self._destroying: set[Rank] = set()
         self._down = False
-        self._alarm = inf  # of the council
+        self._alarm = inf  # of the coordinator
         self.coordinator = Coordinator(len(schedule.members), schedule.host)
         self._heap: list[Any] = []
         self._order = count()
@@ -83,7 +83,7 @@ class World:
         self.after(line[0] - self.now, call, *args)
 
     def _drop(self) -> None:
-        """The hub is gone, or nobody can reach it."""
+        """The hub has ended, or no rank can reach it."""
         if not self._down and self.schedule.board != "none":
             self._down = True
             for rank in self.ranks:
@@ -129,7 +129,7 @@ class World:
             rank.complete(step)
 
     def leave(self, rank: Rank) -> None:
-        """A process is gone, and its sockets with it."""
+        """A process has ended, and the kernel has closed its sockets."""
         if rank.index == self.schedule.host:
             self._drop()
         if rank.member.role != "idle":

@@ -10,7 +10,7 @@ from autoteardown.stop.message_types import understood
 
 
 class Group:
-    """A council, and what each rank has been told so far."""
+    """A coordinator, and the messages that each rank has got so far."""
 
     def __init__(self, world=3):
         self.coordinator = Coordinator(world)
@@ -319,6 +319,6 @@ def test_a_rank_that_was_lost_and_is_back():
         ("no_such_kind", None),
     ],
 )
-def test_what_is_no_word_of_the_councils_is_not_heard(kind, value):
+def test_messages_of_unknown_kinds_are_ignored(kind, value):
     """Not even where it would be an event of the rank's own: nobody else can say that a device is idle."""
     assert not understood(kind, value)

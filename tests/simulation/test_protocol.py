@@ -27,7 +27,7 @@ ALONE = GPU._replace(application_owns=True, together=False)
 
 
 def plan(stop, owned=False, why=""):
-    """What the council says."""
+    """A message of the coordinator."""
     return {"stop": stop, "owned": owned, "why": why}
 
 

@@ -1,4 +1,4 @@
-"""Thousands of schedules of whole jobs, each held against the promises of the protocol.
+"""Thousands of schedules of whole jobs, each checked against the promises of the protocol.
 
 A failure prints the schedule; `assert_promises(<what it printed>)` replays it. `AUTOTEARDOWN_SIM_SEED=<number>` starts
 the sweep elsewhere. With CI set, hypothesis tries the same schedules every time.
@@ -291,5 +291,5 @@ def test_four_thousand_ranks(accelerator):
     schedule = Schedule(members, accelerator=accelerator, ahead=1, step=0.5, delay=0.12)
     assert is_healthy(schedule)
     world = assert_promises(schedule)
-    # One answer, one arrival, one idle and one quiet device, one farewell each; a notice from whoever had not heard.
+    # One answer, one arrival, one idle and one quiet device, one farewell each; a notice from each rank that had none.
     assert sum(do in POSTS for rank in world.ranks for do in rank.did) < 5.5 * size

@@ -1,6 +1,6 @@
 /* A slow disk, by LD_PRELOAD: what is written below the folder SLOW_DISK takes its time, SLOW_DISK_RATE bytes a second.
  *
- * Whoever writes (Python, libstdc++ for torch, Rust for safetensors) ends in these functions. Each call writes a part
+ * All writers (Python, libstdc++ for torch, Rust for safetensors) call these functions. Each call writes a part
  * and says so, as write(2) may: the callers go on with the rest. Reading, renaming and everything else is as fast as ever.
  */
 #define _GNU_SOURCE

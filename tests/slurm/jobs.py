@@ -1,4 +1,4 @@
-"""Training jobs on a cluster: their scripts, and what came of them."""
+"""Training jobs on a cluster: their scripts and their results."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""Writes down each signal that it gets, and goes on. `recorder.py NAME [family]`
+"""Records each signal that it gets, and continues. `recorder.py NAME [family]`
 
 `$RECORDS/NAME`: a line for each signal, with seconds since the epoch. `$RECORDS/NAME.alive` is touched as long as the
 process lives, so that its age tells when SIGKILL came. With `family` it has two children that do the same: one in its

@@ -1,4 +1,4 @@
-"""What comes of a training job with the agent: by the shape of its batch script, and by what happens to it."""
+"""What happens to a training job with the agent: by the shape of its batch script, and by what happens to it."""
 
 import signal
 

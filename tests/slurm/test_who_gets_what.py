@@ -173,7 +173,7 @@ def test_scancel_f_s_term_kills_the_tasks(cluster):
 
 @pytest.mark.slurm
 @pytest.mark.parametrize("signal", ["TERM", "HUP", "KILL"])
-def test_whoever_signals_srun_kills_the_tasks(cluster, signal):
+def test_a_signal_to_srun_kills_the_tasks(cluster, signal):
     recorded = Recorded(cluster)
     recorded.since = time.time()
     cluster.command("kill", f"-{signal}", re.search(r"^srun (\d+)", recorded.job.output, re.M)[1])

@@ -1,4 +1,4 @@
-"""The commands, given what they cannot use: a clear line, an exit status, and nothing lost."""
+"""The commands with bad input: a clear line, an exit status, and nothing lost."""
 
 import json
 import os
@@ -50,7 +50,7 @@ def reports(tmp_path):
         (["drain", "--pid=-7"], 2, "--pid: '-7' is not a process id, a whole number above 0"),
         (["drill", "--ranks", "0"], 2, "--ranks: '0' is not a whole number from 1 to 64"),
         (["drill", "--grace", "1"], 2, "--grace: '1' is not a number of seconds from 2 to 3600"),
-        (["drill", "--scenario", "x"], 2, "--scenario: 'x' is none of "),
+        (["drill", "--scenario", "x"], 2, "--scenario: 'x' is not a scenario; allowed are "),
         (["drill", "--html", "nosuch/x"], 2, "--html 'nosuch/x': not a file in a folder that exists"),
         (["drill", "--", "nosuch"], 2, "COMMAND 'nosuch': no such program"),
         (["ps", "x"], 2, "unrecognized arguments: x"),

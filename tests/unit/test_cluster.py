@@ -265,7 +265,7 @@ def test_what_a_container_says_itself_stands(policy: Pod) -> None:
         ({}, None),
     ],
 )
-def test_the_job_is_named_by_whoever_made_the_pod(
+def test_the_job_is_named_by_the_controller_that_made_the_pod(
     policy: Pod, labels: dict[str, str], job: str | None
 ) -> None:
     (container,) = mutated(policy, pod_of(labels=labels))["spec"]["containers"]

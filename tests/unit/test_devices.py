@@ -1,4 +1,4 @@
-"""Devices and collectives as vendors and torch versions have them: each fake lacks what some of them lack."""
+"""Devices and collectives as vendors and torch versions have them: each fake lacks what some of the real ones lack."""
 
 import json
 import os
@@ -223,7 +223,7 @@ def test_the_flight_recorder(torch, tmp_path, dumps):
 
 
 def test_a_dump_goes_through_no_link_and_over_no_file(torch, tmp_path):
-    """In a folder that all may write: whoever knows host, pid and time knows the name, too."""
+    """In a folder that all may write: a user who knows host, pid and time knows the name, too."""
     torch.recorders._dump_nccl_trace_json = as_json
     precious = tmp_path / "precious"
     precious.write_text("precious")

@@ -1,4 +1,4 @@
-"""When a rank without its hub tries again: what the hub counts on, in virtual time."""
+"""When a rank without its hub tries again, in virtual time: the hub relies on these times."""
 
 from types import SimpleNamespace
 
@@ -27,10 +27,10 @@ class VirtualClock:
 
 
 def tries(monkeypatch, seconds, waiting=False):
-    """When a rank in vain tries to reach a hub whose card it has."""
+    """Times at which a rank tries in vain to reach a hub whose address it has."""
     clock, found = VirtualClock(), []
 
-    def dial(loop, card, hello, finished):
+    def dial(loop, address, hello, finished):
         found.append(clock.now)
         finished(None, 0, [], "refused")
 

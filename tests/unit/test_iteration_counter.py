@@ -1,4 +1,4 @@
-"""The clock on the sequences of steps that real programs make. `|` stands where it says that an iteration ends."""
+"""The iteration counter on the step sequences of real programs. `|` stands where an iteration ends."""
 
 from __future__ import annotations
 

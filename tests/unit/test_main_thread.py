@@ -1,4 +1,4 @@
-"""Whose handler a signal is for, in the orders that no test of real processes can bring about at will."""
+"""Whose handler a signal is for, in orders of events that real processes cannot produce at will."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ def main(called):
 
 
 def trampoline(main, called):
-    """What the tap does when Python's handler is called."""
+    """What the interceptor does when Python's handler is called."""
     if not main.on_signal(SIGNUM):
         called.append(SIGNUM)
 
 
 def test_the_driver_is_faster_than_python_s_handler(main, called):
-    """On a busy machine its doorbell is answered first: one signal, one call."""
+    """On a busy machine the interrupt of the main thread is handled first: one signal, one call."""
     main.deliver(SIGNUM)
     trampoline(main, called)
     assert called == [SIGNUM]

@@ -1,4 +1,4 @@
-"""The registry of a node: who is in it, who is not, and what others may do to its folder."""
+"""The registry of a node: which ranks are in it, and what others may do to its folder."""
 
 import json
 import os
@@ -284,7 +284,7 @@ def test_nor_one_that_told_of_the_end(runtime, interrupted_write):
 
 
 def test_nor_does_one_take_away_what_a_drain_reads(runtime, interrupted_write, monkeypatch):
-    """Not for a moment: a rank whose entry is not there has ended without a word."""
+    """Not for a moment: a rank whose entry is not there has ended without an outcome."""
     entry = enter(runtime)
     marker = registry.DrainMarker(str(runtime))
     asked, answer, markers = threading.Event(), threading.Event(), registry.markers

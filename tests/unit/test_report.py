@@ -1,4 +1,4 @@
-"""What a stop leaves behind: names that are never taken twice, and lines in both formats."""
+"""Reports and log lines of a stop: names that are never used twice, and both line formats."""
 
 import errno
 import json
@@ -158,7 +158,7 @@ def test_levels(said, form):
     "changes",
     [
         {"outcome": "splendid"},
-        {"outcome": "partial"},  # without a word on why
+        {"outcome": "partial"},  # without why
         {"schema": 1},
         {"cause": "boredom"},
         {"exit_code": -9},

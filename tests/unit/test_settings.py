@@ -1,4 +1,4 @@
-"""The environment as settings: what is read, what is refused, what is in force then."""
+"""Reads settings from the environment: valid values, refused ones, and what is then in force."""
 
 import os
 import signal

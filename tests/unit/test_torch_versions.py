@@ -1,4 +1,4 @@
-"""The layer that meets torch, against the shapes that its API had from 2.4 to the newest, and against every wrapt.
+"""The code that calls torch, against the API shapes of torch 2.4 to the newest, and against every wrapt.
 
 `torch_shapes.json` is read out of torch's own wheels by `torch_shapes.py`; a fake is a module with those names. What
 the functions do is what the sources of that version do with the groups of a process.
@@ -244,7 +244,7 @@ def test_both_ends_of_the_range_of_wrapt(tmp_path, wrapt):
 @pytest.mark.parametrize("wrapt", [OLDEST, NEWEST])
 @pytest.mark.parametrize("minor", [9, 10, 11, 12, 13, 14, 15])
 def test_every_python_at_hand(tmp_path, minor, wrapt):
-    """Without torch: the gate, the tap, the hooks on a torch that is a few lines long."""
+    """Without torch: the gate, the interceptor, the hooks on a torch that is a few lines long."""
     python = shutil.which(f"python3.{minor}")
     # A version manager's shim may be there without the Python that it stands for.
     if python is None or subprocess.run([python, "-c", ""], capture_output=True).returncode:

@@ -1,4 +1,4 @@
-"""The pure parts of the channel: lines, what has been said, addresses, the card."""
+"""The parts of the channel that do no I/O: lines, the message log, addresses, the hub's address in the store."""
 
 import json
 
@@ -231,14 +231,14 @@ def test_this_host_has_addresses():
     assert any(each.loopback for each in addresses.interfaces())
 
 
-# -- the card --------------------------------------------------------------------------------------------------------
+# -- the hub's address -----------------------------------------------------------------------------------------------
 
 CARD = rendezvous.HubAddress(
     "name", "token", 4, "here", (("10.0.0.1", 1000), ("fd00::1", 1001), ("127.0.0.1", 1002))
 )
 
 
-def test_a_card_comes_as_it_went():
+def test_a_hub_address_is_decoded_as_it_was_encoded():
     assert rendezvous.HubAddress.decode(CARD.encode().encode()) == CARD
 
 
@@ -255,7 +255,7 @@ def test_a_card_comes_as_it_went():
         {"hosts": [["10.0.0.1"]]},
     ],
 )
-def test_no_card(change):
+def test_what_is_no_hub_address(change):
     with pytest.raises(Malformed):
         rendezvous.HubAddress.decode(json.dumps({**json.loads(CARD.encode()), **change}).encode())
 

@@ -1,4 +1,4 @@
-"""Records what of torch's API the agent leans on, from the Python sources and stubs in torch's own wheels.
+"""Records which of torch's API the agent uses, from the Python sources and stubs in torch's own wheels.
 
     pip download --no-deps --only-binary=:all: --platform macosx_11_0_arm64 --python-version 3.11 torch==2.4.0
     python tests/unit/torch_shapes.py *.whl >tests/unit/torch_shapes.json

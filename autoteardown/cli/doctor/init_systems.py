@@ -1,6 +1,6 @@
-"""What PID 1 of a container does with an eviction signal, by its name: init systems, supervisors, launchers.
+"""Tells what PID 1 of a container does with an eviction signal, by its name: init systems, supervisors, launchers.
 
-1. The signal masks in /proc do not tell it all. tini waits in `sigtimedwait`, which shows in no mask. runsvdir has a
+1. The signal masks in /proc are not enough. tini waits in `sigtimedwait`, which shows in no mask. runsvdir has a
    handler for SIGTERM, and it ends at once. supervisord and s6 pass the signal on, and kill after some seconds.
 2. An init that passes the signal to a shell is no better than the shell: it ends at the signal, the init ends with it,
    and the kernel kills every other process of the container.
@@ -76,7 +76,7 @@ _INITS = {
 def find(
     words: Sequence[str], command: str, children: Sequence[Sequence[str]], grace: float
 ) -> Finding | None:
-    """What is known of a PID 1 with this command line; None: nothing.
+    """The finding on a PID 1 with this command line; None if its name is unknown.
 
     Args:
         words: its command line.
@@ -123,7 +123,7 @@ def shell(words: Sequence[str]) -> Finding | None:
     """Whether PID 1 is a shell."""
     if _base(words[0]) not in SHELLS:
         return None
-    text = f"a shell ({' '.join(words)[:80]}): it passes no signal on, so the ranks never hear of an eviction"
+    text = f"a shell ({' '.join(words)[:80]}): it passes no signal on, so the ranks get no eviction signal"
     return Finding(AREA, WARNING, text, _EXEC)
 
 

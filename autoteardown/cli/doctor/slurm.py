@@ -1,6 +1,6 @@
-"""How long SLURM waits between SIGTERM and SIGKILL here, and what its signals reach.
+"""Asks SLURM how long it waits between SIGTERM and SIGKILL here, and checks which processes its signals reach.
 
-1. Nothing in a job's environment says it: `scontrol` is asked for KillWait and for the GraceTime of the partition.
+1. A job's environment does not contain these times, so `scontrol` is asked for KillWait and the partition's GraceTime.
 2. The shortest counts. `--signal=TERM@120` gives two minutes before a time limit, but after `scancel` SIGKILL still
    comes KillWait after SIGTERM: a grace period that fits the first alone loses the checkpoint at the second.
 """
@@ -17,7 +17,7 @@ from autoteardown import settings
 from autoteardown.cli.doctor.finding import NOTE, OK, PROBLEM, WARNING, Finding
 
 _KILL_WAIT = 30  # SLURM's own default
-_SPARE = 5  # seconds for the way of the signals, and for what comes after the ranks
+_SPARE = 5  # seconds for the signals to arrive, and for what runs after the ranks
 _PATIENCE = 5.0  # for a controller that does not answer
 
 
@@ -76,7 +76,7 @@ def _times(environ: Mapping[str, str]) -> dict[str, int]:
     wait = re.search(r"^KillWait\s*=\s*(\d+)", _scontrol(environ, "config"), re.M)
     if wait:
         times["KillWait"] = int(wait[1])
-        # 0 is no time of its own: KillWait follows at once.
+        # 0 gives no time: KillWait begins at once.
         grace = re.search(
             r"\bGraceTime=(\d+)", _scontrol(environ, "partition", environ.get("SLURM_JOB_PARTITION", ""))
         )

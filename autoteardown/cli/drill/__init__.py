@@ -36,7 +36,9 @@ def run(args: argparse.Namespace) -> int:
         try:
             return _run(args, Path(folder))
         except KeyboardInterrupt:
-            sys.stderr.write("\nautoteardown drill: interrupted; what it has started ends with it\n")
+            sys.stderr.write(
+                "\nautoteardown drill: interrupted; the processes that it has started are ended\n"
+            )
             raise
 
 
@@ -129,7 +131,7 @@ def _introduction(args: argparse.Namespace, outcomes: list[Outcome]) -> str:
 def _missing(args: argparse.Namespace) -> str | None:
     """What the drill needs and this machine lacks, with advice; None if nothing."""
     if not procfs.available():
-        return "needs Linux, and a /proc of this pid namespace"
+        return "needs Linux, with /proc mounted for this pid namespace"
     if args.launch:
         return None
     if find_spec("torch") is None:

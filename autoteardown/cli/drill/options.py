@@ -20,10 +20,12 @@ _EPILOG = """scenarios:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
+    # Broken by hand, because the formatter below, which the list of scenarios needs, does not wrap.
     parser.description = (
-        "A fire drill on this machine: starts a real training job (DDP on scikit-learn's digits, under torchrun), "
-        "evicts it as a platform would, and shows what becomes of its ranks. Exit status 0: with the agent, every "
-        "rank was out in time and with the right exit code, and the checkpoint is whole."
+        "A fire drill on this machine: start a real training job (DDP on scikit-learn's digits,\n"
+        "under torchrun), evict it as a platform would, and show how its ranks end.\n\n"
+        "Exit status 0: with the agent, every rank exited in time with the right exit code, and the\n"
+        "checkpoint is complete; 1: not; 2: the drill cannot run here."
     )
     parser.epilog = _EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -31,7 +33,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--ranks",
         type=_ranks,
         metavar="N",
-        help=f"ranks to start (default: {RANKS}); of a COMMAND: to wait for",
+        help=f"ranks to start (default: {RANKS}); with a COMMAND: ranks to wait for",
     )
     parser.add_argument(
         "--scenario",
@@ -42,16 +44,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compare",
         action="store_true",
-        help="also without a handler, and with the one that scripts carry: drain, destroy, exit 0; a COMMAND of your "
-        "own: also with the agent off",
+        help="run each scenario also without a handler, and with a hand-written one (drain, destroy, exit 0); a "
+        "COMMAND of your own: also with the agent off",
     )
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write it as one self-contained page, too")
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="also write the result as one self-contained HTML page"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object; progress goes to stderr")
     parser.add_argument(
         "--grace",
         type=_seconds(2.0),
         metavar="S",
-        help=f"seconds from the signal to SIGKILL (default: {GRACE:g}, so that a drill is short; of a COMMAND: "
+        help=f"seconds from the signal to SIGKILL (default: {GRACE:g}, so that a drill is short; with a COMMAND: "
         f"AUTOTEARDOWN_GRACE, else {PLATFORM_GRACE:g})",
     )
     parser.add_argument(
@@ -65,7 +69,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--after",
         type=_seconds(0.0),
         metavar="S",
-        help=f"of a COMMAND: seconds from its last init_process_group to the eviction (default: {AFTER:g})",
+        help=f"with a COMMAND: seconds from its last init_process_group to the eviction (default: {AFTER:g})",
     )
     parser.add_argument(
         "launch",
@@ -89,10 +93,10 @@ def check(args: argparse.Namespace) -> None:
                 f"--scenario {','.join(args.scenario)}: a COMMAND of your own can only be drilled in one of: train, pod"
             )
         if shutil.which(args.launch[0]) is None:
-            args.fail(f"COMMAND {args.launch[0]!r}: no such program")
+            args.fail(f"COMMAND {args.launch[0]!r}: no such program on PATH")
     else:
         if args.after is not None:
-            args.fail("--after: only for a COMMAND of your own")
+            args.fail("--after: only with a COMMAND of your own, given after --")
         for name in wanted(args):
             if args.ranks and args.ranks < SCENARIOS[name].least:
                 args.fail(f"--ranks {args.ranks}: the scenario {name} needs at least {SCENARIOS[name].least}")
@@ -112,7 +116,7 @@ def _scenarios(text: str) -> list[str]:
     for name in names:
         if name not in SCENARIOS:
             raise argparse.ArgumentTypeError(
-                f"{name!r} is none of {', '.join(SCENARIOS)}; all stands for all of them"
+                f"{name!r} is not a scenario; allowed are {', '.join(SCENARIOS)}, or all"
             )
     return list(dict.fromkeys(names))
 
