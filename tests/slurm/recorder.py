@@ -41,6 +41,6 @@ with (records / name).open("a", buffering=1) as record:
     record.write(f"{time.time():.3f} pid {os.getpid()}\n")
     threading.Thread(target=live).start()
     while True:
-        # Not `sigtimedwait`: stopped for longer than its timeout, it returns a signal that nobody has sent (CPython 3.11).
+        # Not `sigtimedwait`: stopped for longer than its timeout, it returns one that was never sent (CPython 3.11).
         got = signal.sigwaitinfo(WANTED)
         record.write(f"{time.time():.3f} {signal.Signals(got.si_signo).name[3:]}\n")
