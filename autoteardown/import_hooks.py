@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 _pending: "dict[str, Callable[[ModuleType], None]]" = {}  # hooks by the module that has not been imported yet
+_interceptor: "Any" = None  # what stands in for the functions of `signal`, once it does
 
 
 def install() -> None:
@@ -36,9 +37,10 @@ def install() -> None:
 
 
 def _hook_signal(module: "ModuleType") -> None:
+    global _interceptor
     from autoteardown.signals import interception
 
-    interceptor = interception.install(module)
+    _interceptor = interception.install(module)
     # This runs in most processes of the image, so the import below is made only if `ray` is in the command line.
     words = getattr(sys, "orig_argv", None)  # 3.10 and later
     if words is None or any(word.rpartition("/")[2] in ("ray", "ray.scripts.scripts") for word in words):
@@ -51,7 +53,7 @@ def _hook_signal(module: "ModuleType") -> None:
     ):
         from autoteardown.children import child_signals
 
-        child_signals.attach_spawned(interceptor)
+        child_signals.attach_spawned(_interceptor)
 
 
 def _hook_torch(module: "ModuleType") -> None:
@@ -62,7 +64,12 @@ def _hook_torch(module: "ModuleType") -> None:
 
         _serve("signal", signal)
     from autoteardown.rank import torch_hooks
+    from autoteardown.signals import interception
 
+    if _interceptor is not None:
+        import signal
+
+        interception.go_on_with(_interceptor, signal)
     torch_hooks.register()
 
 

@@ -10,6 +10,8 @@
 4. A signal that comes while the workers are being started waits until torchrun knows them, or they would stay behind.
 5. A restart that follows an eviction raises `max_restarts` by one. The number of restarts that are left then stays the
    same, and the number of the attempt still grows: rendezvous keys and log folders carry it.
+6. The agent does not know which process has signalled a worker: it may be the program itself, in each attempt. So at
+   most five restarts an hour are free. A job that evicts itself for ever runs out of restarts, as without the agent.
 """
 
 from __future__ import annotations
@@ -28,6 +30,9 @@ from autoteardown.unpatched import monotonic, on_main_thread
 
 TORCHS_OWN = 30
 """Seconds between the signal and SIGKILL, in every version of torch."""
+
+FREE_RESTARTS, HOUR = 5, 3600.0
+"""How many restarts after evictions use up none of `--max-restarts`, in so many seconds."""
 
 
 class RealTimeSignal(int):
@@ -52,6 +57,7 @@ class Launcher:
         self.signalled: Optional[float] = None  # when the first signal came
         self.context: Any = None  # the PContext that is being closed because of it
         self.evicted = False  # whether all workers that have failed last were evicted
+        self._free_restarts: list[float] = []  # when they were
 
     # -- signals ------------------------------------------------------------------------------------------------------
 
@@ -148,11 +154,22 @@ class Launcher:
     def before_restart(self, agent: Any, group: Any) -> None:
         """Give the restart back if the workers were evicted: torchrun has counted it already."""
         evicted, self.evicted = self.evicted, False
-        if evicted and group.state.name == "FAILED":
+        if not evicted or group.state.name != "FAILED":
+            return
+        cost = f"; one was used up, after {FREE_RESTARTS} evictions within an hour"
+        if self._is_free(monotonic()):
             group.spec.max_restarts += 1
             agent._remaining_restarts += 1
-            left = agent._remaining_restarts
-            self.outcome.say(f"its workers were evicted: they are started again, {left} restarts are left")
+            cost = ""
+        left = agent._remaining_restarts
+        self.outcome.say(f"its workers were evicted: they are started again, {left} restarts are left{cost}")
+
+    def _is_free(self, now: float) -> bool:
+        self._free_restarts = [time for time in self._free_restarts if now - time < HOUR]
+        if len(self._free_restarts) >= FREE_RESTARTS:
+            return False
+        self._free_restarts.append(now)
+        return True
 
 
 def _workers(context: Any) -> dict[int, Any]:

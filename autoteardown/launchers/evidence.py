@@ -3,9 +3,11 @@
 1. The exit code is not enough: a program may exit with 143 for reasons of its own.
 2. A rank that the agent ends writes its outcome and its exit code into its entry, and lets the entry stay while a
    marker is up. `autoteardown drain` reads these entries. A launcher puts up a marker for as long as it has workers.
-3. An entry's name is the identity of its process. The names are taken while the workers run, so the entry of another
+3. A stop can have a failure behind it: a peer has vanished, or the program has died of an exception in the stop. The
+   entry says so. That is for torchrun to report and to count, as without the agent.
+4. An entry's name is the identity of its process. The names are taken while the workers run, so the entry of another
    process that had the same pid is never read.
-4. Without a registry nothing is known, and a worker has failed as without the agent.
+5. Without a registry nothing is known, and a worker has failed as without the agent.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ class Evidence:
         self._names.update((pid, entry.name_of(pid)) for pid in pids)
 
     def evicted(self, pid: int, code: int) -> bool:
-        """Whether that process was ended by the agent, and with this code."""
+        """Whether that process ended with this code because of an eviction, and not of a failure."""
         name = self._names.get(pid)
         if name is None:
             return False
@@ -52,7 +54,9 @@ class Evidence:
                 os.close(descriptor)
         except OSError:
             return False
-        return found is not None and found.outcome is not None and found.exit_code == code
+        return (
+            found is not None and found.outcome is not None and not found.failed and found.exit_code == code
+        )
 
     def close(self) -> None:
         """Remove the marker: the last worker has ended."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import os
 import signal
+import sys
 from types import ModuleType
 from typing import Any, Callable, Optional
 
@@ -103,12 +104,31 @@ def register() -> None:
 
     wrapt.register_post_import_hook(fail_open(_patch_accelerate), "accelerate.commands.launch")
     wrapt.register_post_import_hook(fail_open(_patch_deepspeed), "deepspeed.launcher.runner")
-    if program.parse(program.command_line()) == ("-m", "deepspeed.launcher.launch"):
+    run = program.parse(program.command_line())
+    if run == ("-m", "deepspeed.launcher.launch"):
         wrapt.register_post_import_hook(fail_open(_patch_psutil), "psutil")
+    if run == (
+        "-m",
+        "accelerate.commands.launch",
+    ):  # is imported as `__main__`, and parses its arguments first
+        wrapt.register_post_import_hook(fail_open(_patch_parser), "accelerate.commands.utils")
 
 
 def _patch_accelerate(module: ModuleType) -> None:
     _wrap(module, "simple_launcher", "accelerate launch", None, None)
+
+
+def _patch_parser(module: Any) -> None:
+    parser = module.CustomArgumentParser
+    real = parser.parse_args
+
+    @functools.wraps(real)
+    def parse_args(*args: Any, **kwargs: Any) -> Any:
+        parser.parse_args = real
+        fail_open(_patch_accelerate)(sys.modules["__main__"])
+        return real(*args, **kwargs)
+
+    parser.parse_args = parse_args
 
 
 def _patch_deepspeed(module: ModuleType) -> None:

@@ -32,6 +32,7 @@ class Entry:
         "armed_at",
         "backend",
         "exit_code",
+        "failed",
         "host",
         "image",
         "job",
@@ -64,6 +65,7 @@ class Entry:
         self.alone = text(fields.get("alone"))
         self.outcome = text(fields.get("outcome"))
         self.exit_code = whole(fields.get("exit_code"))
+        self.failed = fields.get("failed") is True
         self.signal = whole(fields.get("signal"))
         self.image = text(fields.get("image")) or ""
         armed_at = plain(fields.get("armed_at"))

@@ -56,6 +56,17 @@ def install(module: "ModuleType") -> "SignalInterceptor":
     return interceptor
 
 
+def go_on_with(found: "SignalInterceptor", module: "ModuleType") -> None:
+    """Use the interceptor of an earlier copy of this module, where there was one, for a new copy of `signal`.
+
+    ddtrace can throw modules away after its start-up. Its own SIGTERM handler keeps the copy of `signal` that it has.
+    """
+    global interceptor
+    if interceptor is None:
+        replacements.put(found, module)
+        interceptor = found
+
+
 class SignalInterceptor:
     """What the application has set through the `signal` module; one for each process."""
 

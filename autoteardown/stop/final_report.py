@@ -68,6 +68,7 @@ def _write_report(outcome: Outcome, control: RankControl) -> None:
 
 def _write(outcome: Outcome, control: RankControl, final: bool) -> None:
     settings = control.settings
+    control.mark(failed=outcome.failed)
     if final:
         control.unregister(outcome.outcome, outcome.exit_code)
     else:

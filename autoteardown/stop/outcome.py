@@ -26,6 +26,7 @@ class Outcome(NamedTuple):
     why: str
     lost_callback: str  # which rank's callback failed or was skipped, and why
     ended_by: str  # "agent" or "application"
+    failed: bool  # a failure is behind it: a peer has vanished, or the program has died of an exception
     exit_code: Optional[int]  # None: the application's own, and unknown
     seconds: float  # since the signal
 

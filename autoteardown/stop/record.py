@@ -120,6 +120,7 @@ class StopRecord:
             outcome=stop.outcome if stop is not None else "partial" if self.own_exit else "forced",
             why=stop.reason if stop is not None else "the process ended before the stop could begin",
             lost_callback=stop.lost_callback if stop is not None else "",
+            failed=self.cause == "lost" or exit_status.failed(),
             ended_by="application" if self.own_exit else "agent",
             exit_code=self.own_exit[0] if self.own_exit else self.exit_code,
             seconds=now,

@@ -26,11 +26,10 @@ def nothing_from_outside(monkeypatch, tmp_path):
         monkeypatch.setenv(name, value)
 
 
-def accelerate(job, mode=AGENT, **env):
+def accelerate(job, mode=AGENT, command=(str(BIN / "accelerate"), "launch"), **env):
     """One process with a group of one, started by the launcher; both are there."""
     pytest.importorskip("accelerate")
     options = (
-        "launch",
         "--cpu",
         "--num_processes=1",
         "--num_machines=1",
@@ -38,7 +37,7 @@ def accelerate(job, mode=AGENT, **env):
         "--dynamo_backend=no",
     )
     where = {"RANK": 0, "WORLD_SIZE": 1, "MASTER_PORT": free_port()}
-    python = (str(BIN / "accelerate"), *options)
+    python = (*command, *options)
     launcher = job.start(
         "launched.py", "saves", fresh=True, python=python, mode=mode, **{**PATIENT, **where, **env}
     )
@@ -58,6 +57,14 @@ def test_accelerate_with_one_process(job, given, code):
         f"autoteardown: accelerate launch: SIGTERM: 1 of 1 workers have left; exit {code}" in launcher.stderr
     )
     wait_until(lambda: not job.survivors(), "the end of all processes")
+
+
+def test_accelerate_as_a_module(job):
+    launcher = accelerate(job, command=("-m", "accelerate.commands.launch"), AUTOTEARDOWN_EXIT_CODE="signal")
+    launcher.signal()
+    assert launcher.wait() == 143, launcher.story()
+    assert (job.folder / "saved-0").exists()
+    assert "accelerate launch: SIGTERM: 1 of 1 workers have left; exit 143" in launcher.stderr
 
 
 def test_accelerate_gets_an_early_notice(job):

@@ -4,12 +4,16 @@ saves     an `on_teardown` callback writes the file `saved-R`, which takes SECON
 plain     no callback
 fails     rank 0 raises when the file `go` is there
 leaves    rank 0 exits with 143 of its own accord when the file `go` is there
+loops     signals itself after five steps, in each attempt
+exits     its own handler of SIGTERM calls sys.exit(SECONDS)
+raises    its own handler of SIGTERM raises, and nothing catches that
 restarts  as `saves`; the attempt with the number in the file `last`, if it is there, trains five steps and ends
 
 Prints `attempt A rank R pid P` once all ranks have met.
 """
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -31,9 +35,17 @@ def save():
     Path(f"saved-{rank}").write_text(str(attempt))
 
 
+def handle(signum, frame):
+    if what == "exits":
+        sys.exit(int(seconds))
+    raise RuntimeError("a mistake of the handler's")
+
+
 def main():
     if what in ("saves", "restarts"):
         autoteardown.on_teardown(save)
+    if what in ("exits", "raises"):
+        signal.signal(signal.SIGTERM, handle)
     model = DistributedDataParallel(torch.nn.Linear(4, 1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     dist.barrier()
@@ -47,6 +59,8 @@ def main():
         optimizer.step()
         time.sleep(0.005)
         step = min(step + 1, 5)
+        if what == "loops" and step == 5:
+            signal.raise_signal(signal.SIGTERM)
         if what == "fails" and rank == 0 and Path("go").exists():
             raise ValueError("a mistake of the program's")
         if what == "leaves" and rank == 0 and Path("go").exists():

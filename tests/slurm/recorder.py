@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -28,11 +29,18 @@ if "family" in sys.argv:
     for own_session in (False, True):
         child = f"{name}-{'session' if own_session else 'child'}"
         subprocess.Popen([sys.executable, __file__, child], start_new_session=own_session)
-alive = records / f"{name}.alive"
+
+
+def live():
+    while True:
+        (records / f"{name}.alive").touch()
+        time.sleep(0.05)
+
+
 with (records / name).open("a", buffering=1) as record:
     record.write(f"{time.time():.3f} pid {os.getpid()}\n")
+    threading.Thread(target=live).start()
     while True:
-        alive.touch()
-        got = signal.sigtimedwait(WANTED, 0.05)
-        if got is not None:
-            record.write(f"{time.time():.3f} {signal.Signals(got.si_signo).name[3:]}\n")
+        # Not `sigtimedwait`: stopped for longer than its timeout, it returns one that was never sent (CPython 3.11).
+        got = signal.sigwaitinfo(WANTED)
+        record.write(f"{time.time():.3f} {signal.Signals(got.si_signo).name[3:]}\n")

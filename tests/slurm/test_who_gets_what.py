@@ -206,6 +206,7 @@ def test_suspend_and_resume(cluster):
     recorded = Recorded(cluster)
     recorded.happen(EVENTS["scontrol suspend"])
     recorded.wait("task0", "TSTP")
+    wait_until(lambda: not recorded.live("task0"), "SIGSTOP, which follows two seconds later")
     cluster.command("scontrol", "resume", recorded.job)
     recorded.wait("task0", "TSTP", "CONT")
     assert recorded.live("task1")
