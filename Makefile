@@ -11,7 +11,7 @@ JOBS ?= 4
 DRILL ?=
 BENCH ?=
 
-.PHONY: help drill test torch-versions lint format bench unchanged chaos network network-chaos slurm frameworks gpu nccl wheel docs clean
+.PHONY: help drill test torch-versions lint format bench unchanged chaos network network-chaos slurm frameworks gpu nccl nccl-chaos wheel docs clean
 
 help:
 	@echo "make drill        evict a rank of a real training job here, and see what happens"
@@ -21,6 +21,7 @@ help:
 	@echo "make bench        what the agent costs   make chaos    long randomized fault injection"
 	@echo "make frameworks   tests with real Ray, Lightning, ...   make gpu   tests that need a GPU"
 	@echo "make nccl         torch's own ProcessGroupNCCL without a GPU (5.5 GB): tests/gpu and tests/nccl"
+	@echo "make nccl-chaos   random evictions and faults there (CHAOS_RUNS)"
 	@echo "make network      jobs on several hosts (network namespaces, as root), also with faults   make network-chaos"
 	@echo "make slurm        jobs on a real SLURM of the tests' own (as root; installs Debian's packages where apt is)"
 	@echo "make unchanged    CPython's own tests, with the agent and without"
@@ -94,6 +95,10 @@ gpu:
 # On libraries that stand for CUDA and NCCL (tests/nccl/README.md). TEST="tests/gpu -k stuck" selects.
 nccl:
 	@$(PYTHON) tests/nccl/make.py .venv-nccl $(TEST)
+
+# CHAOS_RUNS of them (20, which `make nccl` runs, too), CHAOS_WORKERS at a time, from CHAOS_SEED on.
+nccl-chaos:
+	@$(PYTHON) tests/nccl/make.py .venv-nccl -s tests/nccl/test_chaos.py $(TEST)
 
 wheel: $(VENV)/.has-build
 	$(BIN)/python -m build --wheel --outdir dist .

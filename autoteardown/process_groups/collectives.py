@@ -16,7 +16,7 @@ import json
 import os
 import pickle
 import sys
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable
 from typing import Any, Callable, Optional
 
 from autoteardown import thread_stacks
@@ -74,8 +74,11 @@ def launch_counters(comparable: bool = False) -> dict[str, Callable[[], int]]:
     return found
 
 
-def progress() -> Optional[Hashable]:
+def progress(without: Collection[str] = ()) -> Optional[Hashable]:
     """A value that changes whenever this rank's collectives have advanced, on the host or on the device.
+
+    Args:
+        without: the names of groups, as in `sequence_numbers`, that do not count.
 
     Never blocks for long, whatever is stuck; 0.1 ms for seven groups. None: unknown, because there is no flight
     recorder, it is off (TORCH_FR_BUFFER_SIZE or TORCH_NCCL_TRACE_BUFFER_SIZE is 0), or its counters stand still
@@ -83,12 +86,38 @@ def progress() -> Optional[Hashable]:
     """
     if _frozen():
         return None
-    counters = [
-        counted for _, dump in _recorders() for counted in [_call(dump, False)] if _has_status(counted)
-    ]
+    counters = {
+        name: counted
+        for name, dump in _recorders()
+        for counted in [_call(dump, False)]
+        if _has_status(counted)
+    }
     if not counters:
         return None
-    return (*counters, tuple(sequence_numbers().items()))
+    numbers = tuple(item for item in sequence_numbers().items() if item[0] not in without)
+    if without:
+        counters.pop("gloo", None)  # it has no names of groups, and tells little more than the numbers
+    return (*(_without(counted, without) for counted in counters.values()), numbers)
+
+
+def _without(counted: Optional[bytes], without: Collection[str]) -> Hashable:
+    """What a recorder has counted, but for these groups."""
+    names = sys.modules["torch.distributed.distributed_c10d"]._world.pg_names if without else {}
+    ids = {_uid(group, str(name), without) for group, name in list(names.items())} - {None}
+    if not ids:
+        return counted
+    status = _parsed(counted).get("pg_status") or {}
+    return tuple((number, *sorted(each.items())) for number, each in status.items() if number not in ids)
+
+
+def _uid(group: Any, name: str, without: Collection[str]) -> Optional[str]:
+    """The recorder's number of a group that does not count; None for one that does, or that is not NCCL's."""
+    if name not in without and f"{name}/cuda" not in without:
+        return None
+    try:
+        return str(group._get_backend(sys.modules["torch"].device("cuda")).uid)
+    except Exception:  # no such backend, or an older torch
+        return None
 
 
 def _frozen() -> bool:

@@ -46,6 +46,7 @@ __all__ = [
     "progress",
     "sequence_numbers",
     "stuck_collective",
+    "table",
     "unwaitable",
     "world",
 ]
@@ -88,6 +89,12 @@ def world() -> World | None:
     except Exception:  # MPI has no store
         store = None
     return World(c10d.get_rank(), c10d.get_world_size(), str(c10d.get_backend()), store)
+
+
+def table() -> dict[Any, str]:
+    """torch's own table of the process groups, with their names."""
+    names: dict[Any, str] = _c10d()._world.pg_names
+    return names
 
 
 def groups() -> list[Any]:

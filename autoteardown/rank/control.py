@@ -49,7 +49,10 @@ class LocalRankControl:
         """See `stop.control.RankControl`."""
         armed, settings = self._armed, self.settings
         accelerator = bool(operations.accelerators())
-        self._progress = ProgressMonitor(self._gate, operations.progress, accelerator)
+        gate = self._gate
+        self._progress = ProgressMonitor(
+            gate, lambda: operations.progress(gate.launches.of_other_threads()), accelerator
+        )
         polls = self._gate.polls > 0 and settings.yield_seconds > 0
         return Facts(
             cause=cause,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import _queue
 import os
 import signal
+from collections.abc import Sized
 from typing import Any, Callable, Optional
 
 from autoteardown import settings
@@ -14,10 +15,14 @@ from autoteardown.rank.identity import Identity
 from autoteardown.signals import interception
 from autoteardown.stop.driver import Teardown
 from autoteardown.training import gate
+from autoteardown.training.launch_history import Counters
 
 
-def _launch_counters() -> dict[str, Callable[[], int]]:
-    return operations.launch_counters(comparable=True) if operations.accelerators() else {}
+def _launch_counters() -> tuple[Counters, Sized]:
+    table = operations.table()
+    # A thread beside the training has a group of its own, or the other half of a device's group.
+    several = len(table) > 1 or operations.accelerators()
+    return operations.launch_counters(comparable=True) if several else {}, table
 
 
 class RankState:

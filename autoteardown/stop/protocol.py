@@ -24,6 +24,9 @@ from autoteardown.stop.types import Phase
 COURTESY = 1.0
 # Seconds between the signals of ranks that are signalled together (1.1 were seen on one node, ai2cm/ace#1398).
 SKEW = 3.0
+# The part of the time for an exit by which a rank whose kernels nothing ends leaves before the others: its kernels end
+# with its process, and fault if a peer's memory goes first.
+FIRST = 1 / 3
 # Seconds that a rank of a new group may need to connect to the hub.
 CONNECTING = 10.0
 RECONNECTING = 5.0  # seconds to wait for a connection that has dropped, or is not there yet
@@ -364,6 +367,7 @@ class Stop(Machine):
             courtesy = max(self.phases[-1].start, self._settled) + (SKEW if self._group else COURTESY)
             # A callback may have taken longer than the floor: the peers get their time from its end.
             floor = min(max(self.floor, self._settled + SKEW), self._exit_by)
+            floor -= self.limits.exit * FIRST if self._kernels_remain else 0.0
             self._until(floor if self.facts.accelerator else min(floor, courtesy))
         if not self._timed_out and (self._group or self.facts.accelerator):
             return False
@@ -442,6 +446,11 @@ class Stop(Machine):
         """
         return "aborted" in self.received and ("drained" in self.received or not self.received["aborted"])
 
+    @property
+    def _kernels_remain(self) -> bool:
+        """Whether this rank's kernels may still poll its peers' memory: there is no abort, or it does not return."""
+        return self.facts.accelerator and self.wedged and not self._released
+
     def _abort_over(self, now: float, stopped: bool) -> bool:
         if stopped:
             self._post("quiet", False)
@@ -459,11 +468,10 @@ class Stop(Machine):
         return self._enter("exit", now, min(wait, left))
 
     def _in_exit(self, now: float) -> bool:
-        # Peers that lose the hub stop without it, so its process exits last. And no rank exits before the group knows
-        # of its stop.
-        waits = self._group and (
-            "all_left" not in self.received if self.facts.hub else not self._group_informed
-        )
+        # Peers that lose the hub stop without it, so its process exits last, unless its kernels have to end first. And
+        # no rank exits before the group knows of its stop.
+        last = self.facts.hub and not self._kernels_remain
+        waits = self._group and ("all_left" not in self.received if last else not self._group_informed)
         if self.received.get("saving"):
             waits = True
             self._until(self._exit_by)

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sized
 from typing import Any, Callable, Optional
 
 from autoteardown import thread_stacks
@@ -15,7 +16,7 @@ from autoteardown.checkpoints import in_progress
 from autoteardown.fail_open import fail_open
 from autoteardown.training.handler_delivery import HandlerDelivery
 from autoteardown.training.iterations import IterationCounter
-from autoteardown.training.launch_history import LaunchHistory
+from autoteardown.training.launch_history import Counters, LaunchHistory
 from autoteardown.training.parking import Parking, ThreadWaits
 from autoteardown.training.step_times import StepTimes
 from autoteardown.training.thread import TrainingThread
@@ -34,8 +35,8 @@ class Gate:
         tell: called with an event and its value, between any two bytecodes (`SimpleQueue.put` is safe there).
         numbers: returns the sequence numbers of the groups' collectives.
         devices: returns the calling thread's current device of each kind.
-        launch_counters: returns functions that count launched collectives, by group; none where no host runs ahead of
-            a device.
+        launch_counters: returns functions that count launched collectives, by group (none where no other thread can
+            have any to launch), and torch's table of groups.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class Gate:
         tell: Callable[[tuple[str, Any]], None],
         numbers: Callable[[], dict[str, int]] = dict,
         devices: Callable[[], dict[str, int]] = dict,
-        launch_counters: Callable[[], dict[str, Callable[[], int]]] = dict,
+        launch_counters: Callable[[], tuple[Counters, Sized]] = lambda: ({}, ()),
     ) -> None:
         self.clock = IterationCounter()
         self.polls = 0  # calls of `stop_requested()`: they count the iterations of a program that polls
@@ -61,7 +62,7 @@ class Gate:
         self.delivery = HandlerDelivery(self.waits.wake)
         self.saves = in_progress.SavesInProgress()
         self._tell = tell
-        self.launches = LaunchHistory()
+        self.launches = LaunchHistory(launch_counters)
         self._numbers, self._devices, self._launch_counters = numbers, devices, launch_counters
         self._last: Optional[int] = None
         self._until: dict[str, int] = {}
@@ -74,7 +75,7 @@ class Gate:
         self.clock = IterationCounter()
         self.polls = 0
         self.step_times = StepTimes()
-        self.launches = LaunchHistory()
+        self.launches = LaunchHistory(self._launch_counters)
 
     @property
     def thread(self) -> Optional[int]:
@@ -172,7 +173,7 @@ class Gate:
     def look_around(self) -> None:
         """At the end of some iterations: notice what seldom changes."""
         self.saves.does_more()
-        self.launches.watch(self._launch_counters())
+        self.launches.look()
 
     def before_step(self) -> None:
         """Before an optimizer step, once the gate is closed: no step begins after the stop."""
@@ -262,7 +263,7 @@ def renew(
     tell: Callable[[tuple[str, Any]], None] = lambda event: None,
     numbers: Callable[[], dict[str, int]] = dict,
     devices: Callable[[], dict[str, int]] = dict,
-    launch_counters: Callable[[], dict[str, Callable[[], int]]] = dict,
+    launch_counters: Callable[[], tuple[Counters, Sized]] = lambda: ({}, ()),
 ) -> Gate:
     """Replace the gate with one that has seen nothing."""
     global gate

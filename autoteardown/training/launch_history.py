@@ -8,33 +8,56 @@
    peers never join.
 3. The training thread launches the same number of collectives in each iteration. So a group counts only if its number
    has grown by the same amount, not zero, in each of the last iterations, and not since the training thread stopped.
+4. Nor is a collective of another thread progress of the training thread, which may be blocked for good: a rank whose
+   count is off would be taken for slow, and waited for until the time for an iteration has passed.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sized
 from typing import Callable, Optional
 
 _ITERATIONS = 4  # ends of iterations that are remembered
+_KNOWN = 3  # ends after which a group is known not to follow the iterations
+
+Counters = dict[str, Callable[[], int]]
 
 
 class LaunchHistory:
-    """The counts of launched collectives at the ends of the last iterations, recorded by the optimizer hook."""
+    """The counts of launched collectives at the ends of the last iterations, recorded by the optimizer hook.
 
-    def __init__(self) -> None:
-        self._counters: dict[str, Callable[[], int]] = {}
+    Args:
+        look: returns the counters by the name of their group (none: record nothing), and torch's table of all groups.
+    """
+
+    def __init__(self, look: Callable[[], tuple[Counters, Sized]] = lambda: ({}, ())) -> None:
+        self._look = look
+        self._counters: Counters = {}
+        self._table: Sized = ()
+        self._groups = 0
         self._ends: deque[list[int]] = deque(maxlen=_ITERATIONS)
 
-    def watch(self, counters: dict[str, Callable[[], int]]) -> None:
-        """Record these counters from now on, by the name of their group; if there are none, record nothing."""
+    def look(self) -> None:
+        """Find out which groups there are."""
+        counters, self._table = self._look()
+        self._groups = len(self._table)
         if counters.keys() != self._counters.keys():
             self._ends.clear()
         self._counters = counters
 
     def iteration_ended(self) -> None:
         """Record the counters."""
+        if len(self._table) != self._groups:  # the program has made a group, or destroyed one
+            self.look()
         if self._counters:
             self._ends.append([count() for count in self._counters.values()])
+
+    def of_other_threads(self) -> set[str]:
+        """The groups that are known not to follow the iterations."""
+        ends = list(self._ends)
+        columns = zip(self._counters, zip(*ends)) if len(ends) >= _KNOWN else ()
+        return {group for group, column in columns if not _even(column)}
 
     def regular(self, numbers: dict[str, int], stopped: bool) -> dict[str, Optional[int]]:
         """These sequence numbers, and None for groups whose collectives do not follow the iterations.
@@ -53,6 +76,10 @@ class LaunchHistory:
         }
 
 
-def _follows(ends: tuple[int, ...], number: int, stopped: bool) -> bool:
+def _even(ends: tuple[int, ...]) -> bool:
     growth = {later - earlier for earlier, later in zip(ends, ends[1:])}
-    return len(growth) == 1 and growth != {0} and (number == ends[-1] or not stopped)
+    return len(growth) == 1 and growth != {0}
+
+
+def _follows(ends: tuple[int, ...], number: int, stopped: bool) -> bool:
+    return _even(ends) and (number == ends[-1] or not stopped)

@@ -10,6 +10,7 @@ from autoteardown.stop.protocol import (
     ANSWERS,
     CONNECTING,
     COURTESY,
+    FIRST,
     LOOK,
     RECONNECTING,
     SKEW,
@@ -385,9 +386,9 @@ def test_a_blocked_thread_whose_device_shows_no_progress_has_all_of_the_drains_t
     assert on(6.0, "drained") == [("quiet", False)]
 
 
-def wedged():
+def wedged(facts=GPU):
     """A rank whose device does not become idle, at 6 s."""
-    on = Script(GPU).to("drain")
+    on = Script(facts).to("drain")
     assert on(6.0, "tick") == [("stacks", "drain"), "halt", "wedged"]
     assert on(6.1, "abort", 77.5) == [("abort", 77.5)]
     return on
@@ -421,7 +422,17 @@ def test_an_abort_that_does_not_return_is_not_quiet():
     assert on.stop.wake == 6.1 + 3.0
     on(9.1, "tick")
     assert "quiet" not in on.did
-    assert on.stop.wake == on.stop.floor == 19.0
+    assert on.stop.wake == on.stop.floor - LIMITS.exit * FIRST == 18.0
+
+
+def test_a_rank_whose_kernels_nothing_ends_leaves_before_the_others():
+    """They end with its process. A peer that leaves first, or at the same moment, is a fault of this rank's device."""
+    stuck = wedged(GPU._replace(hub=True))
+    stuck(9.1, "tick")
+    assert stuck(stuck.stop.wake, "tick")[-2:] == [("leave", False), "die"]  # although it is the hub
+    peer = Script(GPU).to("quiet")
+    peer(2.0, "tick")
+    assert peer.stop.wake == peer.stop.floor == stuck.stop.floor
 
 
 def test_with_accelerators_a_lost_peer_stops_all_ranks_by_one_decision():

@@ -9,8 +9,9 @@ from autoteardown.training.launch_history import LaunchHistory
 
 def history(*ends, groups=("dp",)):
     """One that has recorded these numbers, a tuple for each end of an iteration."""
-    found, now = LaunchHistory(), {}
-    found.watch({group: lambda group=group: now[group] for group in groups})
+    now = {}
+    found = LaunchHistory(lambda: ({group: lambda group=group: now[group] for group in groups}, groups))
+    found.look()
     for end in ends:
         now.update(zip(groups, end))
         found.iteration_ended()
@@ -48,7 +49,18 @@ def test_without_iterations_the_cpu_half_of_a_group_is_left_out():
 
 
 def test_other_groups_begin_a_new_history():
-    found = history((10,), (14,))
-    found.watch({"dp": lambda: 18, "tp": lambda: 5})
+    """As soon as there are any: torch's table of groups is longer, or shorter."""
+    table = ["dp"]
+    found = LaunchHistory(lambda: ({group: lambda: 18 for group in table}, table))
+    found.look()
+    found.iteration_ended()
+    table.append("tp")
     found.iteration_ended()
     assert found.regular({"dp": 18, "tp": 5}, stopped=True) == {"dp": 18, "tp": 5}  # as without a history
+
+
+def test_groups_of_other_threads():
+    """Known after three iterations: before, every group's collectives are progress."""
+    ends = [(10, 3, 0), (14, 3, 0), (18, 4, 0)]
+    assert history(*ends, groups=("dp", "save", "eval")).of_other_threads() == {"save", "eval"}
+    assert history(*ends[:2], groups=("dp", "save", "eval")).of_other_threads() == set()
