@@ -19,11 +19,11 @@ from __future__ import annotations
 
 import fcntl
 import os
-import select
 import signal
 import sys
 from typing import TYPE_CHECKING, Optional
 
+from autoteardown import unpatched
 from autoteardown.children import termination
 from autoteardown.children.eviction_page import ENDS_WITH_RANK, SIGNALS_ARE_ITS_OWN, WAITS, EvictionPage
 from autoteardown.fail_open import fail_open
@@ -130,7 +130,7 @@ class ChildSignals:
         return False
 
     def _rank_has_ended(self) -> bool:
-        poll = select.poll()
+        poll = unpatched.poll()
         poll.register(self._page.pipe, 0)
         return bool(poll.poll(0))
 

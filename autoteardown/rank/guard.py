@@ -61,8 +61,8 @@ class Guard(RankState):
     def before_init(self) -> None:
         """Before torch's init: from now on, the agent deals with eviction signals."""
         self.gate.begin(get_ident())
-        # systemd-tmpfiles removes files from /tmp that were not written to for 10 days: the entry is rewritten daily.
         child_signals.suspend()
+        # systemd-tmpfiles removes files from /tmp that were not written to for 10 days: the entry is rewritten daily.
         self.listener.arm(self._on_signal, self.main.on_signal, self.identity.mark, self._attach_child)
         self._share_page()
         spare_threads.keep()

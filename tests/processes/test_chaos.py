@@ -15,6 +15,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from chaos_runs import Eviction, run_evictions
 
+from autoteardown.node import procfs
+
 ACTIVITIES = [
     *(
         "idle",
@@ -35,7 +37,7 @@ WANTED = os.environ.get("CHAOS_ACTIVITY", "").split(",") if os.environ.get("CHAO
 OWN_CODE = 3  # of an application that ends by itself
 OWNERS = ("flag", "poll")
 UNSTEADY = ("rendezvous", "stuck", "reinit")  # no iterations to compare
-EVENTS = ("one", "some", "all", "twice", "killed", "frozen")
+EVENTS = ("one", "some", "all", "everybody", "twice", "killed", "frozen")
 GRACE = 8.0
 SLACK = 4.0  # for a machine that runs many jobs at once; beyond it a process is past its deadline
 
@@ -70,7 +72,10 @@ class Chaos(Eviction):
 
     def _signal(self, ranks):
         shuffled = self.random.sample(ranks, len(ranks))
-        count = {"all": len(ranks), "some": max(1, len(ranks) - 1)}.get(self.event, 1)
+        count = {"some": max(1, len(ranks) - 1), "all": len(ranks), "everybody": len(ranks)}.get(
+            self.event, 1
+        )
+        children = [pid for rank in ranks for pid in procfs.descendants(rank.pid)]
         chosen, others = shuffled[:count], shuffled[count:]
         for rank in list(chosen):
             try:
@@ -80,7 +85,11 @@ class Chaos(Eviction):
             time.sleep(self.random.choice((0.0, 0.0, 0.05)))
         self.dead = self.frozen = None
         with contextlib.suppress(ProcessLookupError):
-            if self.event == "twice":
+            if self.event == "everybody":  # a second time, too, as SLURM does
+                for pid in [*children, *(rank.pid for rank in chosen)]:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGTERM)
+            elif self.event == "twice":
                 for _ in range(self.random.randrange(1, 30)):
                     os.kill(chosen[0].pid, signal.SIGTERM)
             elif self.event == "killed":
@@ -102,7 +111,13 @@ class Chaos(Eviction):
             return
         # Whom the notice reaches before its own signal is a peer. A rank whose connection a dead or frozen peer has
         # dropped fails of itself, before it hears of anything; without a group (reinit) the default action applies.
-        allowed = {0, 143} if signalled and self.event in ("some", "all") else {0} if signalled else {143}
+        allowed = (
+            {0, 143}
+            if signalled and self.event in ("some", "all", "everybody")
+            else {0}
+            if signalled
+            else {143}
+        )
         if self.event in ("killed", "frozen") and not signalled:
             allowed.add(1)
         if self.activity == "reinit":
