@@ -75,7 +75,7 @@ SLURM_PACKAGES := slurmd slurmctld slurm-client munge slurm-wlm-basic-plugins
 slurm: $(VENV)/.has-test
 	@command -v slurmctld > /dev/null || ! command -v apt-get > /dev/null || [ "$$(id -u)" != 0 ] || \
 		{ apt-get update -qq && apt-get install -qq -y --no-install-recommends $(SLURM_PACKAGES) > /dev/null; } || \
-		echo "not to be had: $(SLURM_PACKAGES)"
+		echo "cannot be installed: $(SLURM_PACKAGES)"
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not frameworks" tests/slurm $(TEST)
 
 # CPython's own tests with and without the agent; the quick ones of them are part of the tests.

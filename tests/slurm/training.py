@@ -1,7 +1,7 @@
 """A training job that saves when it is evicted, and goes on there when it is started again. `training.py HOW [WHAT]`
 
 HOW, `polls`: asks `autoteardown.stop_requested()` after each step. `flag`: has a SIGTERM handler that sets a flag.
-`callback`: knows nothing of evictions, a callback of `autoteardown.on_teardown()` saves. `fails`: ends with 3 in
+`callback`: has no code for evictions, a callback of `autoteardown.on_teardown()` saves. `fails`: ends with 3 in
 step 20.
 WHAT, `workers`: its batches come from two processes. `uneven`: rank 0 is slow between `backward()` and `step()`, so
 that its peers are ahead. `slow`: the save takes 35 s.
