@@ -193,6 +193,12 @@ class World:
                 return report
         return None
 
+    def preempted(self, rank):
+        """What Ray says of a trainer that has died."""
+        with pytest.raises(ray.exceptions.RayActorError) as caught:
+            ray.get(self.running[rank], timeout=SOON)
+        return caught.value.preempted
+
     def gone(self, *ranks):
         wait_until(lambda: not any(alive(self.pids[rank]) for rank in ranks), f"the end of {ranks}", SOON)
 
@@ -330,6 +336,7 @@ def test_its_ranks_are_torn_down(away, way, weights):
         assert pod.process.wait(SOON) == 0
     if way == "sigterm":
         assert pod.process.wait(SOON) == 1
+        assert world.preempted(0) is False  # docs/ray.md; the control below has True
     if way == "ray stop":
         assert re.search(r"rank=0/3 .*: (aborted|partial), exit 0", world.stopped.stderr), world.stopped
     if weights:
@@ -354,6 +361,8 @@ def test_control_without_the_agent(away, way, weights):
         time.sleep(STUCK)
     assert all(map(alive, world.pids[1:]))
     assert not list(world.job.reports.iterdir())
+    if way == "sigterm":
+        assert world.preempted(0) is True
     if weights:
         assert ray.get(world.received, timeout=SOON) == "RuntimeError"
 
