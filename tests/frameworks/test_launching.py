@@ -67,6 +67,15 @@ def test_accelerate_as_a_module(job):
     assert "accelerate launch: SIGTERM: 1 of 1 workers have left; exit 143" in launcher.stderr
 
 
+@pytest.mark.parametrize("given, code", [("0", 0), ("signal", 1)])
+def test_accelerate_whose_rank_is_evicted(job, given, code):
+    """The launcher is not signalled: its own code, 1 after any code of the rank's that is not 0."""
+    launcher = accelerate(job, AUTOTEARDOWN_EXIT_CODE=given)
+    os.kill(int(launcher.wait_for(r"^attempt 0 rank 0 pid (\d+)$")[1]), SIGTERM)
+    assert launcher.wait() == code, launcher.story()
+    assert (job.folder / "saved-0").exists()
+
+
 def test_accelerate_gets_an_early_notice(job):
     launcher = accelerate(job, AUTOTEARDOWN_SIGNALS="SIGTERM,SIGUSR1", AUTOTEARDOWN_EXIT_CODE="signal")
     launcher.signal(signal.SIGUSR1)
@@ -109,3 +118,15 @@ def test_deepspeed(job, mode, given, code):
     else:
         wait_until(lambda: not job.survivors(), "the end of all processes")
         assert {report["outcome"] for report in job.all_reports().values()} == {"clean"}
+
+
+@pytest.mark.parametrize("given, code", [("0", 143), ("signal", 143)])
+def test_deepspeed_whose_rank_is_evicted(job, given, code):
+    """The launcher is not signalled: the code of the rank that failed first, to it; that of the peer is 143."""
+    pytest.importorskip("deepspeed")
+    python = (str(BIN / "deepspeed"), "--num_gpus=2", "--no_local_rank")
+    launcher = job.start(
+        "fw_deepspeed.py", fresh=True, python=python, **PATIENT, AUTOTEARDOWN_EXIT_CODE=given
+    )
+    os.kill(workers(launcher)[0], SIGTERM)
+    assert launcher.wait() == code, launcher.story()

@@ -23,6 +23,7 @@ _ONE_NODE = f"{_TORCHRUN} --standalone --nproc-per-node=2 {TRAINING} $TRAIN"
 # The batch script, by what it starts.
 SHAPES = {
     "srun": f"srun {_RANK}",
+    "srun a shell": f"srun {_RANK.replace('exec ', '').replace(chr(36) + 'TRAIN', chr(36) + 'TRAIN; true')}",
     "exec srun": f"exec srun {_RANK}",
     "srun torchrun": _TWO_NODES.replace("n1:", "$(scontrol show hostnames $SLURM_JOB_NODELIST | head -n 1):"),
     "torchrun": _ONE_NODE,

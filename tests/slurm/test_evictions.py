@@ -63,9 +63,17 @@ def test_all_ranks_save(cluster_of, shape, event):
 @pytest.mark.parametrize("shape", ["srun", "srun torchrun"])
 def test_a_launcher_without_a_handler_costs_the_checkpoint(cluster_of, shape):
     """`scancel -f -s TERM` reaches srun. The ranks may get it, too, a moment before SIGKILL: no save is that quick."""
-    cluster = cluster_of(kill_wait=KILL_WAIT)
-    evicted(cluster, shape, "scancel -f -s TERM", "polls slow")
+    cluster = cluster_of(kill_wait=60)
+    evicted(cluster, shape, "scancel -f -s TERM", "polls slow", grace=55)
     assert saved(cluster) == {}
+
+
+@pytest.mark.slurm
+def test_a_shell_as_a_task_costs_the_checkpoint(cluster_of):
+    """It dies of the signal, and the step ends with it, long before KillWait. The save takes 35 s."""
+    cluster = cluster_of(kill_wait=60)
+    job = evicted(cluster, "srun a shell", "scancel", "polls slow", grace=55)
+    assert saved(cluster) == {}, job.story()
 
 
 @pytest.mark.slurm
