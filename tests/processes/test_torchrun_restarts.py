@@ -36,11 +36,12 @@ def test_a_handler_that_raises_is_a_failure(job):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(700)
 def test_a_program_that_evicts_itself_runs_out_of_restarts(job):
     """Five are free, and the one of --max-restarts: seven attempts."""
     options = ("--standalone", "--max-restarts=1")
     launcher = start(job, "loops", options=options, ranks=1, world=0, **CODES, **OWN_STORE)
-    assert launcher.wait() == 143, launcher.story()
+    assert launcher.wait(600) == 143, launcher.story()
     assert launcher.count("rank 0 pid ") == 7, launcher.story()
     *free, paid, last = LINE.findall(launcher.stderr)
     assert [line.endswith("1 restarts are left") for line in free] == [True] * 5

@@ -69,11 +69,15 @@ def test_a_launcher_without_a_handler_costs_the_checkpoint(cluster_of, shape):
 
 
 @pytest.mark.slurm
-def test_a_shell_as_a_task_costs_the_checkpoint(cluster_of):
-    """It dies of the signal, and the step ends with it, long before KillWait. The save takes 35 s."""
-    cluster = cluster_of(kill_wait=60)
+@pytest.mark.parametrize("proctrack", ["cgroup", "linuxproc"])
+def test_a_shell_as_a_task(cluster_of, proctrack):
+    """It dies of the signal. With proctrack/cgroup it alone gets it, and SLURM kills the rank. The save takes 35 s."""
+    cluster = cluster_of(kill_wait=60, proctrack=proctrack)
     job = evicted(cluster, "srun a shell", "scancel", "polls slow", grace=55)
-    assert saved(cluster) == {}, job.story()
+    if proctrack == "cgroup":
+        assert saved(cluster) == {}, job.story()
+    else:
+        check_saved(cluster, job)
 
 
 @pytest.mark.slurm
