@@ -42,7 +42,7 @@ def test_a_program_that_evicts_itself_runs_out_of_restarts(job):
     options = ("--standalone", "--max-restarts=1")
     launcher = start(job, "loops", options=options, ranks=1, world=0, **CODES, **OWN_STORE)
     assert launcher.wait(600) == 143, launcher.story()
-    assert launcher.count("rank 0 pid ") == 7, launcher.story()
+    assert launcher.stdout.count("rank 0 pid ") == 7, launcher.story()
     *free, paid, last = LINE.findall(launcher.stderr)
     assert [line.endswith("1 restarts are left") for line in free] == [True] * 5
     assert "0 restarts are left; one was used up" in paid and last.endswith("; exit 143")
