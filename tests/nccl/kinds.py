@@ -1,7 +1,7 @@
 """A training of one kind, until the eviction: `kinds.py KIND`; prints `step K`.
 
 tensor    tensor parallel on all ranks
-pipeline  a stage on each rank (torch.distributed.pipelining, 1F1B)
+pipeline  a stage on each rank, which sends to the next and receives from it
 prefetch  FSDP2 that prefetches the next layers' parameters, forward and backward
 sharded   HSDP: FSDP2 on a mesh of replicas and shards
 compiled  DDP under torch.compile (aot_eager: there is no compiler for the devices' kernels)
@@ -80,22 +80,31 @@ def tensor_parallel(model):
 
 
 def pipeline():
-    """Runs one iteration of a pipeline with as many stages as there are ranks."""
-    from torch.distributed import pipelining
+    """Runs one iteration of a pipeline with as many stages as there are ranks: all forward, then all backward.
 
-    model = layers(1)
-    part = torch.zeros(2, WIDTH, device=device)  # of four: the shapes need not be asked for
-    stage = pipelining.PipelineStage(model, rank, size, device, input_args=(part,), output_args=(part,))
-    schedule = pipelining.Schedule1F1B(stage, n_microbatches=4, loss_fn=lambda out, _: out.square().mean())
-    batch = torch.randn(8, WIDTH).to(device)
+    By hand: torch's own stages agree on shapes by computing with whole numbers, which the devices do not.
+    """
+    model, batch = layers(1), torch.randn(2, WIDTH).to(device)
 
     def run():
-        if rank == 0:
-            schedule.step(batch)
-        elif rank == size - 1:
-            schedule.step(target=batch)
-        else:
-            schedule.step()
+        passed = []
+        for _ in range(4):
+            part = batch.clone()
+            if rank > 0:
+                dist.recv(part, rank - 1)
+            part.requires_grad_()
+            passed.append((part, model(part)))
+            if rank < size - 1:
+                dist.send(passed[-1][1].detach(), rank + 1)
+        for part, result in passed:
+            if rank < size - 1:
+                gradient = torch.empty_like(result)
+                dist.recv(gradient, rank + 1)
+                result.backward(gradient)
+            else:
+                result.square().mean().backward()
+            if rank > 0:
+                dist.send(part.grad, rank - 1)
 
     return model, run
 
