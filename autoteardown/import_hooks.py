@@ -48,7 +48,7 @@ def _hook_signal(module: "ModuleType") -> None:
 
         ray_start.serve(module)
     # So that the import below is made only in the processes that `multiprocessing` has started.
-    if "--multiprocessing-fork" in sys.argv or any(
+    if "--multiprocessing-fork" in getattr(sys, "argv", ()) or any(
         "multiprocessing.forkserver" in word for word in words or ()
     ):
         from autoteardown.children import child_signals
