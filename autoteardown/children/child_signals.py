@@ -27,13 +27,14 @@ from autoteardown import unpatched
 from autoteardown.children import termination
 from autoteardown.children.eviction_page import ENDS_WITH_RANK, SIGNALS_ARE_ITS_OWN, WAITS, EvictionPage
 from autoteardown.fail_open import fail_open
-from autoteardown.unpatched import monotonic, sleep
+from autoteardown.unpatched import sleep
 
 if TYPE_CHECKING:
     from autoteardown.signals.interception import SignalInterceptor
 
-_PATIENCE = 0.7  # seconds from the signal of a child to that of its rank, if everybody gets one
 _LOOK = 0.01  # seconds between two looks at the page
+# Looks from the signal of a child to that of its rank, if everybody gets one: on a busy machine, both take longer.
+_LOOKS = 70
 _SET_SIGNAL = 10  # F_SETSIG, which `fcntl` does not name; Linux only
 
 _attached: Optional[ChildSignals] = None
@@ -120,11 +121,12 @@ class ChildSignals:
         self._end(signum)
 
     def _outlives_signal(self) -> bool:
-        deadline = monotonic() + _PATIENCE
-        while not self._page.terminated(self._pid) and not self._rank_has_ended():
+        for _ in range(_LOOKS):
+            if self._page.terminated(self._pid) or self._rank_has_ended():
+                break
             if self._page.evicted:
                 return True
-            if not self._page.armed or monotonic() > deadline:
+            if not self._page.armed:
                 break
             sleep(_LOOK)
         return False

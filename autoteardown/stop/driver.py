@@ -126,7 +126,10 @@ class Teardown:
         if not self._signals:
             return
         before, usual = self._deadline.hard, self.control.settings.hard
-        self._deadline.follow_drains(self.control.times_left, self._signals, usual, self.exit_code)
+        signals = 0
+        while signals != self._signals:  # another one may come meanwhile, and finds `longer` not yet set
+            signals = self._signals
+            self._deadline.follow_drains(self.control.times_left, signals, usual, self.exit_code)
         if self.stop is not None and self._deadline.hard < before:
             self.control.events.put(("less_time", self._limits_now()))
             if self._deadline.hard < before - 1:

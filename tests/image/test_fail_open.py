@@ -121,6 +121,7 @@ def torch_folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.timeout(1200)  # an interpreter for each function
 @pytest.mark.parametrize("program, error", [(HOST, "RuntimeError"), (HELPER, "SystemExit")])
 def test_start_up(tmp_path, torch_folder, program, error):
     """From the `.pth` file on: whatever is broken there, a program runs as without the agent."""

@@ -362,7 +362,7 @@ def test_event_loops(job, loop):
     assert ("loop got its own" in rank.stdout) == (loop not in ("asyncio", "uvloop"))
     assert rank.stderr == "", "trio warns of a collision over the wake-up fd"
     assert rank.evict() == 0, rank.story()
-    assert rank.report()["outcome"] == "clean"
+    assert rank.report()["outcome"] == "clean", rank.story()
 
 
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop", "trio"])
