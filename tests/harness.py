@@ -161,13 +161,13 @@ class Rank:
         state = "runs" if self.running else f"ended with {self.code}"
         return f"pid {self.pid} {state}\n--- stdout\n{self.stdout[-2000:]}\n--- stderr\n{self.stderr[-6000:]}"
 
-    def wait_for(self, text, patience=PATIENCE):
-        """Wait until a line that matches `text` (a regular expression) is on its stdout; return the match."""
+    def wait_for(self, text, patience=PATIENCE, stream="stdout"):
+        """Wait until a line that matches `text` (a regular expression) is in that stream; return the match."""
         pattern = re.compile(text, re.MULTILINE)
 
         def look():
             running = self.running  # asked first: what it printed last must be looked at too
-            match = pattern.search(self.stdout)
+            match = pattern.search(getattr(self, stream))
             assert match or running, f"ended without saying {text!r}: {self.story()}"
             return match
 

@@ -34,10 +34,20 @@ class LocalRankControl:
         self._armed = armed
         self._main = main
         self._gate: Gate = armed.gate
-        self._application_owns = application_owns
+        self._handler_owns = application_owns
         self._progress: Optional[ProgressMonitor] = None
         self.identity, self.mark = armed.identity.report, armed.identity.mark
         self.advance, self.stop_at = self._gate.advance, self._gate.let_run_to
+
+    @property
+    def application_owns(self) -> bool:
+        """See `stop.control.RankControl`."""
+        return self._handler_owns or (self._gate.polls > 0 and self.settings.yield_seconds > 0)
+
+    @property
+    def saving(self) -> bool:
+        """See `stop.control.RankControl`."""
+        return self._gate.saving
 
     @property
     def alone(self) -> str:
@@ -53,7 +63,6 @@ class LocalRankControl:
         self._progress = ProgressMonitor(
             gate, lambda: operations.progress(gate.launches.of_other_threads()), accelerator
         )
-        polls = self._gate.polls > 0 and settings.yield_seconds > 0
         return Facts(
             cause=cause,
             world=armed.identity.world_size or 1,
@@ -63,7 +72,7 @@ class LocalRankControl:
             can_abort=armed.joined and operations.can_abort(),
             hub=armed.channel is not None and armed.channel.is_hub,
             step=settings.stop_at == "step",
-            application_owns=self._application_owns or polls,
+            application_owns=self.application_owns,
             together=settings.handlers == "together",
             iterates=self._gate.begun or optimizer_hooks.any_optimizer(),
             callbacks=bool(callbacks.registered or settings.on_teardown),
@@ -129,7 +138,7 @@ class LocalRankControl:
 
     def deliver(self) -> None:
         """See `stop.control.RankControl`."""
-        self._gate.resume(self._main.delivery() if self._application_owns else None, requested=True)
+        self._gate.resume(self._main.delivery() if self._handler_owns else None, requested=True)
         if thread_stacks.main_ident() not in self._gate.held:
             self._armed.listener.run_on_main_thread(self._gate.delivery.call)
 

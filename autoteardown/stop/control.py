@@ -35,6 +35,14 @@ class RankControl(Protocol):
     events: _queue.SimpleQueue[tuple[str, Any]]
 
     @property
+    def application_owns(self) -> bool:
+        """Whether the application ends the process by itself: it has a handler of its own, or polls."""
+
+    @property
+    def saving(self) -> bool:
+        """Whether a checkpoint is being written."""
+
+    @property
     def alone(self) -> str:
         """Why the peers of this rank cannot be told, in words; empty if they can."""
 

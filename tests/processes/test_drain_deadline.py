@@ -31,7 +31,7 @@ def test_an_application_with_a_handler_of_its_own(job, killed_after):
     rank.wait_for("^its handler$")
     if not killed_after:
         assert told.outcome == "running"
-        assert rank.said[0].startswith("SIGTERM: the application ends by itself, and has 33s")
+        rank.wait_for("SIGTERM: the application ends by itself, and has 33s", stream="stderr")
         return
     assert (told.outcome, told.exit_code) == ("clean", 0), rank.story()
     assert rank.wait() == 0

@@ -54,7 +54,7 @@ def test_an_application_with_a_handler_of_its_own(job, again):
     rank.wait_for("^ready$")
     begin(job, 60)
     rank.wait_for("^its handler$")
-    assert rank.said[0].startswith("SIGTERM: the application ends by itself, and has 53.")
+    rank.wait_for("SIGTERM: the application ends by itself, and has 53.", stream="stderr")
     if not again:
         return
     rank.signal(signal.SIGTERM)

@@ -276,6 +276,74 @@ def test_the_host_never_pays_for_our_bugs(job, bug):
     assert rank.evict() == 0, rank.story()
 
 
+ENDS_BY_ITSELF = """
+import signal, sys, time
+import torch.distributed as dist
+dist.init_process_group("gloo")
+def leave(signum, frame):
+    time.sleep(1.5)
+    print("saved", flush=True)
+    sys.exit(5)
+signal.signal(signal.SIGTERM, leave)
+"""
+POLLS = """
+import sys, time
+import autoteardown
+import torch.distributed as dist
+dist.init_process_group("gloo")
+def leave():
+    time.sleep(1.5)
+    print("saved", flush=True)
+    sys.exit(5)
+autoteardown.stop_requested()
+"""
+SAVES = """
+import time
+import torch, torch.distributed as dist
+dist.init_process_group("gloo")
+class Slow:
+    def __reduce__(self):
+        print("saving", flush=True)
+        time.sleep(1.5)
+        return str, ("saved",)
+def save():
+    torch.save(Slow(), "checkpoint")
+    print("saved", flush=True)
+"""
+FAULTY = """
+from autoteardown.rank import control, guard
+class Faulty(control.LocalRankControl):
+    {bug}
+guard.LocalRankControl = Faulty
+print("ready", flush=True)
+while True:
+    {body}
+"""
+RUN = {
+    "handler": (ENDS_BY_ITSELF, "time.sleep(0.01)", 5),
+    "poll": (POLLS, "leave() if autoteardown.stop_requested() else time.sleep(0.01)", 5),
+    "save": (SAVES, "save(); time.sleep(60)", 0),
+}
+OUR_BUGS = {
+    "facts": "facts = lambda self, cause: 1 / 0",
+    "snapshot": "snapshot = lambda self, stopping: 1 / 0",
+}
+
+
+@pytest.mark.parametrize("bug", OUR_BUGS)
+@pytest.mark.parametrize("program", RUN)
+def test_the_checkpoint_never_pays_for_our_bugs(job, program, bug):
+    """An error of the agent's in mid-stop: what the program saves is whole, and an exit of its own keeps its code."""
+    start, body, code = RUN[program]
+    (rank,) = job.world(start + FAULTY.format(bug=OUR_BUGS[bug], body=body), 1, AUTOTEARDOWN_GRACE=20)
+    rank.wait_for("saving" if program == "save" else "ready")
+    assert rank.evict(grace=20) == code, rank.story()
+    assert rank.stdout.count("saved") == 1, rank.story()
+    assert any("internal error: " in line for line in rank.said)
+    assert rank.report()["outcome"] in ("partial", "forced"), rank.report()
+    assert rank.seconds < 18, rank.story()
+
+
 @pytest.mark.parametrize("mode", [AGENT, HANDWRITTEN])
 def test_init_that_raises(job, mode):
     """A failed `init_process_group` raises as ever, and the process is not left armed with nothing to guard."""

@@ -73,7 +73,7 @@ def test_an_exit_while_our_thread_is_in_cpp(job):
         dist.init_process_group("gloo", store=store, rank=0, world_size=1)
         going = []
 
-        def progress(others):  # in C++, without the GIL, nearly all the time
+        def progress(others=()):  # in C++, without the GIL, nearly all the time
             for _ in range(200):
                 going.append(1)
                 try:
