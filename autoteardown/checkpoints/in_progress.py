@@ -24,8 +24,7 @@ from autoteardown import thread_stacks
 from autoteardown.checkpoints.writer_processes import WriterProcesses
 from autoteardown.unpatched import get_ident, monotonic, sleep
 
-_MOMENT = 0.5  # seconds after a save in which the next may follow, at least
-_LONGEST_MOMENT = 5.0
+_MOMENT = 5.0  # seconds after a save in which the next file may follow
 _LOOK = 0.02  # seconds between two checks of background saves
 _SAVER = re.compile(
     r"(^|_)save(_|[A-Z]|$)|Save($|_|[A-Z])"
@@ -40,7 +39,6 @@ class SavesInProgress:
     def __init__(self) -> None:
         self.open: dict[int, int] = {}
         """By thread: how many hooked saves it is in, one inside the other."""
-        self._began: dict[int, float] = {}
         self._moment: dict[int, float] = {}  # until when the next save may follow
         self._background = 0
         self._writers = WriterProcesses()
@@ -52,8 +50,6 @@ class SavesInProgress:
 
     def enter(self, ident: int) -> None:
         """Record that a save begins on that thread."""
-        if ident not in self.open:
-            self._began[ident] = monotonic()
         self.open[ident] = self.open.get(ident, 0) + 1
 
     def leave(self, ident: int) -> None:
@@ -63,9 +59,7 @@ class SavesInProgress:
             self.open[ident] = depth
             return
         self.open.pop(ident, None)
-        now = monotonic()
-        took = now - self._began.get(ident, now)
-        self._moment[ident] = now + min(_LONGEST_MOMENT, max(_MOMENT, took))
+        self._moment[ident] = monotonic() + _MOMENT
 
     @contextmanager
     def on_this_thread(self) -> Iterator[None]:

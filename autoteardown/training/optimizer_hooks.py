@@ -13,7 +13,7 @@ from typing import Any, Callable, Optional
 
 from autoteardown.fail_open import report_failure
 from autoteardown.training import gate
-from autoteardown.unpatched import get_ident
+from autoteardown.unpatched import get_ident, monotonic
 
 _BACKWARD = "backward"
 _LOOKS = 0x1FF  # a mask: something is done at every 512th iteration
@@ -98,6 +98,8 @@ def _step(who: object, fresh: bool) -> None:
         if g.clock.count & _LOOKS == _FIRST:
             g.look_around()
             _now_and_then()
+    elif not g.step_times.ends:
+        g.step_times.ends.append(monotonic())  # the first step: the first iteration ends about now
 
 
 # What `torch.compiler.disable` does, without importing the compiler: a compiled step calls the hooks untraced.
