@@ -136,6 +136,12 @@ def in_signal_replacement() -> bool:
     return False
 
 
+def in_greenlet() -> bool:
+    """Whether the calling thread runs another greenlet than its first."""
+    greenlet = sys.modules.get("greenlet")
+    return greenlet is not None and greenlet.getcurrent().parent is not None
+
+
 def in_exit_callback() -> bool:
     """On the main thread: whether it runs exit callbacks, and does not still wait for the program's other threads."""
     return not threading.main_thread().is_alive() and _outermost(sys._getframe()).co_name != "_shutdown"

@@ -91,7 +91,9 @@ class MainThread:
         if ident in gate.waits.inside or ident in gate.held:
             return
         if ident in gate.parking:
-            if gate.parking.left(ident) and not gate.parking.on_way_out():
+            # The loop of gevent or eventlet is a greenlet of its own, and does not see another's exception.
+            sees = not thread_stacks.in_greenlet()
+            if sees and gate.parking.left(ident) and not gate.parking.on_way_out():
                 gate.parking.swallowed()
             return
         # The built-in function that the replacement stands for runs no handler in its midst, so its caller does not

@@ -49,3 +49,14 @@ def test_patched_ranks_train_and_leave(job, how):
         assert rank.outlast(GRACE) == (0 if rank is ranks[0] else 143), rank.story()
         assert rank.report()["outcome"] == "clean", rank.story()
     assert len({rank.report()["steps"]["stopped_at"] for rank in ranks}) == 1
+
+
+@pytest.mark.parametrize("how", ["gevent", "gevent after torch", "eventlet"])
+def test_an_exit_that_takes_its_time(job, how):
+    """The interpreter waits for a thread of the program: in a hub, whose greenlet knows nothing of the exit."""
+    pytest.importorskip(how.split()[0])
+    waits = "import threading\nthreading.Thread(target=time.sleep, args=(3,)).start()\nstep = 0\n"
+    (rank,) = job.world(PROGRAM.replace("step = 0\n", waits), 1, how, fresh=True, AUTOTEARDOWN_GRACE=12)
+    rank.wait_for("^step 20$")
+    assert rank.evict(grace=12) == 0, rank.story()
+    assert rank.report()["outcome"] == "clean", rank.story()
