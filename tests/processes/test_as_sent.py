@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from harness import PROGRAMS
+from programs import pid_limit
 
 ROOMY = {"AUTOTEARDOWN_GRACE": 30}
 
@@ -179,59 +180,34 @@ def test_a_long_callback_is_clean(job):
     assert_saved_together(job, *ranks)
 
 
-LIMITED = """
-import os, resource, sys, threading
-
-# At the limit of RLIMIT_NPROC once it trains, but for so many threads. It does not bind root, so by then the program is
-# a user of its own, whose threads alone count.
-spare = int(sys.argv[1])
-style = sys.argv[2]
-sys.argv = ["as_sent.py", style, "0.01"]
-source = open(os.environ["PROGRAM"]).read().replace(
-    'print("ready", flush=True)', 'limit(); print("ready", flush=True)'
-)
+def limited(spare):
+    """In `.ci/run` all kinds of programs where no thread is left, and one where some are."""
+    return [
+        pytest.param(style, how, spare, marks=[] if spare == 0 or style == "callback" else pytest.mark.slow)
+        for how in ("rlimit", "cgroup")
+        for style in ("flag", "polls", "callback")
+    ]
 
 
-def limit():
-    uid = 20000 + int(os.environ["RANK"])
-    os.setuid(uid)
-    threads = sum(
-        len(os.listdir(f"/proc/{pid}/task"))
-        for pid in filter(str.isdecimal, os.listdir("/proc"))
-        if os.stat(f"/proc/{pid}").st_uid == uid
-    )
-    resource.setrlimit(resource.RLIMIT_NPROC, (threads + spare,) * 2)
-    started = 0
-    try:
-        for _ in range(spare + 1):
-            threading.Thread(target=threading.Event().wait, daemon=True).start()
-            started += 1
-    except RuntimeError:
-        print("limited", flush=True)
-    if not started <= spare:
-        raise SystemExit("no limit here")
-
-
-exec(compile(source, os.environ["PROGRAM"], "exec"))
-"""
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="a user of its own for each rank: root only")
-@pytest.mark.parametrize("style", ["flag", "polls", "callback"])
-def test_no_thread_can_be_started(job, style):
+@pytest.mark.skipif(os.geteuid() != 0, reason="a user or a cgroup of its own for each rank: root only")
+@pytest.mark.parametrize(("style", "how", "spare"), [*limited(0), *limited(1), *limited(2)])
+def test_no_thread_can_be_started(job, style, how, spare):
     """A container at its PID limit: the application's handler runs, peers are told, all save."""
+    if how == "cgroup" and pid_limit.hierarchy() is None:
+        pytest.skip("no pids cgroup can be made here")
     # Another user's way to it is not through pytest's folders, which each new session closes to others.
     folder = Path(tempfile.mkdtemp(prefix="saved-"))
     folder.chmod(0o777)
     (job.folder / "saved").symlink_to(folder)
-    ranks = job.world(
-        LIMITED, 2, 0, style, fresh=True, SAVED=folder, PROGRAM=PROGRAMS / "as_sent.py", **ROOMY
-    )
+    # A forked rank would have its fork server's user.
+    settings = {"fresh": how == "rlimit", "LIMIT": f"{how}:{spare}", **ROOMY}
+    ranks = job.world("as_sent.py", 2, args=[style, 0.01], SAVED=folder, **settings)
     for rank in ranks:
         rank.wait_for("^limited$")
         rank.wait_for("^iteration 10$")
     ranks[0].signal()
     codes = [rank.outlast(25) for rank in ranks]
+    pid_limit.remove_cgroups(rank.pid for rank in ranks)
     assert codes == ([0, 143] if style == "callback" else [0, 0]), ranks[0].story()
     assert_saved_together(job, *ranks)
 
@@ -290,6 +266,7 @@ def open(*args):
 
 import resource
 resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))
+sys.path.insert(0, os.path.dirname(os.environ["PROGRAM"]))
 exec(compile(source, os.environ["PROGRAM"], "exec"))
 """
 

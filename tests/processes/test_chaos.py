@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from chaos_runs import Eviction, run_evictions
+from programs import pid_limit
 
 from autoteardown.node import procfs
 
@@ -32,6 +33,7 @@ ACTIVITIES = [
     ),
     *("everything", "rendezvous", "stuck", "reinit"),
     *("pieces", "shards", "uneven", "adversarial", "swallow", "flag", "poll"),
+    *("slow", "limited"),
 ]
 WANTED = os.environ.get("CHAOS_ACTIVITY", "").split(",") if os.environ.get("CHAOS_ACTIVITY") else ACTIVITIES
 OWN_CODE = 3  # of an application that ends by itself
@@ -68,7 +70,7 @@ class Chaos(Eviction):
             code = rank.outlast(GRACE + SLACK)
             self._judge(rank, rank in chosen, code)
         self._read_trails(ranks)
-        self._look_around(len(ranks))
+        self._look_around([rank.pid for rank in ranks])
 
     def _signal(self, ranks):
         shuffled = self.random.sample(ranks, len(ranks))
@@ -155,7 +157,8 @@ class Chaos(Eviction):
     def _has_report(rank):
         return any(rank.folder.parent.glob(f"reports/*-{rank.pid}-*Z.json"))
 
-    def _look_around(self, size):
+    def _look_around(self, pids):
+        size = len(pids)
         if (
             self.dead is None
         ):  # one that was being written by a rank that the test itself has killed may be torn
@@ -174,6 +177,7 @@ class Chaos(Eviction):
         loads = self.activity in ("dataloader", "everything") and self.dead is not None
         if self.job.survivors() and not loads:
             self.wrong.append(f"orphans: {self.job.survivors()}")
+        pid_limit.remove_cgroups(pids)
 
     def _look_at(self, paths):
         """Files of one checkpoint: each is whole, and every element of all of them is of the same iteration."""

@@ -7,7 +7,7 @@ STYLE    flag      a handler sets a flag; the loop looks at it once an iteration
 SECONDS  of an iteration, on rank 0 between the gradients and the step: the other ranks get ahead by one iteration
 chain    faulthandler has the signal, before or after init (CHAIN), and chains to what it has found
 
-Each rank saves the number of its iterations to $SAVED/<rank>.
+Each rank saves the number of its iterations to $SAVED/<rank>. LIMIT limits its threads (`pid_limit.py`).
 """
 
 import faulthandler
@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 
+import pid_limit
 import torch
 import torch.distributed as dist
 
@@ -49,6 +50,7 @@ dist.init_process_group("gloo")
 chain("after")
 model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 4))
 optimizer = torch.optim.SGD(model.parameters(), lr=0.001)
+pid_limit.limit()
 print("ready", flush=True)
 for _ in range(10**6):
     model(torch.ones(2, 4)).sum().backward()

@@ -15,6 +15,7 @@ import threading
 import time
 import weakref
 
+import pid_limit
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -68,6 +69,15 @@ def step(model, optimizer):
 def marked():
     """A state in which every element tells whose iteration it is of."""
     return torch.full((1 << 16,), float(iteration))
+
+
+def slow(model, optimizer):
+    """An iteration of seconds, and not on every rank at once."""
+    optimizer.zero_grad()
+    model(torch.randn(4, 8)).square().mean().backward()
+    time.sleep(mine.choice((0.0, 0.7, 1.5)))
+    optimizer.step()
+    count()
 
 
 def save(model, optimizer):
@@ -229,6 +239,8 @@ ACTIVITIES = {
     "import": [step, big_import],
     "pieces": [step, save_pieces],
     "shards": [step, save_shards],
+    "slow": [slow],
+    "limited": [step, save],
     "uneven": [uneven],
     "adversarial": [adversarial, save],
     "swallow": [swallow],
@@ -270,6 +282,10 @@ def main():
         second = torch.optim.SGD(model.parameters(), lr=0.01)
     if activity == "poll":
         poll(model, optimizer)  # that a program polls is known from its first poll on
+    if activity == "limited" and pid_limit.hierarchy() is not None:
+        step(model, optimizer)  # autograd's threads
+        os.environ["LIMIT"] = f"cgroup:{mine.randrange(3)}"
+        pid_limit.limit()
     say_going()
     while True:
         shared.choice(ACTIVITIES[activity])(model, optimizer)
