@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 import uuid
@@ -338,6 +339,14 @@ class Job:
         self.ranks = []
         self._server = server  # mode -> ForkServer
         self._servers = set()
+        self._folders = []
+
+    def public_folder(self):
+        """A folder with a short path, for sockets, and for other users: pytest's own are closed to them."""
+        self._folders.append(tempfile.TemporaryDirectory(prefix="test-", dir="/tmp"))
+        path = Path(self._folders[-1].name)
+        path.chmod(0o777)
+        return path
 
     # -- starting ---------------------------------------------------------------------------------------------
 
@@ -437,3 +446,5 @@ class Job:
             time.sleep(TICK)
         for rank in self.ranks:
             rank.wait()
+        for folder in self._folders:
+            folder.cleanup()

@@ -6,6 +6,7 @@ hold, and nothing is raised but that SystemExit.
 
 from __future__ import annotations
 
+import atexit
 import sys
 from typing import Any, Callable
 
@@ -65,6 +66,7 @@ class Parking:
         self._exits: list[SystemExit] = []
         self._exit_code = 0
         self._open = False
+        self._exit_begun = False
 
     @property
     def stopped(self) -> set[int]:
@@ -97,8 +99,12 @@ class Parking:
         """Let the parked threads exit, with this exit code."""
         self._exit_code = code
         self._end_here_what_is_swallowed()
+        atexit.register(self._begin_exit)  # the last that is registered is the first that is called
         self._open = True
         self._waits.wake()
+
+    def _begin_exit(self) -> None:
+        self._exit_begun = True
 
     def leave(self) -> None:
         """Have this thread exit with SystemExit, once the exit is open."""
@@ -135,7 +141,9 @@ class Parking:
             if self._is_exit(error):
                 return True
             error = error.__context__
-        if get_ident() == thread_stacks.main_ident() and not thread_stacks.alive(thread_stacks.main_ident()):
+        main = thread_stacks.main_ident()
+        # To a patched `threading` (eventlet), the main thread may be alive until the end.
+        if get_ident() == main and (self._exit_begun or not thread_stacks.alive(main)):
             return True
         # A finalizer that runs while the exception propagates (a DataLoader's waits for its workers) sees no exception.
         return thread_stacks.in_finalizer()

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import time
-from pathlib import Path
 
 import pytest
 from harness import PROGRAMS
@@ -195,9 +193,7 @@ def test_no_thread_can_be_started(job, style, how, spare):
     """A container at its PID limit: the application's handler runs, peers are told, all save."""
     if how == "cgroup" and pid_limit.hierarchy() is None:
         pytest.skip("no pids cgroup can be made here")
-    # Another user's way to it is not through pytest's folders, which each new session closes to others.
-    folder = Path(tempfile.mkdtemp(prefix="saved-"))
-    folder.chmod(0o777)
+    folder = job.public_folder()
     (job.folder / "saved").symlink_to(folder)
     # A forked rank would have its fork server's user.
     settings = {"fresh": how == "rlimit", "LIMIT": f"{how}:{spare}", **ROOMY}

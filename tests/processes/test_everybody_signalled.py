@@ -10,15 +10,14 @@ from harness import AGENT, NONE, SIGTERM, alive, wait_until
 
 
 def started(job, style, kind, **settings):
-    folders = {name: job.folder / name for name in ("saved", "tmp")}
-    for folder in folders.values():
-        folder.mkdir()
+    (job.folder / "saved").mkdir()
+    (job.folder / "tmp").symlink_to(job.public_folder())
     ranks = job.world(
         "everybody.py",
         2,
         args=[style, kind],
-        SAVED=folders["saved"],
-        TMPDIR=folders["tmp"],
+        SAVED=job.folder / "saved",
+        TMPDIR=(job.folder / "tmp").resolve(),
         AUTOTEARDOWN_GRACE=25,
         **settings,
     )

@@ -282,6 +282,9 @@ def main():
         second = torch.optim.SGD(model.parameters(), lr=0.01)
     if activity == "poll":
         poll(model, optimizer)  # that a program polls is known from its first poll on
+    if activity == "slow":
+        for _ in range(3):
+            slow(model, optimizer)  # how long iterations take is known from the second on
     if activity == "limited" and pid_limit.hierarchy() is not None:
         step(model, optimizer)  # autograd's threads
         os.environ["LIMIT"] = f"cgroup:{mine.randrange(3)}"
