@@ -61,7 +61,7 @@ class Drained:
             "unknown": f"exited, and its outcome is unknown: {self.detail}",
             "running": "still running",
             "refused": f"not signalled: {self.detail}",
-        }.get(self.outcome, printable(self.outcome))
+        }.get(self.outcome) or printable(f"{self.outcome} ({self.detail})" if self.detail else self.outcome)
         code = "" if self.exit_code is None else f", exit {self.exit_code}"
         return f"{describe(self.record)}: {words}{code} ({self.seconds:.2f}s)"
 
@@ -114,6 +114,7 @@ class Drained:
             self.outcome = "ended"
         else:
             executed = procfs.lives(last.pid, last.start_time)  # the process now runs another program
+            self.detail = last.why
             self.outcome, self.exit_code = last.outcome or ("ended" if executed else "died"), last.exit_code
 
 

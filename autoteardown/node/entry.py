@@ -45,6 +45,7 @@ class Entry:
         "signal",
         "start_time",
         "state",
+        "why",
         "world_size",
     )
 
@@ -66,6 +67,7 @@ class Entry:
         self.outcome = text(fields.get("outcome"))
         self.exit_code = whole(fields.get("exit_code"))
         self.failed = fields.get("failed") is True
+        self.why = text(fields.get("why")) or ""  # the outcome is not "clean"
         self.signal = whole(fields.get("signal"))
         self.image = text(fields.get("image")) or ""
         armed_at = plain(fields.get("armed_at"))

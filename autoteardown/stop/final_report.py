@@ -68,7 +68,7 @@ def _write_report(outcome: Outcome, control: RankControl) -> None:
 
 def _write(outcome: Outcome, control: RankControl, final: bool) -> None:
     settings = control.settings
-    control.mark(failed=outcome.failed)
+    control.mark(failed=outcome.failed, why=outcome.why)
     if final:
         control.unregister(outcome.outcome, outcome.exit_code)
     else:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 
 import pytest
 from harness import PROGRAMS
 from programs import pid_limit
+
+from autoteardown.node import drain
+from autoteardown.timeline import reports, summary
 
 ROOMY = {"AUTOTEARDOWN_GRACE": 30}
 
@@ -166,6 +170,21 @@ def test_a_failed_callback_is_known_to_every_rank(job):
         assert f"done: partial ({why}" in rank.stderr, rank.story()
         assert why in path.read_text().splitlines()[0]
         assert rank.report()["outcome"] == "partial"
+
+
+def test_a_failed_callback_is_in_the_verdict(job):
+    """Of a drain, for each rank, and of the timeline."""
+    (job.folder / "saved").mkdir()
+    ranks = job.world("as_sent.py", 2, args=["callback", 0.01], SAVED=job.folder / "saved", FAILS=1, **ROOMY)
+    for rank in ranks:
+        rank.wait_for("^iteration 10$")
+    drained, _ = drain.drain(str(job.runtime), signal.SIGTERM, 30, print)
+    why = "rank 1: on_teardown callback failed: OSError: disk full"
+    for result in drained:
+        assert result.outcome == "partial" and why in result.detail
+        assert f": partial ({why}" in result.line()
+    ((stop,), _) = reports.read(job.reports)
+    assert why in summary.sentence(stop)
 
 
 def test_a_long_callback_is_clean(job):
