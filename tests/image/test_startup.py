@@ -227,15 +227,25 @@ def test_the_pth_is_one_line_without_exec():
     assert "exec" not in text
 
 
-def test_an_unsupported_platform_stays_off_and_says_so():
+@pytest.mark.parametrize(
+    ("lacks", "says"),
+    [
+        ("del os.fork", "this platform has no fork or no signal wake-up fd"),
+        (
+            "sys._is_gil_enabled = lambda: False",
+            "this Python runs without the GIL, which the agent needs (PYTHON_GIL=1)",
+        ),
+    ],
+)
+def test_an_unsupported_platform_stays_off_and_says_so(lacks, says):
     code = (
-        f"import os, sys; sys.path.append({str(PACKAGE.parent)!r}); del os.fork\n"
+        f"import os, sys; sys.path.append({str(PACKAGE.parent)!r}); {lacks}\n"
         "from autoteardown import startup\n"
         "startup.start(); startup.start(); print(startup.active(), startup.why_off)"
     )
     done = python("-S", "-c", code, AUTOTEARDOWN="1")
-    assert done.stdout == "False this platform has no fork or no signal wake-up fd\n"
-    assert done.stderr == "autoteardown: this platform has no fork or no signal wake-up fd: off\n"
+    assert done.stdout == f"False {says}\n"
+    assert done.stderr == f"autoteardown: {says}: off\n"
 
 
 def test_switched_on_from_code():
