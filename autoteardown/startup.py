@@ -89,7 +89,7 @@ def _unsupported() -> "str | None":
 
     if not hasattr(os, "fork") or not hasattr(_signal, "set_wakeup_fd"):
         return "this platform has no fork or no signal wake-up fd"
-    # A count and a flag that two threads write and read in turn, without a lock: in order under the GIL, and only there.
+    # Two threads write and read a count and a flag in turn, without a lock: that is in order under the GIL only.
     if not getattr(sys, "_is_gil_enabled", lambda: True)():
         return "this Python runs without the GIL, which the agent needs (PYTHON_GIL=1)"
     return None
