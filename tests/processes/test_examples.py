@@ -50,6 +50,7 @@ def test_ddp_with_stop_requested(job, tmp_path):
 
 
 @FSDP2_ON_CPUS
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_fsdp_with_on_teardown(job, tmp_path):
     """A callback."""

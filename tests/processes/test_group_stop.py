@@ -416,6 +416,7 @@ def torchrun_clean(job, count):
     return reports
 
 
+@pytest.mark.slow
 def test_torchrun_one_worker(job):
     """DDP under torchrun, four ranks, SIGTERM to one worker: all out, same step, clean, no traceback."""
     launcher = job.torchrun("train.py", ranks=4, AUTOTEARDOWN_GRACE=25)

@@ -76,7 +76,8 @@ def test_torchrun_restarts_only_what_failed(job, code, attempts):
     assert trained(launcher) == (attempts == 2)
 
 
-@pytest.mark.parametrize("what", ["steps", pytest.param("apart", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["steps", "apart"])
 def test_torchrun_restarts_when_a_rank_was_killed(job, what):
     """Its own way: it looks more often than anybody is lost for long."""
     launcher = job.torchrun("attempts.py", what, ranks=3, nodes=RESTARTS, **OWN_STORE, **PATIENT)

@@ -100,7 +100,7 @@ def test_control_a_flag_on_one_rank(job):
     assert [path.stem for path in (job.folder / "saved").glob("*.pt")] == ["1"]
 
 
-@pytest.mark.parametrize("style", ["flag", "poll"])
+@pytest.mark.parametrize("style", ["flag", pytest.param("poll", marks=pytest.mark.slow)])
 def test_under_torchrun(job, style):
     """All workers of a node are signalled by their agent, at moments of their own."""
     launcher = job.torchrun("saver.py", style, ranks=3, **PATIENT)

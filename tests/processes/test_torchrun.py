@@ -13,6 +13,7 @@ from test_launchers import OWN_STORE, listening
 
 PATIENT = {"AUTOTEARDOWN_GRACE": 25}
 LINE = re.compile(r"^autoteardown: torchrun: (.*)$", re.MULTILINE)
+SLOW = pytest.mark.slow  # each torchrun takes ten seconds of a processor
 SHUTDOWN_TIMEOUT = needs_torch(2, 13, "torchrun has no --shutdown-timeout")
 
 
@@ -55,7 +56,16 @@ def no_orphan(job):
 # -- the exit code and the line ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("given, code", [(None, 1), ("signal", 143), ("0", 0), ("77", 77), ("mistake", 1)])
+@pytest.mark.parametrize(
+    "given, code",
+    [
+        (None, 1),
+        ("signal", 143),
+        pytest.param("0", 0, marks=SLOW),
+        pytest.param("77", 77, marks=SLOW),
+        ("mistake", 1),
+    ],
+)
 def test_exit_code(job, given, code):
     """torchrun is signalled: it returns AUTOTEARDOWN_EXIT_CODE if that is set, and its own 1 otherwise."""
     env = {} if given is None else {"AUTOTEARDOWN_EXIT_CODE": given}
@@ -120,8 +130,8 @@ def test_control_waits(job):
 
 
 @SHUTDOWN_TIMEOUT
-@pytest.mark.parametrize("code, returned", [("0", 1), ("signal", 143)])
-@pytest.mark.parametrize("way", ["option", "variable"])
+@pytest.mark.parametrize("code, returned", [("0", 1), pytest.param("signal", 143, marks=SLOW)])
+@pytest.mark.parametrize("way", ["option", pytest.param("variable", marks=SLOW)])
 def test_an_explicit_timeout_wins(job, code, returned, way):
     """Workers are killed after 2 s if somebody says so. That is no success, whatever AUTOTEARDOWN_EXIT_CODE says."""
     options, env = ("--standalone",), {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": 2}
@@ -139,7 +149,7 @@ def test_an_explicit_timeout_wins(job, code, returned, way):
 # -- signals ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["SIGUSR1", "SIGRTMIN+3"])
+@pytest.mark.parametrize("name", ["SIGUSR1", pytest.param("SIGRTMIN+3", marks=SLOW)])
 def test_early_notice(job, name):
     """A signal of AUTOTEARDOWN_SIGNALS reaches the ranks as itself, and torchrun does not die of it."""
     signum = signal.SIGUSR1 if name == "SIGUSR1" else signal.SIGRTMIN + 3
@@ -168,7 +178,7 @@ def test_a_signal_that_means_no_eviction(job):
     assert "SignalException" in launcher.stderr and not LINE.findall(launcher.stderr)
 
 
-@pytest.mark.parametrize("pause", [0.02, 0.5, 3.0])
+@pytest.mark.parametrize("pause", [0.02, pytest.param(0.5, marks=SLOW), 3.0])
 def test_signalled_again(job, pause):
     """Twice within two seconds is one eviction; a later signal does not end the wait either."""
     seconds = 3 * pause + 3
@@ -204,8 +214,8 @@ def test_signalled_while_it_starts_its_workers(job, mode):
 @pytest.mark.parametrize(
     "codes, returned",
     [
-        ({}, 1),
-        ({"PEER_EXIT_CODE": 77}, 77),
+        pytest.param({}, 1, marks=SLOW),
+        pytest.param({"PEER_EXIT_CODE": 77}, 77, marks=SLOW),
         ({"EXIT_CODE": "signal"}, 143),
         ({"EXIT_CODE": 66, "PEER_EXIT_CODE": 77}, 66),
     ],
@@ -308,7 +318,14 @@ def test_without_a_registry(job):
 # -- the ways to start it ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", ["static", "module", "no-python", "redirects", "tee", "launch"])
+@pytest.mark.parametrize(
+    "way",
+    [
+        "static",
+        "module",
+        *(pytest.param(way, marks=SLOW) for way in ("no-python", "redirects", "tee", "launch")),
+    ],
+)
 def test_ways(job, way):
     """Each of torchrun's ways to start workers: they save, and it returns the code."""
     script, port = str(PROGRAMS / "launched.py"), free_port()

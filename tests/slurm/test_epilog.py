@@ -57,6 +57,7 @@ def node_log(cluster):
     return path.read_text() if path.exists() else ""
 
 
+@pytest.mark.slurm
 def test_it_drains_the_jobs_ranks_and_nobody_elses(epilog):
     """Also those of `torchrun --standalone`, whose run id is a UUID that SLURM does not know."""
     cluster = epilog(BIN / "autoteardown")
