@@ -40,7 +40,7 @@ class Peer(Stream):
 
 
 class Hello(NamedTuple):
-    """The first line of a peer that has is_proof that it knows the token."""
+    """The first line of a peer that has proven that it knows the token."""
 
     rank: int
     world: int

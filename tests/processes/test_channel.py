@@ -625,10 +625,11 @@ def test_a_member_that_reads_late(talk):
 
 def test_a_hub_without_descriptors(talk):
     """Says so to those that it cannot take, and takes them when there is room again."""
-    ranks = [talk.start(rank, 4) for rank in range(4)]
+    ranks = [talk.start(rank, 6) for rank in range(6)]
     for rank in ranks:
         rank.expect("ready")
-    # the program leaves less than the hub wants to spare, and the hard limit is the soft one
+    # The program leaves less than the hub wants to spare, and the hard limit is the soft one. There is room for two, or
+    # one more or less where a file is open for a moment as the descriptors are counted.
     ranks[0].tell(
         "do",
         "import os, resource\n"
@@ -636,15 +637,23 @@ def test_a_hub_without_descriptors(talk):
         "resource.setrlimit(resource.RLIMIT_NOFILE, (used + 262, used + 262))\n",
     )
     ranks[0].ask("open", answer="opened")
-    for rank in ranks[1:3]:
-        rank.ask("open", answer="opened")
-        rank.expect("heard", "up")
-    ranks[3].ask("open", answer="opened")
     why = "the hub has no file descriptor left for one more rank (RLIMIT_NOFILE)"
-    wait_until(lambda: ranks[3].ask("state")[1].endswith(why), why)
+    connected = []
+    for refused in ranks[1:]:
+        refused.ask("open", answer="opened")
+
+        def settled(rank=refused):
+            up, reason, _ = rank.ask("state")
+            return up or reason.endswith(why)
+
+        wait_until(settled, f"connected, or: {why}")
+        if not refused.ask("state")[0]:
+            break
+        connected.append(refused)
+    assert 1 <= len(connected) <= 3, [rank.story() for rank in ranks]
     ranks[0].expect("heard", "note", why)
-    ranks[1].ask("close", answer="closed")
-    ranks[3].expect("heard", "up")
+    connected[0].ask("close", answer="closed")
+    refused.expect("heard", "up")
     assert len(ranks[0].heard("note")) == 1
 
 

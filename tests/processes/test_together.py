@@ -84,7 +84,8 @@ def test_an_event_loops_handler(job, style, who):
     saved_together(job, ranks)
     for rank in ranks:
         assert rank.stdout.count("handler at") == 1, rank.story()
-    assert min(rank.seconds for rank in ranks) < 4, "nobody waits for a loop to come by"
+        # Nobody waits in vain for a loop to come by.
+        assert any(line.startswith("step ok") for line in rank.said), rank.story()
 
 
 def test_control_a_flag_on_one_rank(job):
