@@ -11,7 +11,7 @@ JOBS ?= 4
 DRILL ?=
 BENCH ?=
 
-.PHONY: help drill test torch-versions lint format bench unchanged chaos network network-chaos slurm frameworks gpu nccl nccl-chaos wheel docs clean
+.PHONY: help drill test torch-versions lint format bench unchanged chaos network network-chaos slurm containers frameworks gpu nccl nccl-chaos wheel docs clean
 
 help:
 	@echo "make drill        evict a rank of a real training job here, and see what happens"
@@ -24,6 +24,7 @@ help:
 	@echo "make nccl-chaos   random evictions and faults there (CHAOS_RUNS)"
 	@echo "make network      jobs on several hosts (network namespaces, as root), also with faults   make network-chaos"
 	@echo "make slurm        jobs on a real SLURM of the tests' own (as root; installs Debian's packages where apt is)"
+	@echo "make containers   build the Dockerfiles with docker or podman, and evict containers of the images"
 	@echo "make unchanged    CPython's own tests, with the agent and without"
 	@echo "make wheel        build dist/*.whl       make docs     build site/, the docs as a site"
 	@echo "make clean        remove .venv and caches"
@@ -77,6 +78,10 @@ slurm: $(VENV)/.has-test
 		{ apt-get update -qq && apt-get install -qq -y --no-install-recommends $(SLURM_PACKAGES) > /dev/null; } || \
 		echo "cannot be installed: $(SLURM_PACKAGES)"
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not frameworks" tests/slurm $(TEST)
+
+# Skipped where neither engine is. Podman as root can do without base images (tests/container_engine.py).
+containers: $(VENV)/.has-test
+	$(BIN)/python -m pytest -m containers tests/image/test_containers.py $(TEST)
 
 # CPython's own tests with and without the agent; the quick ones of them are part of the tests.
 unchanged: $(VENV)/.has-test

@@ -164,14 +164,9 @@ class Engine:
             "OMP_NUM_THREADS": "1",
             **env,
         }
-        words = [
-            "--detach",
-            f"--name={name}",
-            "--network=none",
-            f"--volume={job}:/job",
-            *self.running,
-            *options,
-        ]
+        # A name that resolves without a network: docker has no line for the container in its /etc/hosts then.
+        words = ["--detach", f"--name={name}", "--network=none", "--hostname=localhost"]
+        words += [f"--volume={job}:/job", *self.running, *options]
         words += [f"--env={key}={value}" for key, value in env.items()]
         words += [f"--entrypoint={command[0]}"] if command else []
         self("run", *words, image or self.train, *command[1:])

@@ -182,7 +182,7 @@ def test_the_log_lines_on_the_pages_have_the_form_of_ours(page, text):
 
 def test_every_variable_on_the_pages_is_one():
     """Settings that do not exist, or no longer."""
-    others = {"AUTOTEARDOWN_TEST_CRDS"}
+    others = {"AUTOTEARDOWN_TEST_CRDS", "AUTOTEARDOWN_TEST_BASE_IMAGE"}
     for page in PAGES:
         named = set(re.findall(r"\bAUTOTEARDOWN_[A-Z_]+[A-Z]\b", page.read_text("utf-8")))
         assert {name for name in named - others if not settings.known(name)} == set(), page.name
