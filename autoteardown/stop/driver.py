@@ -32,6 +32,7 @@ _LONG_LAST_WORDS = 2.0  # the same, if time is left
 # Seconds after which the agent checks whether a program that was asked to exit is exiting, or has caught the exit.
 _SWALLOWS = 0.5
 _BEFORE_DEADLINE = _LAST_WORDS + 0.1  # seconds before the hard deadline by which the protocol is done
+_ASKED = 1.0  # seconds after which a reader of the log asks what a stop waits for
 _FOR_EVER = 3600.0  # seconds; longer than the process still has
 
 
@@ -66,7 +67,8 @@ class Teardown:
         self._application_owns = False
         self._finishing = allocate_lock()
         self._poller = Poller(control)
-        self._told = 0
+        self._told = 0  # phases that the log has the end of
+        self._waited_in = ""  # the state of which the log says what it waits for
         self._left_at = 0.0
 
     def begun_by(self, origin: dict[str, Any]) -> None:
@@ -177,6 +179,10 @@ class Teardown:
             if event == "saving" and not value and stop.state == "park":
                 self.control.park()  # park the thread that was left running to finish its save
             self._take(stop, event, value)
+        if stop.state != self._waited_in and stop.phases and self.now > stop.phases[-1].start + _ASKED:
+            self._waited_in = stop.state
+            if stop.waits_for:
+                self.say(stop.waits_for)
         if self.leaving and self.now > self._left_at + _SWALLOWS:
             self._left_at = self.now
             self.control.interrupt_main_thread()

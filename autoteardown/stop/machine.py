@@ -71,6 +71,23 @@ class Machine:
         agreed = self.received.get("plan", {}).get("stop")
         return {"at_signal": completed, "agreed": agreed, "stopped_at": self.received.get("stopped")}
 
+    @property
+    def waits_for(self) -> str:
+        """What this state waits for, and until when at the latest; empty where there is nothing to wait for."""
+        agreed = self.received.get("plan", {}).get("stop")
+        what = {
+            "step": "the end of iteration " + str(agreed) if agreed else "the other ranks' answers",
+            "park": "the end of a save" if self.received.get("saving") else "the training thread",
+            "drain": "the devices",
+            "callbacks": "the on_teardown callbacks",
+            "quiet": "the other ranks",
+            "destroy": "the release of the process groups",
+            "abort": "the abort of the process groups",
+            "exit": "the other ranks' exit",
+            "leaving": "the program's exit",
+        }.get(self.state)
+        return f"waits for {what}, until {self._deadline:.1f}s at most" if what else ""
+
     # -- the machine ------------------------------------------------------------------------------------------
 
     def on(self, event: str, value: Any, now: float) -> list[Action]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 
@@ -72,6 +73,10 @@ def test_long_iterations(job, style, seconds, grace):
     for rank, code in zip(ranks, (143, 0) if style == "callback" else (0, 0)):
         assert rank.outlast(grace) == code, rank.story()
     assert_saved_together(job, *ranks)
+    if seconds > 2:
+        waits = re.compile(r"waits for the end of iteration [34], until (\d+)\.\ds at most")
+        (until,) = filter(None, map(waits.fullmatch, ranks[0].said))
+        assert seconds < int(until[1]) < grace
 
 
 PIECES = """

@@ -845,3 +845,28 @@ def test_it_ends_in_time_and_in_order_whatever_it_hears(facts, limits, script):
     assert len(once) == len(set(once))
     assert all(first.end == second.start for first, second in zip(on.stop.phases, on.stop.phases[1:]))
     assert all(phase.outcome and phase.start <= phase.end <= limits.hard for phase in on.stop.phases)
+
+
+@pytest.mark.parametrize(
+    ("state", "what"),
+    [
+        ("step", "the other ranks' answers, until 8.0s at most"),
+        ("drain", "the devices, until 6.0s at most"),
+        ("quiet", "the other ranks, until "),
+        ("destroy", "the release of the process groups, until "),
+    ],
+)
+def test_it_says_what_it_waits_for(state, what):
+    stop = Script().to(state).stop
+    assert stop.state == state
+    assert stop.waits_for.startswith(f"waits for {what}")
+
+
+def test_it_says_which_iteration_it_waits_for():
+    script = Script().to("step")
+    script(0.1, "plan", 9)
+    assert script.stop.waits_for == "waits for the end of iteration 9, until 8.0s at most"
+
+
+def test_a_stop_that_has_not_begun_waits_for_nothing():
+    assert Script().stop.waits_for == ""
