@@ -382,7 +382,7 @@ def test_actors_in_a_collective_are_torn_down_when_ray_start_is_stopped(job, sto
     for report in reports.values():
         assert (report["cause"], report["signal"], report["exit_code"]) == ("signal", "SIGTERM", 0)
         assert report["phases"][-1]["end"] < 8
-        said = f"pid={report['pid']} .*: {report['outcome']}, exit 0 "
+        said = f"pid={report['pid']} .*: {report['outcome']}( \\(.*\\))?, exit 0 "
         assert re.search(said, node.stderr), node.story()
     wait_until(lambda: driver.stdout.count("actor error") == 2, driver.story())
 
