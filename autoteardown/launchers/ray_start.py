@@ -13,7 +13,9 @@
 4. Ray sets its handler with `signal.signal`, late and once. This process is never a rank, so here a replacement of that
    function wraps every handler that SIGTERM gets. `kill_all_processes` is looked up when the signal arrives; if it does
    not exist, the node is still drained in time.
-5. Rejected: to drain first, as this module once did. Ray Train then saw ranks fail without an announced preemption.
+5. If every process of the node is signalled, raylet kills its workers at once, and the ranks with them. A marker of
+   this process keeps their entries, so that the log can name the ranks that have died without a teardown.
+6. Rejected: to drain first, as this module once did. Ray Train then saw ranks fail without an announced preemption.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from types import FrameType, ModuleType
     from typing import Any
 
+    from autoteardown.node.entry import Entry
     from autoteardown.settings import Settings
 
     Handler = Callable[[int, FrameType | None], Any]
@@ -104,16 +107,21 @@ class NodeDrain:
         self._announced = 0.0  # seconds: the timeout that this module has set for Ray; 0 if none
         self._drain_now = unpatched.allocate_lock()  # released to make the thread drain at once
         self._done = unpatched.allocate_lock()  # released when the drain has ended
+        self._seen: list[Entry] = []  # the ranks of the node when the signal came
         self._drain_now.acquire()
         self._done.acquire()
 
     def begin(self) -> None:
         """Start the thread, and make Ray wait for it before it kills. Does nothing on a node without ranks."""
-        waiting = self._waiting()
-        if not waiting:
+        from autoteardown.node import registry
+
+        marker = registry.DrainMarker(self._settings.runtime_dir)
+        self._seen = self._ranks()
+        if not self._seen:
+            marker.close()
             return
         when = f"in {self._notice:.0f}s at the latest" if self._notice else "now"
-        self._say(f"SIGTERM: Ray drains this node; its {waiting} rank(s) are drained {when}")
+        self._say(f"SIGTERM: Ray drains this node; its {len(self._seen)} rank(s) are drained {when}")
         unpatched.start_new_thread(self._run, ())
         self._delay_kill()
         self._set_deadline()
@@ -129,7 +137,7 @@ class NodeDrain:
     def _run(self) -> None:
         try:
             until = self._started + self._notice
-            while unpatched.monotonic() < until and self._waiting():
+            while unpatched.monotonic() < until and self._ranks():
                 if self._drain_now.acquire(timeout=min(0.2, max(0.0, until - unpatched.monotonic()))):
                     break
             self._drain()
@@ -138,11 +146,11 @@ class NodeDrain:
         finally:
             self._done.release()
 
-    def _waiting(self) -> int:
-        """The number of ranks of the node that still run."""
+    def _ranks(self) -> list[Entry]:
+        """The ranks of the node that still run."""
         from autoteardown.node import drain
 
-        return len(drain.would_signal(self._settings.runtime_dir, _of_this_node(), self._say))
+        return drain.would_signal(self._settings.runtime_dir, _of_this_node(), self._say)
 
     def _drain(self) -> None:
         from autoteardown.node import drain
@@ -150,7 +158,12 @@ class NodeDrain:
         found = self._settings
         left = max(0.0, self._left())
         ranks, _ = drain.drain(
-            found.runtime_dir, found.signals[0], left, selection=_of_this_node(), killed_after=True
+            found.runtime_dir,
+            found.signals[0],
+            left,
+            selection=_of_this_node(),
+            killed_after=True,
+            seen=self._seen,
         )
         for rank in ranks:
             self._say(rank.line())

@@ -155,6 +155,7 @@ def drain(
     selection: Selection | None = None,
     killed_after: bool = False,
     longer: bool = False,
+    seen: Sequence[Entry] = (),
 ) -> tuple[list[Drained], bool]:
     """Signal the armed ranks and wait until all have exited.
 
@@ -168,6 +169,8 @@ def drain(
             with its signal, so the ranks are told that they have no more time than this.
         longer: the machine ends after the timeout, and not before, so the ranks are told that they have all this time,
             even if it is more than their grace period.
+        seen: entries that the caller has read before, and has kept with a marker of its own. These ranks are part of
+            the drain, too, if they have exited meanwhile or are not selected any more, unless they ended on their own.
 
     Returns:
         The result for each rank, and whether Ctrl-C ended the wait.
@@ -177,10 +180,13 @@ def drain(
     waiting: list[Drained] = []
     interrupted = False
     began = time.monotonic()
+    kept = _still_there(runtime_dir, seen)
     marker = registry.DrainMarker(runtime_dir)
     try:
         while True:
             found = would_signal(runtime_dir, selection, problem)
+            names = {record.name for record in found}
+            found += [record for record in kept if record.name not in names]
             new = [record for record in found if record.name not in ranks]
             ranks.update((record.name, Drained(record)) for record in new)
             if new and longer:
@@ -209,6 +215,17 @@ def drain(
             rank.close()
     registry.read(runtime_dir)  # removes the entries of dead ranks, which have been read now
     return list(ranks.values()), interrupted
+
+
+def _still_there(runtime_dir: str, seen: Sequence[Entry]) -> list[Entry]:
+    """These entries as they are now, without those that their ranks have removed."""
+    found = []
+    for record in seen:
+        try:
+            found.append(registry.reread(runtime_dir, record))
+        except OSError:
+            pass
+    return [record for record in found if record is not None]
 
 
 def _wait(ranks: list[Drained], seconds: float) -> list[Drained]:

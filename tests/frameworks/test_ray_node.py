@@ -32,9 +32,12 @@ NODE = """
     def say(text):
         os.write(1, f"{text}\\n".encode())  # it may come in the middle of a print
 
+    def left():
+        return sum(not name.startswith("drain-") for name in os.listdir(runtime))
+
     class Node:
         def kill_all_processes(self):
-            say(f"Ray kills, {len(os.listdir(runtime))} left")
+            say(f"Ray kills, {left()} left")
             for rank in ranks:
                 rank.kill()
 
@@ -43,7 +46,10 @@ NODE = """
         if began:
             return say("again")
         began = True
-        say(f"Ray's handler {signum} {frame is not None} {len(os.listdir(runtime))} left")
+        say(f"Ray's handler {signum} {frame is not None} {left()} left")
+        for rank in ranks if "killed" in sys.argv else []:  # as by raylet, which has got the signal, too
+            rank.kill()
+            rank.wait()
         time.sleep(float(os.environ.get("RAYS_TIME", "0")))
         sys.modules["ray._private.node"].Node().kill_all_processes()
         sys.exit(1)
@@ -137,6 +143,18 @@ def test_ranks_that_leave_by_themselves_are_not_signalled(start):
     assert node.wait() == 1
     assert "Ray kills, 0 left" in node.stdout
     assert node.stderr.endswith("its ranks have left; Ray's own shutdown continues\n")
+
+
+def test_ranks_that_raylet_kills_are_named(start):
+    """Every process of the node has been signalled: raylet does not wait for its workers."""
+    node = start(NODE, "stay", "killed", RAYS_TIME=3)
+    node.signal()
+    assert node.wait() == 1
+    pid = node.wait_for(r"^rank (\d+)$").group(1)
+    _, second, last = node.stderr.splitlines()
+    assert second.startswith(f"autoteardown: ray start: rank=0/1 pid={pid} -: died without a teardown (")
+    assert last == "autoteardown: ray start: 0 of 1 left cleanly; Ray's own shutdown continues"
+    assert "Ray kills, 0 left" in node.stdout
 
 
 def test_the_ranks_of_another_node_are_not_signalled(start):
@@ -364,7 +382,7 @@ def test_actors_in_a_collective_are_torn_down_when_ray_start_is_stopped(job, sto
     for report in reports.values():
         assert (report["cause"], report["signal"], report["exit_code"]) == ("signal", "SIGTERM", 0)
         assert report["phases"][-1]["end"] < 8
-        said = f"pid={report['pid']} .*: {report['outcome']}, exit 0 "
+        said = f"pid={report['pid']} .*: {report['outcome']}( \\(.*\\))?, exit 0 "
         assert re.search(said, node.stderr), node.story()
     wait_until(lambda: driver.stdout.count("actor error") == 2, driver.story())
 

@@ -338,7 +338,9 @@ def test_its_ranks_are_torn_down(away, way, weights):
         assert pod.process.wait(SOON) == 1
         assert world.preempted(0) is False  # docs/ray.md; the control below has True
     if way == "ray stop":
-        assert re.search(r"rank=0/3 .*: (aborted|partial), exit 0", world.stopped.stderr), world.stopped
+        assert re.search(r"rank=0/3 .*: (aborted|partial) \(.+\), exit 0", world.stopped.stderr), (
+            world.stopped
+        )
     if weights:
         assert ray.get(world.received, timeout=SOON) == "RuntimeError"
         assert ray.get(world.engine.pid.remote(), timeout=SOON) == world.engine_pid

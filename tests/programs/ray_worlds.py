@@ -3,6 +3,7 @@
 Nothing tells ranks 1 and 2 that rank 0 has ended: as in an NCCL job, they wait on other connections than those to it.
 """
 
+import itertools
 import json
 import os
 import time
@@ -106,6 +107,33 @@ class Stepper:
             dist.broadcast(done, 0)
             time.sleep(0.01)
         return self.steps
+
+
+class Saver:
+    """A rank alone in its world, whose checkpoint takes some seconds."""
+
+    def train(self, folder, port, seconds):
+        """Step for ever."""
+        import torch
+        import torch.distributed as dist
+
+        import autoteardown
+
+        @autoteardown.on_teardown
+        def save():
+            time.sleep(seconds)
+            say(folder, "saved", 0)
+
+        dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
+        parameter = torch.nn.Parameter(torch.ones(1))
+        optimizer = torch.optim.SGD([parameter], lr=0.1)
+        for step in itertools.count():
+            parameter.grad = torch.ones(1)
+            dist.all_reduce(parameter.grad)
+            optimizer.step()
+            if step == 5:
+                say(folder, "trains", 0)
+            time.sleep(0.01)
 
 
 class Restless:
