@@ -1,6 +1,7 @@
 """`docker/slurm/train.sbatch` as it is, on two nodes with a rank each: saved, and put back into the queue or not."""
 
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -46,9 +47,13 @@ def test_it_saves_and_goes_on_there(cluster_of, event):
         (step,) = set(saved(cluster).values())
 
         def begins_again():
-            # Every time: slurmctld sets the two minutes when the job's last step has completed, which is after PENDING.
+            if job.output.count(f"begins at {step}\n") == 2:
+                return True
+            # Again and again: slurmctld sets the two minutes when the job's last step has completed, which is after
+            # PENDING. Not more often than it schedules: each update keeps it from that.
             cluster.command("scontrol", "update", f"jobid={job}", "StartTime=now", "TimeLimit=5", check=False)
-            return job.output.count(f"begins at {step}\n") == 2
+            time.sleep(3)
+            return False
 
         wait_until(begins_again, "the second run")
         trains(job)
