@@ -125,8 +125,10 @@ class Channel:
 
     def _publish_again(self, rendezvous: Rendezvous, address: HubAddress) -> None:
         """Publish on another thread: the loop thread must not wait for a store."""
-        if not self._closed:
-            rendezvous.on_a_thread(lambda: self._publish(rendezvous, address))
+        if self._closed or rendezvous.on_a_thread(lambda: self._publish(rendezvous, address)):
+            return
+        assert self._loop is not None
+        self._loop.at(_PUBLISH_RETRY, lambda: self._publish_again(rendezvous, address))
 
     # -- for any thread ---------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ import sys
 import weakref
 from typing import Any, Callable, NamedTuple, Optional
 
-from autoteardown import native_calls, unpatched
+from autoteardown import native_calls, spare_threads, unpatched
 from autoteardown.channel import addresses
 from autoteardown.channel.wire import Malformed, name_of, whole
 from autoteardown.event_loop import sockets
@@ -111,8 +111,8 @@ def _root(store: Any) -> Any:
     return store
 
 
-def _start(function: Callable[[], object]) -> None:
-    """Call the function on a new thread."""
+def _start(function: Callable[[], object]) -> bool:
+    """Call the function on another thread; return whether there is one."""
 
     def run() -> None:
         try:
@@ -122,7 +122,7 @@ def _start(function: Callable[[], object]) -> None:
         except Exception as error:
             report_failure("to use the store", error)
 
-    unpatched.start_new_thread(run, ())
+    return spare_threads.start(run)
 
 
 class Rendezvous:
@@ -162,7 +162,7 @@ class Rendezvous:
             found: called on that thread with the address, or with None and the reason.
 
         Returns:
-            Whether a thread was started: False while another still runs.
+            Whether it is being read: False while another read still runs, and where no thread can be started.
         """
         if self.on_a_thread(lambda: self._read(found, self._store())):
             return True
@@ -181,11 +181,13 @@ class Rendezvous:
             finally:
                 self._cloning = False
 
-        _start(read)
+        if not _start(read):
+            self._cloning = False
+            return False
         return True
 
     def on_a_thread(self, function: Callable[[], object]) -> bool:
-        """Call a function that uses the store on a new thread; return False while another such thread runs."""
+        """Call a function that uses the store on another thread; return False if one does already, or none can be had."""
         if not self._busy.acquire(False):
             return False
         self._busy_since = unpatched.monotonic()
@@ -196,12 +198,13 @@ class Rendezvous:
             finally:
                 self._busy.release()
 
+        started = False
         try:
-            _start(run)
-        except BaseException:
-            self._busy.release()
-            raise
-        return True
+            started = _start(run)
+        finally:
+            if not started:
+                self._busy.release()
+        return started
 
     def _read(self, found: Callable[[Optional[HubAddress], str], object], store: Any) -> None:
         address, why = None, ""

@@ -228,7 +228,7 @@ def test_no_thread_can_be_started(job, style, how, spare):
     ranks[0].signal()
     codes = [rank.outlast(25) for rank in ranks]
     pid_limit.remove_cgroups(rank.pid for rank in ranks)
-    assert codes == ([0, 143] if style == "callback" else [0, 0]), ranks[0].story()
+    assert codes == ([0, 143] if style == "callback" else [0, 0]), "\n".join(rank.story() for rank in ranks)
     assert_saved_together(job, *ranks)
 
 

@@ -206,7 +206,7 @@ def test_more_ranks(start):
 
 def test_the_example_script(start):
     """The user's own launch command: found by its armed ranks, one evicted, its reports shown; its output is seen."""
-    drill = start("--json", "--grace", GRACE, "--after", 2, "--", sys.executable, *TORCHRUN, EXAMPLE)
+    drill = start("--json", "--grace", GRACE, "--after", 6, "--", sys.executable, *TORCHRUN, EXAMPLE)
     assert drill.wait("autoteardown*") == 0, drill.stderr
     assert "autoteardown: torchrun: its workers were evicted (exited with 143); exit 1" in drill.stderr
     (found,) = json.loads(drill.stdout)["outcomes"]
