@@ -187,7 +187,7 @@ class Rendezvous:
         return True
 
     def on_a_thread(self, function: Callable[[], object]) -> bool:
-        """Call a function that uses the store on another thread; return False if one does already, or none can be had."""
+        """Call a function that uses the store on another thread; False if one does already, or there is none."""
         if not self._busy.acquire(False):
             return False
         self._busy_since = unpatched.monotonic()
