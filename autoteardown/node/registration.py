@@ -19,10 +19,13 @@ if TYPE_CHECKING:
     Defer = Callable[[Callable[[], object]], object]
 
 
+_LOOK, _PATIENCE = 0.005, 40  # seconds between looks at the threads that write, and how many: 0.2 s
+
+
 class Registration:
     """This process's own entry. Any thread may call any method at any time; none raises, none locks."""
 
-    __slots__ = ("_defer", "_fields", "_final", "_path", "_pid", "_removed", "name")
+    __slots__ = ("_defer", "_fields", "_final", "_path", "_pid", "_removed", "_writing", "name")
 
     def __init__(self, path: str, name: str, fields: Mapping[str, object], defer: Defer) -> None:
         """Use `enter`."""
@@ -32,6 +35,7 @@ class Registration:
         self._pid = os.getpid()
         self._final = False  # the fields do not change any more
         self._removed = False  # and the file must not exist any more
+        self._writing: list[object] = []  # one for each thread that is publishing
         self._fields = {key: plain(value) for key, value in fields.items()}
 
     def update(self, **fields: object) -> None:
@@ -47,13 +51,14 @@ class Registration:
         except Exception:
             pass
 
-    def leave(self, outcome: str | None = None, exit_code: int | None = None) -> None:
+    def leave(self, outcome: str | None = None, exit_code: int | None = None, **fields: object) -> None:
         """Remove the entry, or leave it with the outcome if a drain waits for it.
 
         Args:
             outcome: None: the rank is disarmed; else the process is about to exit with this outcome. May be called
                 again: the last outcome counts.
             exit_code: the exit code that the process is about to return.
+            fields: what else the entry is to say then.
         """
         if os.getpid() != self._pid or (outcome is None and "outcome" in self._fields):
             return
@@ -73,10 +78,19 @@ class Registration:
             finally:
                 os.close(descriptor)
             self._removed = False  # a drain of this node will read it
-            self._fields.update(state="left", outcome=plain(outcome), exit_code=plain(exit_code))
+            fields = {"outcome": outcome, "exit_code": exit_code, **fields, "state": "left"}
+            self._fields.update({key: plain(value) for key, value in fields.items()})
+            self._wait_for_others()
             self._publish()
         except Exception:
             pass
+
+    def _wait_for_others(self) -> None:
+        """Let threads end that are publishing what was true before: the process ends before they could look again."""
+        for _ in range(_PATIENCE):
+            if not self._writing:
+                return
+            unpatched.sleep(_LOOK)
 
     def time_left(self) -> float | None:
         """Seconds until the drain of this process kills it; None if no drain has announced that. Reads a few files."""
@@ -124,6 +138,14 @@ class Registration:
     def _publish(self) -> None:
         if self._removed:
             return
+        writer = object()
+        self._writing.append(writer)
+        try:
+            self._write()
+        finally:
+            self._writing.remove(writer)
+
+    def _write(self) -> None:
         # Two threads may publish at once, and the slower one would replace the newer content with the older. So each
         # thread checks after its own rename whether the fields have changed meanwhile, and then publishes again.
         descriptor = safe_folder.open_own(

@@ -95,9 +95,9 @@ class LocalRankControl:
         """See `stop.control.RankControl`."""
         return self._armed.identity.times_left()
 
-    def unregister(self, outcome: str, exit_code: Optional[int]) -> None:
+    def unregister(self, outcome: str, exit_code: Optional[int], **fields: Any) -> None:
         """See `stop.control.RankControl`."""
-        self._armed.identity.unregister(outcome, exit_code)
+        self._armed.identity.unregister(outcome, exit_code, **fields)
 
     def post(self, kind: str, value: Any) -> None:
         """See `stop.control.RankControl`."""

@@ -77,10 +77,12 @@ class Identity:
         """What each drain of this node has announced: see `Registration.times_left`."""
         return self._entry.times_left() if self._entry is not None else []
 
-    def unregister(self, outcome: Optional[str] = None, exit_code: Optional[int] = None) -> None:
+    def unregister(
+        self, outcome: Optional[str] = None, exit_code: Optional[int] = None, **fields: Any
+    ) -> None:
         """Remove the entry from the node's registry."""
         if self._entry is not None:
-            self._entry.leave(outcome, exit_code)
+            self._entry.leave(outcome, exit_code, **fields)
 
 
 def _soon(function: Callable[[], object]) -> None:

@@ -64,8 +64,8 @@ class RankControl(Protocol):
     def times_left(self) -> list[tuple[float, bool]]:
         """For each drain of this node: seconds until the kill, and whether the rank has all of them. Reads files."""
 
-    def unregister(self, outcome: str, exit_code: Optional[int]) -> None:
-        """Remove this rank's entry from the node's registry."""
+    def unregister(self, outcome: str, exit_code: Optional[int], **fields: Any) -> None:
+        """Remove this rank's entry from the node's registry, or leave it there with this and these fields."""
 
     def post(self, kind: str, value: Any) -> None:
         """Post a message to the coordinator."""

@@ -68,11 +68,11 @@ def _write_report(outcome: Outcome, control: RankControl) -> None:
 
 def _write(outcome: Outcome, control: RankControl, final: bool) -> None:
     settings = control.settings
-    control.mark(failed=outcome.failed, why=outcome.why)
+    why = {"failed": outcome.failed, "why": outcome.why}
     if final:
-        control.unregister(outcome.outcome, outcome.exit_code)
+        control.unregister(outcome.outcome, outcome.exit_code, **why)
     else:
-        control.mark(state="leaving", outcome=outcome.outcome, exit_code=outcome.exit_code)
+        control.mark(state="leaving", outcome=outcome.outcome, exit_code=outcome.exit_code, **why)
     _write_report(outcome, control)
     if settings.termination_log:
         report.write_termination_log(settings.termination_log, outcome.text())

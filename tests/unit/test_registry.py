@@ -1,5 +1,6 @@
 """The registry of a node: which ranks are in it, and what others may do to its folder."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -114,6 +115,37 @@ def test_an_outcome_is_left_only_for_a_drain(runtime):
     assert (last.state, last.outcome, last.exit_code) == ("left", "forced", 143)
     marker.close()
     assert [path.name for path in runtime.iterdir()] == [entry.name]
+
+
+def test_a_slow_thread_does_not_undo_the_outcome(runtime, monkeypatch):
+    """It is about to write what was true before, and the process ends before it could look again."""
+    entry = enter(runtime)
+    (record,) = registry.read(str(runtime))
+    marker = registry.DrainMarker(str(runtime))
+    real, about_to_write = safe_folder.replace, threading.Event()
+
+    def replace(*args):
+        if threading.current_thread() is not slow:
+            return real(*args)
+        about_to_write.set()
+        time.sleep(0.05)
+        real(*args)
+        raise SystemExit
+
+    monkeypatch.setattr(safe_folder, "replace", replace)
+
+    def update():
+        with contextlib.suppress(SystemExit):
+            entry.update(state="parked")
+
+    slow = threading.Thread(target=update)
+    slow.start()
+    assert about_to_write.wait(60)
+    entry.leave("clean", 0, why="none")
+    slow.join()
+    last = registry.reread(str(runtime), record)
+    assert (last.state, last.outcome, last.exit_code, last.why) == ("left", "clean", 0, "none")
+    marker.close()
 
 
 def test_a_drain_tells_how_much_time_is_left(runtime):
