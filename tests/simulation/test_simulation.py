@@ -214,6 +214,8 @@ def of_healthy(world):
     trainers = [rank for rank in world.ranks if rank.member.role == "train"]
     if any(rank.stop.received.get("steps") == (None, False) for rank in trainers):
         return  # one that has not stepped yet cannot be told from one that never does
+    if any(rank.stop.received["steps"][0] == 0 and rank.member.offset < 0 for rank in trainers):
+        return  # its count still stands at 0, so it does not see where its next iteration ends
     where = {rank.completed for rank in trainers}
     if world.schedule.together and any(rank.member.handler for rank in world.ranks):
         if not world.schedule.limits.yield_:
