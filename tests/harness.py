@@ -148,7 +148,7 @@ class Rank:
         return len(re.findall(rf"{text}(?!\d)", self.stdout))
 
     @property
-    def said(self):
+    def log_lines(self):
         """The agent's own lines, without their prefix."""
         return [match["text"] for match in map(LOG_LINE.match, self.stderr.splitlines()) if match]
 
@@ -157,7 +157,7 @@ class Rank:
         """What stderr holds beside the agent's lines."""
         return [line for line in self.stderr.splitlines() if not LOG_LINE.match(line)]
 
-    def story(self):
+    def transcript(self):
         """Everything known, for a failure message."""
         state = "runs" if self.running else f"ended with {self.code}"
         return f"pid {self.pid} {state}\n--- stdout\n{self.stdout[-2000:]}\n--- stderr\n{self.stderr[-6000:]}"
@@ -169,13 +169,13 @@ class Rank:
         def look():
             running = self.running  # asked first: what it printed last must be looked at too
             match = pattern.search(getattr(self, stream))
-            assert match or running, f"ended without saying {text!r}: {self.story()}"
+            assert match or running, f"ended without saying {text!r}: {self.transcript()}"
             return match
 
         try:
             return wait_until(look, repr(text), patience)
         except AssertionError as error:
-            raise AssertionError(f"{error}: {self.story()}") from None
+            raise AssertionError(f"{error}: {self.transcript()}") from None
 
     def wait_blocked(self, text):
         """Wait until the main thread has said `text` and has then been asleep for a while (in C, if it said so)."""
@@ -189,7 +189,7 @@ class Rank:
 
     def signal(self, signum=SIGTERM):
         """Send a signal; the first one starts the clock."""
-        assert self.running, self.story()
+        assert self.running, self.transcript()
         self.signalled = self.signalled or time.monotonic()
         os.kill(self.pid, signum)
 
@@ -198,7 +198,7 @@ class Rank:
         try:
             wait_until(lambda: not self.running, "its end", patience)
         except AssertionError as error:
-            raise AssertionError(f"{error}: {self.story()}") from None
+            raise AssertionError(f"{error}: {self.transcript()}") from None
         return self.code
 
     def evict(self, grace=GRACE, signum=SIGTERM):
@@ -225,7 +225,7 @@ class Rank:
     def report(self):
         """The JSON report that it left."""
         found = list((self.folder.parent / "reports").glob(f"*-{self.pid}-*Z.json"))
-        assert len(found) == 1, f"{len(found)} reports: {self.story()}"
+        assert len(found) == 1, f"{len(found)} reports: {self.transcript()}"
         report = json.loads(found[0].read_text())
         validate_report(report)
         return report

@@ -43,7 +43,7 @@ class Talker:
             event[2:4] for event in self.events if event[1] == "heard" and (not kinds or event[2] in kinds)
         ]
 
-    def story(self):
+    def transcript(self):
         return f"talker {self.rank}: {self.events}\n{self.stderr}"
 
     def tell(self, *command):
@@ -59,13 +59,13 @@ class Talker:
                 if found[at][1 : 1 + len(what)] == list(what):
                     self._at[what[0]] = at + 1
                     return found[at]
-            assert self._process.poll() is None or what[0] == "end", f"it has ended: {self.story()}"
+            assert self._process.poll() is None or what[0] == "end", f"it has ended: {self.transcript()}"
             return None
 
         try:
             return wait_until(look, f"{what}", patience)
         except AssertionError as error:
-            raise AssertionError(f"{error}: {self.story()}") from None
+            raise AssertionError(f"{error}: {self.transcript()}") from None
 
     def ask(self, command, *args, answer=None, patience=PATIENCE):
         """Give a command and return what it says to it."""
@@ -100,7 +100,7 @@ class Talker:
 
 def expect_lost(talker, rank, patience=PATIENCE):
     """Wait until it hears that this rank is lost."""
-    assert talker.expect("heard", "lost", patience=patience)[3][0] == rank, talker.story()
+    assert talker.expect("heard", "lost", patience=patience)[3][0] == rank, talker.transcript()
 
 
 class Talk:

@@ -19,7 +19,7 @@ def devices(built, tmp_path):
     made = Device(tmp_path)
     yield made
     unexpected = [fault for fault in made.faults if fault not in made.expected]
-    assert not unexpected, made.story()
+    assert not unexpected, made.transcript()
 
 
 @pytest.fixture

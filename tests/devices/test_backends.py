@@ -74,7 +74,7 @@ def test_what_is_stuck(job, devices, tmp_path):
     first, _ = start(job, STUCK, 2, devices, EVIDENCE=evidence)
     (before, stuck), still = values(first, "before", "still")
     group = next(name for name, number in before.items() if number == 1)
-    assert before == {"0": 3, group: 1}, first.story()
+    assert before == {"0": 3, group: 1}, first.transcript()
     assert stuck is None and still is True
     stuck, written, found, cost = values(first, "stuck", "written", "found", "cost")
     assert stuck == {"op": None, "seq": 2, "group": group}
@@ -162,7 +162,7 @@ say("unwaitable", operations.unwaitable())
         devices,
     )
     unused, drained, took, used, unwaitable = values(rank, "unused", "drained", "took", "used", "unwaitable")
-    assert (unused, drained, used) == ([], None, ["simulated"]), rank.story()
+    assert (unused, drained, used) == ([], None, ["simulated"]), rank.transcript()
     assert took > 0.6 if waitable else "simulated: " in unwaitable[0]
     assert bool(unwaitable) is not waitable
 

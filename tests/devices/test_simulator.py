@@ -26,7 +26,7 @@ def program(body):
 def run(job, devices, body, **settings):
     """Run one to its end; return what it printed, by name."""
     rank = job.start(program(body.replace("\n", "\n        ")), mode=NONE, **devices.settings(**settings))
-    assert rank.wait() == 0, rank.story()
+    assert rank.wait() == 0, rank.transcript()
     return dict(line.split(" ", 1) for line in rank.stdout.splitlines() if " " in line)
 
 
@@ -131,7 +131,7 @@ def test_real_training_runs_on_it(ranks_on, devices, kind):
     world = ranks_on("train", 2, "--kind", kind, "--groups", mode=NONE)
     for rank in world:
         rank.wait_for("^step 15$")
-    assert all(rank.noise == [] for rank in world), world[0].story()
+    assert all(rank.noise == [] for rank in world), world[0].transcript()
 
 
 BODY = """
@@ -172,7 +172,7 @@ if rank == 0:
 """,
     )
     world[0].wait_for("^raised .*aborted")
-    assert devices.said("rank 0 kernel 2 ends as garbage")
+    assert devices.times_of("rank 0 kernel 2 ends as garbage")
 
 
 @pytest.mark.parametrize("way", ["aborted", "exited"])
@@ -208,7 +208,7 @@ def test_over_a_network_the_kernel_only_waits(job, devices):
 def test_remote_errors_are_seen(job, devices):
     world = pair(job, devices, "if rank == 1: os._exit(0)\ndevice.synchronize()", link="net", remote_errors=1)
     assert world[0].wait() == -signal.SIGABRT
-    assert devices.said("WATCHDOG: remote process 1 exited", world[0].pid)
+    assert devices.times_of("WATCHDOG: remote process 1 exited", world[0].pid)
 
 
 def test_a_watchdog_ends_the_process(job, devices):
@@ -220,15 +220,15 @@ def test_a_watchdog_ends_the_process(job, devices):
     )
     world = job.world(source, 2, mode=NONE, **devices.settings())
     assert world[0].wait() == -signal.SIGABRT
-    assert devices.said("WATCHDOG: ALLREDUCE 2 timed out", world[0].pid)
+    assert devices.times_of("WATCHDOG: ALLREDUCE 2 timed out", world[0].pid)
     devices.expected = devices.faults
 
 
 def test_a_destroy_waits_for_work_in_flight_and_for_the_peers(job, devices):
     world = pair(job, devices, "if rank == 0: dist.destroy_process_group()")
-    wait_until(lambda: devices.said("rank 0 destroy begins, in flight"), "the destroy")
+    wait_until(lambda: devices.times_of("rank 0 destroy begins, in flight"), "the destroy")
     time.sleep(0.5)
-    assert not devices.said("destroy ends") and not re.search("^done 0", world[0].stdout, re.MULTILINE)
+    assert not devices.times_of("destroy ends") and not re.search("^done 0", world[0].stdout, re.MULTILINE)
 
 
 def test_the_abort_of_a_parent_leaves_a_group_that_was_split_off(job, devices):

@@ -23,22 +23,22 @@ def evict(world, victims=(0,), grace=GRACE):
         rank.signalled = rank.signalled or started
     codes = [rank.outlast(grace) for rank in world]
     expected = [0 if index in victims else 143 for index in range(len(world))]
-    assert codes == expected, "\n".join(rank.story() for rank in world)
+    assert codes == expected, "\n".join(rank.transcript() for rank in world)
     return max(rank.ended for rank in world) - started
 
 
 def clean(world, devices):
     """Stopped together, drained, destroyed together; nobody aborted, nothing was left to be done."""
     for rank in world:
-        assert rank.report()["outcome"] == "clean", f"{rank.story()}\n{devices.story()}"
-        assert rank.phase("destroy")["outcome"] == "ok", rank.story()
-        assert "pending 0" in rank.stdout, rank.story()
-        assert "Traceback" not in rank.stderr, rank.story()
-    assert not devices.said("abort begins"), devices.story()
+        assert rank.report()["outcome"] == "clean", f"{rank.transcript()}\n{devices.transcript()}"
+        assert rank.phase("destroy")["outcome"] == "ok", rank.transcript()
+        assert "pending 0" in rank.stdout, rank.transcript()
+        assert "Traceback" not in rank.stderr, rank.transcript()
+    assert not devices.times_of("abort begins"), devices.transcript()
 
 
 def same_step(world):
-    assert len({rank.report()["steps"]["stopped_at"] for rank in world}) == 1, world[0].story()
+    assert len({rank.report()["steps"]["stopped_at"] for rank in world}) == 1, world[0].transcript()
 
 
 def test_idle(ranks_on, devices):
@@ -97,7 +97,7 @@ def test_a_replayed_graph(ranks_on, devices):
     for rank in world:
         rank.wait_for("^replayed 20$")
     evict(world)
-    assert not devices.said("abort begins, idle"), devices.story()
+    assert not devices.times_of("abort begins, idle"), devices.transcript()
 
 
 def test_torchrun(job, devices):
@@ -110,9 +110,9 @@ def test_torchrun(job, devices):
     launcher.wait(30)
     reports = job.all_reports()
     assert {report["outcome"] for report in reports.values()} == {"clean"} and len(reports) == 4, (
-        launcher.story()
+        launcher.transcript()
     )
-    assert not devices.said("abort begins"), devices.story()
+    assert not devices.times_of("abort begins"), devices.transcript()
 
 
 def test_one_wedged_rank(ranks_on, devices):
@@ -121,12 +121,12 @@ def test_one_wedged_rank(ranks_on, devices):
     world[0].wait_for("^waiting")
     time.sleep(0.3)
     evict(world)
-    assert world[0].report()["outcome"] == "aborted", world[0].story()
-    assert world[0].phase("abort")["outcome"] == "ok", world[0].story()
+    assert world[0].report()["outcome"] == "aborted", world[0].transcript()
+    assert world[0].phase("abort")["outcome"] == "ok", world[0].transcript()
     assert "garbage" not in world[0].stdout
     assert world[1].phase("abort") is None or world[1].phase("abort")["outcome"] == "skipped"
     assert [pid for _, pid, text in devices.journal if "abort begins" in text] == [world[0].pid], (
-        devices.story()
+        devices.transcript()
     )
 
 
@@ -135,18 +135,18 @@ def test_two_groups_wedged(ranks_on, devices):
     world = ranks_on("stuck", 2, "--absent", 1, "--groups")
     world[0].wait_for("^waiting")
     evict(world)
-    assert world[0].report()["outcome"] == "aborted", world[0].story()
-    assert len(devices.said("abort ends", world[0].pid)) == 3, devices.story()
+    assert world[0].report()["outcome"] == "aborted", world[0].transcript()
+    assert len(devices.times_of("abort ends", world[0].pid)) == 3, devices.transcript()
 
 
 def test_a_destroy_in_flight(ranks_on, devices):
     """The rank is in `destroy_process_group` with work that never ends, and holds what an abort needs."""
     world = ranks_on("flight", 2, "--absent", 1)
     world[0].wait_for("^waiting")
-    wait_until(lambda: devices.said("destroy begins, in flight"), "the destroy")
+    wait_until(lambda: devices.times_of("destroy begins, in flight"), "the destroy")
     evict(world)
-    assert world[0].report()["outcome"] in ("aborted", "forced"), world[0].story()
-    assert not devices.said("abort", world[1].pid), devices.story()
+    assert world[0].report()["outcome"] in ("aborted", "forced"), world[0].transcript()
+    assert not devices.times_of("abort", world[1].pid), devices.transcript()
 
 
 def test_a_kernel_that_never_ends(ranks_on, devices):
@@ -155,8 +155,8 @@ def test_a_kernel_that_never_ends(ranks_on, devices):
     world[0].wait_for("^launched")
     evict(world)
     outcomes = {phase["name"]: phase["outcome"] for phase in world[0].report()["phases"]}
-    assert outcomes["drain"] == "timeout" and "abort" in outcomes, world[0].story()
-    assert world[1].report()["outcome"] != "forced", world[1].story()
+    assert outcomes["drain"] == "timeout" and "abort" in outcomes, world[0].transcript()
+    assert world[1].report()["outcome"] != "forced", world[1].transcript()
 
 
 @pytest.mark.parametrize("link", ["nvlink", "net"])
@@ -168,7 +168,7 @@ def test_a_peer_that_was_killed(ranks_on, devices, link):
     world = ranks_on("stuck", 3, "--absent", 2, "--loop", settings={"link": link, "verbose": 1})
     for rank in world[:2]:
         rank.wait_for("^waiting")
-    wait_until(lambda: devices.said("kernel 2 starts", world[1].pid), "the kernel")
+    wait_until(lambda: devices.times_of("kernel 2 starts", world[1].pid), "the kernel")
     world[2].signal(9)
     world[2].wait()
     if link == "nvlink":
@@ -176,7 +176,7 @@ def test_a_peer_that_was_killed(ranks_on, devices, link):
     devices.expected = [fault for fault in devices.faults if "peer 2 exited" in fault[1]]
     evict(world[:2], grace=GRACE + 2)
     for rank in world[:2]:
-        assert rank.report()["outcome"] != "clean", rank.story()
+        assert rank.report()["outcome"] != "clean", rank.transcript()
 
 
 def test_a_peer_that_was_killed_and_is_seen_to_be(ranks_on, devices):
@@ -185,7 +185,7 @@ def test_a_peer_that_was_killed_and_is_seen_to_be(ranks_on, devices):
     for rank in world:
         rank.wait_for("^step 10$")
     world[1].signal(9)
-    assert world[0].wait(30) == -6, world[0].story()
+    assert world[0].wait(30) == -6, world[0].transcript()
 
 
 def test_after_the_stop_nothing_runs_on(ranks_on, devices):
@@ -197,4 +197,4 @@ def test_after_the_stop_nothing_runs_on(ranks_on, devices):
     for rank in world:
         stopped = rank.report()["steps"]["stopped_at"]
         said = [int(step) for step in re.findall(r"^step (\d+)$", rank.stdout, re.MULTILINE)]
-        assert said[-1] in (stopped - 1, stopped), rank.story()
+        assert said[-1] in (stopped - 1, stopped), rank.transcript()

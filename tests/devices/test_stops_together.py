@@ -22,16 +22,16 @@ def test_several_wedged_ranks_abort_at_one_moment(ranks_on, devices, late):
     world[0].signal()
     if late:
         wait_until(
-            lambda: any(line.startswith("step") for line in world[1].said), "the rest to be parked for"
+            lambda: any(line.startswith("step") for line in world[1].log_lines), "the rest to be parked for"
         )
         os.kill(world[1].pid, signal.SIGSTOP)
         time.sleep(3.5)  # the drain's time is over half a second ago
         os.kill(world[1].pid, signal.SIGCONT)
     evict(world)
     for rank in world[:3]:
-        assert rank.report()["outcome"] == "aborted", rank.story()
-    begun = devices.said("abort begins")
-    assert len(begun) == 3 and not devices.said("abort begins, idle"), devices.story()
+        assert rank.report()["outcome"] == "aborted", rank.transcript()
+    begun = devices.times_of("abort begins")
+    assert len(begun) == 3 and not devices.times_of("abort begins, idle"), devices.transcript()
 
 
 def test_a_rank_that_is_absent_while_the_rest_train(ranks_on, devices):
@@ -40,7 +40,7 @@ def test_a_rank_that_is_absent_while_the_rest_train(ranks_on, devices):
     world[3].wait_for("^absent")
     time.sleep(1)
     evict(world)
-    assert not devices.said("abort begins, idle"), devices.story()
+    assert not devices.times_of("abort begins, idle"), devices.transcript()
 
 
 def test_a_device_that_makes_progress_is_waited_for(ranks_on, devices):
@@ -61,7 +61,7 @@ def test_uneven_ranks_are_not_wedged(ranks_on, devices):
     for rank in world:
         rank.wait_for("^step 10$")
     evict(world)
-    assert not devices.said("abort begins"), devices.story()
+    assert not devices.times_of("abort begins"), devices.transcript()
 
 
 def test_a_device_that_cannot_be_waited_for(ranks_on, devices):
@@ -72,8 +72,8 @@ def test_a_device_that_cannot_be_waited_for(ranks_on, devices):
     evict(world)
     for rank in world:
         report = rank.report()
-        assert report["outcome"] == "partial", rank.story()
-        assert "simulated" in (report.get("why") or ""), rank.story()
+        assert report["outcome"] == "partial", rank.transcript()
+        assert "simulated" in (report.get("why") or ""), rank.transcript()
 
 
 def test_in_the_capture_of_a_graph(ranks_on, devices):
@@ -82,8 +82,8 @@ def test_in_the_capture_of_a_graph(ranks_on, devices):
     for rank in world:
         rank.wait_for("^capturing")
     evict(world)
-    assert not devices.said("abort begins"), devices.story()
-    assert {rank.report()["outcome"] for rank in world} == {"partial"}, world[0].story()
+    assert not devices.times_of("abort begins"), devices.transcript()
+    assert {rank.report()["outcome"] for rank in world} == {"partial"}, world[0].transcript()
 
 
 def test_a_watchdog_that_fires_during_the_teardown(ranks_on, devices):
@@ -92,7 +92,7 @@ def test_a_watchdog_that_fires_during_the_teardown(ranks_on, devices):
     world[0].wait_for("^waiting")
     time.sleep(0.5)
     evict(world)
-    assert devices.said("WATCHDOG: ALLREDUCE 2 timed out", world[0].pid), devices.story()
+    assert devices.times_of("WATCHDOG: ALLREDUCE 2 timed out", world[0].pid), devices.transcript()
 
 
 def test_the_report_names_the_collective(ranks_on, devices, job):
@@ -125,5 +125,5 @@ def test_many_random_evictions(ranks_on, devices, job):
         time.sleep(chance.random())
         victims = chance.sample(range(ranks), chance.choice([1, 1, ranks]))
         evict(world, victims)
-        assert not devices.faults, f"seed {seed}\n{devices.story()}"
-        assert not devices.said("abort begins, idle"), f"seed {seed}\n{devices.story()}"
+        assert not devices.faults, f"seed {seed}\n{devices.transcript()}"
+        assert not devices.times_of("abort begins, idle"), f"seed {seed}\n{devices.transcript()}"

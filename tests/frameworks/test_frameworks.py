@@ -49,7 +49,7 @@ def workers(launcher, text=None, count=2):
     """The pids of a launcher's ranks, by rank, once they train."""
 
     def look():
-        assert launcher.running, launcher.story()
+        assert launcher.running, launcher.transcript()
         found = re.findall(
             r"^rank (\d) pid (\d+) step [3-9]", text() if text else launcher.stdout, re.MULTILINE
         )
@@ -61,7 +61,7 @@ def workers(launcher, text=None, count=2):
 def left_alone(ranks):
     """The framework dealt with it: the agent has nothing to report."""
     for rank in ranks:
-        assert not [text for text in rank.said if text.startswith("done")], rank.story()
+        assert not [text for text in rank.log_lines if text.startswith("done")], rank.transcript()
 
 
 def stopped_together(job, causes, codes, outcome="clean"):
@@ -80,7 +80,7 @@ def stopped_together(job, causes, codes, outcome="clean"):
 
 def out_in_time(rank, code, grace=15):
     """Gone by GRACE - 1, and not SIGKILLed."""
-    assert rank.outlast(grace) == code, rank.story()
+    assert rank.outlast(grace) == code, rank.transcript()
 
 
 # -- PyTorch Lightning ------------------------------------------------------------------------------------------------
@@ -113,7 +113,7 @@ def test_lightning_saves_and_leaves(job, mode, tmp_path):
     for rank in ranks:
         rank.signal()
     for rank in ranks:
-        assert rank.outlast(60) == lightning_code(), rank.story()
+        assert rank.outlast(60) == lightning_code(), rank.transcript()
     left_alone(ranks)
     lightning_checkpoint(tmp_path / "own")
 
@@ -125,7 +125,7 @@ def test_lightning_with_its_own_launcher(job, mode, tmp_path):
     script = job.start("fw_lightning.py", tmp_path / "own", fresh=True, mode=mode, **PATIENT)
     workers(script)
     script.signal()
-    assert script.outlast(60) == lightning_code(), script.story()
+    assert script.outlast(60) == lightning_code(), script.transcript()
     left_alone([script])
     lightning_checkpoint(tmp_path / "own")
     wait_until(lambda: not job.survivors(), "the other rank's end", 30)
@@ -139,7 +139,7 @@ def test_lightning_and_one_signal(job, tmp_path):
     ranks[1].signal()
     for rank in ranks:
         rank.signalled = ranks[1].signalled
-        assert rank.outlast(60) == lightning_code(), rank.story()
+        assert rank.outlast(60) == lightning_code(), rank.transcript()
     left_alone(ranks)
     lightning_checkpoint(tmp_path / "own")
 
@@ -150,7 +150,7 @@ def test_control_lightning_hangs_in_its_handler(job, tmp_path):
     ranks = job.world("fw_lightning.py", 2, tmp_path / "own", fresh=True, mode=NONE, **HANGS)
     train(ranks)
     ranks[1].signal()
-    assert ranks[1].outlast(15) == -signal.SIGKILL, ranks[1].story()
+    assert ranks[1].outlast(15) == -signal.SIGKILL, ranks[1].transcript()
 
 
 def test_lightning_without_its_time(job, tmp_path):
@@ -200,7 +200,7 @@ def test_trainer_just_in_time_checkpoint(job, mode, tmp_path):
     for rank in ranks:
         rank.signal()
     for rank in ranks:
-        assert rank.outlast(60) == 0, rank.story()
+        assert rank.outlast(60) == 0, rank.transcript()
         assert "trained" in rank.stdout
     left_alone(ranks)
     (folder,) = (tmp_path / "own").glob("checkpoint-*")
@@ -279,7 +279,7 @@ def test_flag_and_all_gather(job, mode, tmp_path):
     train(ranks)
     ranks[1].signal()
     for rank in ranks:
-        assert rank.outlast(60) == 0, rank.story()
+        assert rank.outlast(60) == 0, rank.transcript()
         assert "exiting program" in rank.stdout
     left_alone(ranks)
     assert loads(tmp_path / "own") >= 3
@@ -322,7 +322,7 @@ def test_handler_at_import_that_exits(job, mode, tmp_path):
     for rank in ranks:
         rank.signal()
     for index, rank in enumerate(ranks):
-        assert rank.outlast(60) == 143, rank.story()
+        assert rank.outlast(60) == 143, rank.transcript()
         assert set(torch.load(tmp_path / f"rank{index}.pt")) == {"weight", "bias"}
     left_alone(ranks)
 

@@ -50,9 +50,9 @@ def test_accelerate_with_one_process(job, given, code):
     env = {} if given is None else {"AUTOTEARDOWN_EXIT_CODE": given}
     launcher = accelerate(job, **env)
     launcher.signal()
-    assert launcher.wait() == code, launcher.story()
+    assert launcher.wait() == code, launcher.transcript()
     assert (job.folder / "saved-0").exists()
-    assert "Traceback" not in launcher.stderr, launcher.story()
+    assert "Traceback" not in launcher.stderr, launcher.transcript()
     assert (
         f"autoteardown: accelerate launch: SIGTERM: 1 of 1 workers have left; exit {code}" in launcher.stderr
     )
@@ -62,7 +62,7 @@ def test_accelerate_with_one_process(job, given, code):
 def test_accelerate_as_a_module(job):
     launcher = accelerate(job, command=("-m", "accelerate.commands.launch"), AUTOTEARDOWN_EXIT_CODE="signal")
     launcher.signal()
-    assert launcher.wait() == 143, launcher.story()
+    assert launcher.wait() == 143, launcher.transcript()
     assert (job.folder / "saved-0").exists()
     assert "accelerate launch: SIGTERM: 1 of 1 workers have left; exit 143" in launcher.stderr
 
@@ -72,14 +72,14 @@ def test_accelerate_whose_rank_is_evicted(job, given, code):
     """The launcher is not signalled: its own code, 1 after any code of the rank's that is not 0."""
     launcher = accelerate(job, AUTOTEARDOWN_EXIT_CODE=given)
     os.kill(int(launcher.wait_for(r"^attempt 0 rank 0 pid (\d+)$")[1]), SIGTERM)
-    assert launcher.wait() == code, launcher.story()
+    assert launcher.wait() == code, launcher.transcript()
     assert (job.folder / "saved-0").exists()
 
 
 def test_accelerate_gets_an_early_notice(job):
     launcher = accelerate(job, AUTOTEARDOWN_SIGNALS="SIGTERM,SIGUSR1", AUTOTEARDOWN_EXIT_CODE="signal")
     launcher.signal(signal.SIGUSR1)
-    assert launcher.wait() == 128 + signal.SIGUSR1, launcher.story()
+    assert launcher.wait() == 128 + signal.SIGUSR1, launcher.transcript()
     assert (job.folder / "saved-0").exists()
 
 
@@ -111,7 +111,7 @@ def test_deepspeed(job, mode, given, code):
     launcher = job.start("fw_deepspeed.py", fresh=True, python=python, mode=mode, **PATIENT, **env)
     workers(launcher)
     launcher.signal()
-    assert launcher.wait() == code, launcher.story()
+    assert launcher.wait() == code, launcher.transcript()
     if mode == NONE:
         time.sleep(2)
         assert job.survivors()
@@ -129,4 +129,4 @@ def test_deepspeed_whose_rank_is_evicted(job, given, code):
         "fw_deepspeed.py", fresh=True, python=python, **PATIENT, AUTOTEARDOWN_EXIT_CODE=given
     )
     os.kill(workers(launcher)[0], SIGTERM)
-    assert launcher.wait() == code, launcher.story()
+    assert launcher.wait() == code, launcher.transcript()

@@ -65,7 +65,7 @@ class Training:
         ranks[1].signal()
         for rank, code in zip(ranks, codes):
             rank.signalled = ranks[1].signalled
-            assert rank.outlast(GRACE) == code, rank.story()
+            assert rank.outlast(GRACE) == code, rank.transcript()
             assert "over\n" not in rank.stdout
         self.take(ranks)
 
@@ -75,7 +75,9 @@ class Training:
         if said:
             first = min(step for _, step in said)
             done = max((step for _, step in self.losses), default=0)
-            assert first <= done + 1, f"steps {done + 1} to {first - 1} were never done: {ranks[0].story()}"
+            assert first <= done + 1, (
+                f"steps {done + 1} to {first - 1} were never done: {ranks[0].transcript()}"
+            )
             self.resumed_after = first - 1
         self.losses.update(said)
 
@@ -96,7 +98,7 @@ def finish(training):
     stopped = training.done
     ranks = training.start()
     for rank in ranks:
-        assert rank.wait(START) == 0, rank.story()
+        assert rank.wait(START) == 0, rank.transcript()
         assert "over\n" in rank.stdout
     training.take(ranks)
     assert training.resumed_after == stopped, "no step was lost"
@@ -194,6 +196,6 @@ def test_a_checkpoint_that_cannot_be_finished(job, tmp_path, framework, package,
     ranks[1].signal()
     for rank in ranks:
         rank.signalled = ranks[1].signalled
-        assert rank.outlast(10) != -signal.SIGKILL, rank.story()
+        assert rank.outlast(10) != -signal.SIGKILL, rank.transcript()
     assert list(folder.glob("*unfinished*")), "it was being written"
-    assert not list(folder.rglob(pattern)), ranks[0].story()
+    assert not list(folder.rglob(pattern)), ranks[0].transcript()

@@ -154,14 +154,14 @@ def evicted(job, image, agents, monkeypatch):
         )
         at_work = rank.wait_for("^at work: (.*)$", START)[1].split()
         code = rank.evict(20)
-        assert "Traceback" not in rank.stderr, rank.story()
+        assert "Traceback" not in rank.stderr, rank.transcript()
         if mode == AGENT:
-            assert code == 0, rank.story()
+            assert code == 0, rank.transcript()
             # ddtrace has a handler: what the program did in its time, and when it stopped, is not agreed upon.
             expected = "partial" if "ddtrace" in names else "clean"
-            assert rank.report()["outcome"] == expected, rank.story()
+            assert rank.report()["outcome"] == expected, rank.transcript()
         else:
-            assert code == -SIGTERM, rank.story()
+            assert code == -SIGTERM, rank.transcript()
         return at_work
 
     return run

@@ -15,14 +15,14 @@ def test_accelerate_saves_its_state(job, tmp_path):
     ranks[0].signal()
     for rank, code in zip(ranks, (0, 143)):
         rank.signalled = ranks[0].signalled
-        assert rank.outlast(25) == code, rank.story()
+        assert rank.outlast(25) == code, rank.transcript()
     (stopped,) = {rank.report()["steps"]["stopped_at"] for rank in ranks}
-    assert {rank.report()["outcome"] for rank in ranks} == {"clean"}, ranks[0].story()
+    assert {rank.report()["outcome"] for rank in ranks} == {"clean"}, ranks[0].transcript()
     assert [path.name for path in tmp_path.glob("*checkpoint*")] == ["autoteardown-checkpoint"]
     again = job.world("fw_accelerate_save.py", 2, tmp_path, "load", fresh=True, AUTOTEARDOWN_GRACE=25)
     for rank in again:
-        assert rank.wait() == 0, rank.story()
-        assert f"loaded {{{stopped}}}" in rank.stdout, rank.story()
+        assert rank.wait() == 0, rank.transcript()
+        assert f"loaded {{{stopped}}}" in rank.stdout, rank.transcript()
 
 
 def test_off_by_default(job, tmp_path):

@@ -125,13 +125,13 @@ def wait_in(folder, what, rank, driver=None):
     path = Path(folder, f"{what}-{rank}")
 
     def look():
-        assert driver is None or driver.running, driver.story()
+        assert driver is None or driver.running, driver.transcript()
         return path.exists()
 
     try:
         wait_until(look, f"rank {rank} to be {what}", 400)
     except AssertionError as error:
-        raise AssertionError(f"{error}: {driver.story() if driver else ''}") from None
+        raise AssertionError(f"{error}: {driver.transcript() if driver else ''}") from None
     pid, thread = map(int, path.read_text().split())
     seen, times = None, 0
     while what == "blocked" and times < 8:
@@ -463,9 +463,9 @@ def test_a_driver_that_is_a_rank(cluster, job, order, mode):
     driver.wait_blocked("^ready$")
     code = driver.evict(25)
     if mode == NONE:
-        assert code == -signal.SIGABRT, driver.story()
+        assert code == -signal.SIGABRT, driver.transcript()
         return
-    assert code == 0, driver.story()
+    assert code == 0, driver.transcript()
     report = driver.report()
     assert (report["outcome"], report["exit_code"]) == ("aborted", 0)
     assert report["phases"][-1]["end"] > 4, "too short to tell"
@@ -494,7 +494,7 @@ def test_ray_train(cluster, job, tmp_path, what, max_failures):
         assert steps == [None, None]
     driver.wait(200)
     if max_failures:
-        assert "fit returned" in driver.stdout, driver.story()
+        assert "fit returned" in driver.stdout, driver.transcript()
         assert all((tmp_path / f"trained-{rank}").exists() for rank in range(2))
     else:
-        assert "fit raised WorkerGroupError" in driver.stdout, driver.story()
+        assert "fit raised WorkerGroupError" in driver.stdout, driver.transcript()

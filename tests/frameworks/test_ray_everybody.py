@@ -67,8 +67,8 @@ def test_everybody(node, tmp_path, mode):
     if mode == AGENT:
         frees(world, "peer", "lost")  # it may have had the time to tell them
         if "rank(s)" in pod.process.stderr:  # `ray start` has still seen them
-            assert "died without a teardown" in pod.process.stderr, pod.process.story()
-            assert "0 of " in pod.process.stderr, pod.process.story()
+            assert "died without a teardown" in pod.process.stderr, pod.process.transcript()
+            assert "0 of " in pod.process.stderr, pod.process.transcript()
     else:
         time.sleep(STUCK)
         assert all(map(alive, world.pids[1:]))

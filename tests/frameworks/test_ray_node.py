@@ -366,7 +366,7 @@ def stopped_node(job, sockets):
         driver = job.start(DRIVER, address, free_port(), fresh=True, mode=mode)
         pids = [int(pid) for pid in driver.wait_for(r"^pids (\d+) (\d+)$").groups()]
         driver.wait_for("^ready$")
-        assert node.evict(grace=60) == 1, node.story()  # Ray's own code
+        assert node.evict(grace=60) == 1, node.transcript()  # Ray's own code
         assert "received SIGTERM. Draining for up to" in node.stderr  # Ray's own handling, in both cases
         return node, driver, pids
 
@@ -383,8 +383,8 @@ def test_actors_in_a_collective_are_torn_down_when_ray_start_is_stopped(job, sto
         assert (report["cause"], report["signal"], report["exit_code"]) == ("signal", "SIGTERM", 0)
         assert report["phases"][-1]["end"] < 8
         said = f"pid={report['pid']} .*: {report['outcome']}( \\(.*\\))?, exit 0 "
-        assert re.search(said, node.stderr), node.story()
-    wait_until(lambda: driver.stdout.count("actor error") == 2, driver.story())
+        assert re.search(said, node.stderr), node.transcript()
+    wait_until(lambda: driver.stdout.count("actor error") == 2, driver.transcript())
 
 
 @pytest.mark.frameworks

@@ -55,11 +55,11 @@ class Nodes:
         self.until(lambda: "Connected to Ray cluster" in self.driver.stderr, "the driver")
 
     def until(self, condition, what):
-        """Wait, and tell the driver's story if it does not come."""
+        """Wait, and tell the driver's transcript if it does not come."""
         try:
             return wait_until(condition, what, SOON)
         except AssertionError as error:
-            raise AssertionError(f"{error}: {self.driver.story()}") from None
+            raise AssertionError(f"{error}: {self.driver.transcript()}") from None
 
     def files(self, what):
         """What the ranks have written."""
@@ -103,10 +103,10 @@ def nodes(job, tmp_path, sockets):  # noqa: F811
 
 def goes_on_where_it_was(nodes):
     """It has saved just in time, its retry was free, and it has gone on from there."""
-    assert nodes.driver.wait(SOON) == 0, nodes.driver.story()
+    assert nodes.driver.wait(SOON) == 0, nodes.driver.transcript()
     said = nodes.driver.stdout + nodes.driver.stderr
-    assert "fit returned" in said, nodes.driver.story()
-    assert "Source: preemption" in said, nodes.driver.story()
+    assert "fit returned" in said, nodes.driver.transcript()
+    assert "Source: preemption" in said, nodes.driver.transcript()
     saved = nodes.files("saved")[0][0]
     assert [words[0] for words in nodes.files("resumed")] == [saved, saved]
 
@@ -164,6 +164,6 @@ def test_it_hears_nothing_before(nodes, way, mode):
             assert {report["outcome"] for report in reports.values()} == {"clean"}
             assert len({report["steps"]["stopped_at"] for report in reports.values()}) == 1
     wait_until(lambda: not any(map(alive, pids)), "the end of the ranks", SOON)
-    assert found.driver.wait(SOON) == 0, found.driver.story()
-    assert "fit returned" in found.driver.stdout, found.driver.story()
+    assert found.driver.wait(SOON) == 0, found.driver.transcript()
+    assert "fit returned" in found.driver.stdout, found.driver.transcript()
     assert not (found.folder / "saved-0").exists()

@@ -61,8 +61,8 @@ def test_a_slow_disk(job, how, who):
     ranks[who].signal()
     for rank in ranks:
         rank.signalled = ranks[who].signalled
-        assert rank.outlast(30) == (0 if rank is ranks[who] else 143), rank.story()
-    assert load(how, folder), ranks[0].story()
+        assert rank.outlast(30) == (0 if rank is ranks[who] else 143), rank.transcript()
+    assert load(how, folder), ranks[0].transcript()
 
 
 @pytest.mark.parametrize("how", ATOMIC)
@@ -72,7 +72,7 @@ def test_a_disk_that_is_too_slow(job, how):
     ranks[0].signal()
     for rank in ranks:
         rank.signalled = ranks[0].signalled
-        assert rank.outlast(8) != -signal.SIGKILL, rank.story()
+        assert rank.outlast(8) != -signal.SIGKILL, rank.transcript()
     assert load(how, folder) == []
 
 
@@ -83,6 +83,6 @@ def test_a_writer_that_has_nothing_to_write(job):
     ranks[0].signal()
     for rank in ranks:
         rank.signalled = ranks[0].signalled
-        assert rank.outlast(30) == (0 if rank is ranks[0] else 143), rank.story()
-        assert rank.report()["outcome"] == "clean", rank.story()
-    assert load("persistent", folder), ranks[0].story()
+        assert rank.outlast(30) == (0 if rank is ranks[0] else 143), rank.transcript()
+        assert rank.report()["outcome"] == "clean", rank.transcript()
+    assert load("persistent", folder), ranks[0].transcript()

@@ -28,15 +28,15 @@ def start(job, where, loop, mode):
 def test_uvicorn(job, where, loop):
     """It shuts down, puts the handler back and raises the signal again: then the ranks stop, each where it is."""
     ranks = start(job, where, loop, AGENT)
-    assert [ranks[0].evict(12), ranks[1].outlast(12)] == [0, 143], ranks[0].story()
+    assert [ranks[0].evict(12), ranks[1].outlast(12)] == [0, 143], ranks[0].transcript()
     for rank in ranks:
-        assert rank.report()["outcome"] == ("partial" if where == "main" else "clean"), rank.story()
+        assert rank.report()["outcome"] == ("partial" if where == "main" else "clean"), rank.transcript()
         (last,) = re.findall(r"^step (\d+)$", rank.stdout, re.MULTILINE)[-1:]
         stopped = rank.report()["steps"]["stopped_at"]
         assert stopped is None or int(last) in (stopped - 1, stopped), "nothing runs on"
     if where == "thread":
         assert len({rank.report()["steps"]["stopped_at"] for rank in ranks}) == 1
-    assert ("server shut down with a group" in ranks[0].stdout) == (where == "main"), ranks[0].story()
+    assert ("server shut down with a group" in ranks[0].stdout) == (where == "main"), ranks[0].transcript()
     assert ranks[0].noise == []
 
 
@@ -44,5 +44,5 @@ def test_uvicorn(job, where, loop):
 def test_control_uvicorn(job, where, loop):
     """Without the agent the same happens, and then the process dies of the signal, with its group."""
     rank = start(job, where, loop, NONE)[0]
-    assert rank.evict(12) == -SIGTERM, rank.story()
-    assert ("server shut down with a group" in rank.stdout) == (where == "main"), rank.story()
+    assert rank.evict(12) == -SIGTERM, rank.transcript()
+    assert ("server shut down with a group" in rank.stdout) == (where == "main"), rank.transcript()

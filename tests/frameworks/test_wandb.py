@@ -56,7 +56,7 @@ def test_both_runs_are_marked(job):
     """That of the rank that is signalled, and that of its peer."""
     ranks = world(job)
     ranks[1].signal()
-    assert [ranks[1].outlast(60), ranks[0].outlast(60)] == [0, 143], ranks[0].story()
+    assert [ranks[1].outlast(60), ranks[0].outlast(60)] == [0, 143], ranks[0].transcript()
     for rank in range(2):
         wait_until(lambda rank=rank: preempting(job, rank), f"the mark of rank {rank}", 30)
 
@@ -64,8 +64,8 @@ def test_both_runs_are_marked(job):
 def test_a_rank_without_a_run(job):
     ranks = world(job, "none")
     ranks[1].signal()
-    assert [ranks[1].outlast(60), ranks[0].outlast(60)] == [0, 143], ranks[0].story()
-    assert not any("failed" in line for line in ranks[1].noise), ranks[1].story()
+    assert [ranks[1].outlast(60), ranks[0].outlast(60)] == [0, 143], ranks[0].transcript()
+    assert not any("failed" in line for line in ranks[1].noise), ranks[1].transcript()
     wait_until(lambda: preempting(job, 0), "the mark of rank 0", 30)
 
 

@@ -98,17 +98,17 @@ def evict(ranks, rows, what, mode=AGENT, peers=143):
         (what, len(ranks), mode, f"{first.seconds:.2f}", last if others else "", codes, " ".join(outcomes))
     )
     if mode == AGENT:
-        assert codes == [0] + [peers] * len(others), "\n".join(rank.story() for rank in ranks)
+        assert codes == [0] + [peers] * len(others), "\n".join(rank.transcript() for rank in ranks)
     return codes
 
 
 def clean(ranks):
     """Drained and destroyed by all, together; nobody aborts."""
     for rank in ranks:
-        assert rank.report()["outcome"] == "clean", rank.story()
-        assert rank.phase("destroy")["outcome"] == "ok", rank.story()
+        assert rank.report()["outcome"] == "clean", rank.transcript()
+        assert rank.phase("destroy")["outcome"] == "ok", rank.transcript()
         assert rank.phase("abort") is None or rank.phase("abort")["outcome"] == "skipped"
-        assert "Traceback" not in rank.stderr, rank.story()
+        assert "Traceback" not in rank.stderr, rank.transcript()
 
 
 def only_wedged(ranks, wedged):
@@ -116,11 +116,11 @@ def only_wedged(ranks, wedged):
     for index, rank in enumerate(ranks):
         abort = rank.phase("abort")
         if index in wedged:
-            assert rank.report()["outcome"] == "aborted", rank.story()
-            assert abort["outcome"] == "ok", rank.story()
+            assert rank.report()["outcome"] == "aborted", rank.transcript()
+            assert abort["outcome"] == "ok", rank.transcript()
         else:
-            assert abort is None or abort["outcome"] == "skipped", rank.story()
-        assert "garbage" not in rank.stdout, rank.story()
+            assert abort is None or abort["outcome"] == "skipped", rank.transcript()
+        assert "garbage" not in rank.stdout, rank.transcript()
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
@@ -152,7 +152,7 @@ def test_training(world, rows, what, args, env):
         rank.wait_for(said.get(what, "^(step 20|waiting 10)$"), START)
     evict(made, rows, f"train, {what}")
     clean(made)
-    assert len({rank.report()["steps"]["stopped_at"] for rank in made}) == 1, made[0].story()
+    assert len({rank.report()["steps"]["stopped_at"] for rank in made}) == 1, made[0].transcript()
 
 
 def test_training_of_four(world, rows):
@@ -192,8 +192,8 @@ def test_a_kernel_that_does_not_end(world, rows):
     evict(made, rows, "a kernel without an end")
     phases = {phase["name"]: phase["outcome"] for phase in made[0].report()["phases"]}
     assert phases["drain"] == "timeout" and "abort" in phases, phases
-    assert made[0].report()["outcome"] == "aborted", made[0].story()
-    assert made[1].report()["outcome"] != "forced", made[1].story()
+    assert made[0].report()["outcome"] == "aborted", made[0].transcript()
+    assert made[1].report()["outcome"] != "forced", made[1].transcript()
 
 
 def test_a_peer_that_was_killed(world, rows):
@@ -230,7 +230,7 @@ def test_graphs(world, rows, role):
         rank.wait_for("^(capturing|replayed 20)$", START)
     evict(made, rows, role)
     for rank in made:
-        assert rank.report()["outcome"] in ("clean", "partial"), rank.story()
+        assert rank.report()["outcome"] in ("clean", "partial"), rank.transcript()
 
 
 @pytest.mark.skipif(not CUDA, reason="the simulated accelerator has no sends")
@@ -240,7 +240,7 @@ def test_communicators_between_two(world, rows):
         rank.wait_for("^turns 20$", START)
     evict(made, rows, "sends and receives")
     for rank in made:
-        assert rank.report()["outcome"] != "forced", rank.story()
+        assert rank.report()["outcome"] != "forced", rank.transcript()
 
 
 def test_torchrun(job, world, rows, tmp_path):
@@ -254,7 +254,7 @@ def test_torchrun(job, world, rows, tmp_path):
     code = launcher.wait(GRACE + 10)
     outcomes = [report["outcome"] for report in job.all_reports().values()]
     rows.append(("torchrun", 2, AGENT, f"{launcher.seconds:.2f}", "", [code], " ".join(outcomes)))
-    assert outcomes == ["clean", "clean"], launcher.story()
+    assert outcomes == ["clean", "clean"], launcher.transcript()
 
 
 @pytest.mark.parametrize("role", ["idle", "train", "stuck"])
@@ -284,7 +284,7 @@ def test_the_device_is_never_initialised_by_us(world, rows):
     made = world("none")
     evict(made, rows, "gloo, no device")
     for rank in made:
-        assert "unused True" in rank.stdout, rank.story()
+        assert "unused True" in rank.stdout, rank.transcript()
 
 
 @pytest.mark.skipif(not CUDA, reason="about the memory of a GPU")
@@ -351,6 +351,6 @@ time.sleep(600)
     made[0].wait_for("^found", START)
     said = dict(re.findall(r"^(\w+) (.*)$", made[0].stdout, re.MULTILINE))
     rows.append(("progress() in us", 2, "", "", "", said["cost"], said["found"]))
-    assert said["still"] == "true", made[0].story()
-    assert '"seq": 6' in said["stuck"] and '"broadcast"' in said["found"], made[0].story()
-    assert "/dump-" in said["written"], made[0].story()
+    assert said["still"] == "true", made[0].transcript()
+    assert '"seq": 6' in said["stuck"] and '"broadcast"' in said["found"], made[0].transcript()
+    assert "/dump-" in said["written"], made[0].transcript()

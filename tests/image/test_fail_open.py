@@ -188,7 +188,7 @@ def life(new_job):
     expected = [outcome(rank) for rank in live(without, mode=NONE)]
     assert [(code, noise) for code, _, noise in expected] == [(7, [])] * 2, expected
     for rank, each in zip(live(job, CALLED=job.folder / "called"), expected):
-        assert outcome(rank) == each, rank.story()
+        assert outcome(rank) == each, rank.transcript()
     return expected, job.folder / "called"
 
 
@@ -201,7 +201,7 @@ def test_a_whole_life(new_job, life, module):
     def complaint(*ranks):
         for rank, each in zip(ranks, expected):
             if outcome(rank) != each or repeats(rank):
-                return rank.story()
+                return rank.transcript()
         return None
 
     in_parallel(called(path, module), lambda name: live(new_job(), BREAK=name), complaint)
@@ -223,8 +223,8 @@ def eviction(new_job):
     """All that an eviction calls."""
     job = new_job()
     peer, signalled = evict(job, CALLED=job.folder / "called")
-    assert signalled.outlast() == 0, signalled.story()
-    assert peer.outlast() == 143, peer.story()
+    assert signalled.outlast() == 0, signalled.transcript()
+    assert peer.outlast() == 143, peer.transcript()
     return job.folder / "called"
 
 
@@ -240,9 +240,9 @@ def test_an_eviction(new_job, eviction, module):
         if code == 0 or unguarded or codeless:
             # Without us it loses its connection; the test ends it if it has to wait for that.
             code = peer.outlast(20)
-            return None if code in (143, 1) else f"the peer: {peer.story()}"
+            return None if code in (143, 1) else f"the peer: {peer.transcript()}"
         peer.outlast(0)
-        return signalled.story()
+        return signalled.transcript()
 
     in_parallel(called(eviction, module), lambda name: evict(new_job(), BREAK=name), complaint)
 
@@ -263,6 +263,6 @@ def test_a_peer_that_cannot_begin(new_job):
     whole, broken = new_job().world(idle, 2, each={1: {"BREAK": "rank.guard:Guard._begin"}})
     for rank in (whole, broken):
         rank.wait_for("^ready$")
-    assert whole.evict() == 0, whole.story()
+    assert whole.evict() == 0, whole.transcript()
     wait_until(lambda: "to stop with a peer failed" in broken.stderr, "the notice")
-    assert broken.evict() == 0, broken.story()
+    assert broken.evict() == 0, broken.transcript()

@@ -50,7 +50,7 @@ def devices(libraries, tmp_path):
     made = Device(tmp_path)
     yield made
     unexpected = [fault for fault in made.faults if fault not in made.expected]
-    assert not unexpected, made.story()
+    assert not unexpected, made.transcript()
 
 
 class World:
@@ -110,9 +110,9 @@ class World:
         """Whether it has left one: a rank that was killed has not."""
         return bool(list((rank.folder.parent / "reports").glob(f"*-{rank.pid}-*Z.json")))
 
-    def story(self):
+    def transcript(self):
         """Everything known, for a failure message."""
-        return "\n\n".join([self._devices.story(), *(rank.story() for rank in self.ranks)])
+        return "\n\n".join([self._devices.transcript(), *(rank.transcript() for rank in self.ranks)])
 
 
 @pytest.fixture

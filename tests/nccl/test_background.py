@@ -17,14 +17,14 @@ def evicted(job, devices, libraries, what, style, *more):
     options = {"fresh": True, "launcher": launcher, **env}
     ranks = job.world(str(PROGRAMS / "background.py"), 2, "cuda", what, style, *more, **options)
 
-    def story():
-        return "\n\n".join([devices.story(), *(rank.story() for rank in ranks)])
+    def transcript():
+        return "\n\n".join([devices.transcript(), *(rank.transcript() for rank in ranks)])
 
     begun(ranks, START)
     ranks[0].signal()
     codes = [rank.outlast(GRACE) for rank in ranks]
-    assert codes == [0, 0 if style in ("flag", "poll") else 143], story()
-    judge(job, ranks, what, style, story, uneven="--uneven" in more)
+    assert codes == [0, 0 if style in ("flag", "poll") else 143], transcript()
+    judge(job, ranks, what, style, transcript, uneven="--uneven" in more)
 
 
 @pytest.mark.parametrize("style", STYLES)

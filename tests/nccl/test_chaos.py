@@ -57,13 +57,13 @@ class Chaos(Eviction):
             self._judge(rank, rank in chosen, rank.code)
         self._judge_world(ranks)
         if self.wrong:
-            self.wrong += [self.devices.story(), *map(self._story, ranks)]
+            self.wrong += [self.devices.transcript(), *map(self._story, ranks)]
 
     @staticmethod
     def _story(rank):
         """The agent's lines, without what torch's monitors write when the store has gone."""
         return "\n  ".join(
-            [f"pid {rank.pid} ended with {rank.code}", *rank.stdout.splitlines()[-2:], *rank.said]
+            [f"pid {rank.pid} ended with {rank.code}", *rank.stdout.splitlines()[-2:], *rank.log_lines]
         )
 
     def _start(self):
@@ -147,7 +147,7 @@ class Chaos(Eviction):
     def _judge_world(self, ranks):
         if self.dead is None and self.fault != "sticky":
             self.wrong += [f"fault: {fault}" for fault in self.devices.faults]
-            if self.devices.said("abort begins, idle"):
+            if self.devices.times_of("abort begins, idle"):
                 self.wrong.append("a rank whose device is idle has aborted")
         reports = self.job.all_reports().values()
         if reports and all(report["outcome"] == "clean" for report in reports):

@@ -17,16 +17,16 @@ def evicted(job, devices, libraries, kind, size=2, **settings):
     options = {"fresh": True, "launcher": ("env", f"PYTHONPATH={AGENT_PATH}"), **env}
     ranks = job.world(str(KINDS), size, kind, **options)
 
-    def story():
-        return "\n\n".join([devices.story(), *(rank.story() for rank in ranks)])
+    def transcript():
+        return "\n\n".join([devices.transcript(), *(rank.transcript() for rank in ranks)])
 
     for rank in ranks:
         rank.wait_for("^step 12$", START)
     ranks[-1].signal()
     codes = [rank.outlast(GRACE) for rank in ranks]
-    assert codes == [143] * (size - 1) + [0], story()
-    assert [rank.report()["outcome"] for rank in ranks] == ["clean"] * size, story()
-    assert len({rank.report()["steps"]["stopped_at"] for rank in ranks}) == 1, story()
+    assert codes == [143] * (size - 1) + [0], transcript()
+    assert [rank.report()["outcome"] for rank in ranks] == ["clean"] * size, transcript()
+    assert len({rank.report()["steps"]["stopped_at"] for rank in ranks}) == 1, transcript()
 
 
 @pytest.mark.parametrize(
@@ -73,6 +73,6 @@ def test_four_ranks_under_torchrun(job, devices, libraries):
     launcher.signal()
     launcher.wait(GRACE + 10)
     reports = job.all_reports()
-    assert [reports[rank]["outcome"] for rank in range(4)] == ["clean"] * 4, launcher.story()
-    assert len({report["steps"]["stopped_at"] for report in reports.values()}) == 1, launcher.story()
-    assert not [entry for entry in os.listdir(job.runtime) if entry.endswith(".json")], launcher.story()
+    assert [reports[rank]["outcome"] for rank in range(4)] == ["clean"] * 4, launcher.transcript()
+    assert len({report["steps"]["stopped_at"] for report in reports.values()}) == 1, launcher.transcript()
+    assert not [entry for entry in os.listdir(job.runtime) if entry.endswith(".json")], launcher.transcript()

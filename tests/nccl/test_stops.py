@@ -16,18 +16,20 @@ def codes(world, signalled=1):
 
 def check(world, outcomes, within, signalled=1):
     """The exit codes of the contract, the outcomes, in time, and nothing computed on."""
-    assert [rank.code for rank in world.ranks] == codes(world, signalled), world.story()
-    assert world.outcomes == outcomes, world.story()
-    assert max(world.seconds) < within, world.story()
+    assert [rank.code for rank in world.ranks] == codes(world, signalled), world.transcript()
+    assert world.outcomes == outcomes, world.transcript()
+    assert max(world.seconds) < within, world.transcript()
     for rank in world.ranks:
-        assert "garbage" not in rank.stdout, world.story()
+        assert "garbage" not in rank.stdout, world.transcript()
 
 
 def drained(world):
     """Every rank's device, which makes progress, has had its time."""
     for rank in world.ranks:
-        assert rank.phase("drain")["outcome"] == "ok", world.story()
-        assert (rank.phase("abort") or {}).get("outcome") not in ("ok", "timeout", "error"), world.story()
+        assert rank.phase("drain")["outcome"] == "ok", world.transcript()
+        assert (rank.phase("abort") or {}).get("outcome") not in ("ok", "timeout", "error"), (
+            world.transcript()
+        )
 
 
 # -- a healthy program --
@@ -53,7 +55,7 @@ def test_training_with_the_host_ahead(world, arguments, settings):
     made.evict(0)
     check(made, ["clean", "clean"], within=15)
     drained(made)
-    assert len({rank.report()["steps"]["stopped_at"] for rank in made.ranks}) == 1, made.story()
+    assert len({rank.report()["steps"]["stopped_at"] for rank in made.ranks}) == 1, made.transcript()
 
 
 def test_a_synchronize_with_much_work_on_the_device(world):
@@ -97,7 +99,7 @@ def test_a_collective_that_never_completes(world, wait):
     made.evict(0)
     check(made, ["aborted", "partial"], within=24)
     if wait != "destroy":  # it holds the lock that an abort takes (pytorch/pytorch#192105)
-        assert made[0].phase("abort")["outcome"] == "ok", made.story()
+        assert made[0].phase("abort")["outcome"] == "ok", made.transcript()
 
 
 @pytest.mark.parametrize("wait", ["synchronize", "item"])
@@ -119,7 +121,7 @@ def test_the_collective_that_is_stuck_is_named(world):
     check(made, ["aborted", "partial"], within=24)
     # One all_reduce before `ready`, eight that end, and the one that does not.
     collective = made[0].report()["collective"]
-    assert (collective["seq"], collective["op"]) == (10, "all_reduce"), made.story()
+    assert (collective["seq"], collective["op"]) == (10, "all_reduce"), made.transcript()
 
 
 @pytest.mark.parametrize("takes", [5, 12])
@@ -144,8 +146,8 @@ def test_four_ranks_with_three_groups_abort_together(world, devices):
     for at, _, text in devices.journal:
         if "abort begins" in text:
             by_group.setdefault(text.split()[0], []).append(at)
-    assert len(by_group) >= 3, made.story()
-    assert all(max(times) - min(times) < TOGETHER for times in by_group.values()), made.story()
+    assert len(by_group) >= 3, made.transcript()
+    assert all(max(times) - min(times) < TOGETHER for times in by_group.values()), made.transcript()
 
 
 # -- a device in error, a peer that is lost --
@@ -157,7 +159,7 @@ def test_a_device_in_error(world, devices):
     made.wait_for("^launched")
     made.evict(0)
     devices.expected = devices.faults
-    assert "device-side assert" in made[1].phase("drain")["detail"], made.story()
+    assert "device-side assert" in made[1].phase("drain")["detail"], made.transcript()
     check(made, ["partial", "aborted"], within=10)
 
 
@@ -189,8 +191,8 @@ def test_a_peer_that_is_lost(world, devices, victim, within):
     made[victim].wait()
     made.wait_for_end(30)
     left = [rank for rank in made.ranks if rank is not made[victim]]
-    assert [rank.code for rank in left] == [143, 143], made.story()
-    assert [rank.report()["outcome"] for rank in left] == ["aborted", "aborted"], made.story()
-    assert max(rank.ended for rank in left) - made[victim].ended < within, made.story()
-    begins = [at for rank in left for at in devices.said("abort begins", rank.pid)]
-    assert len(begins) == 2 and max(begins) - min(begins) < TOGETHER, made.story()
+    assert [rank.code for rank in left] == [143, 143], made.transcript()
+    assert [rank.report()["outcome"] for rank in left] == ["aborted", "aborted"], made.transcript()
+    assert max(rank.ended for rank in left) - made[victim].ended < within, made.transcript()
+    begins = [at for rank in left for at in devices.times_of("abort begins", rank.pid)]
+    assert len(begins) == 2 and max(begins) - min(begins) < TOGETHER, made.transcript()

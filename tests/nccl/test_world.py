@@ -23,7 +23,7 @@ def test_a_training_computes_what_it_computes_on_cpus(world, tmp_path, optimizer
         made = world("train", 2, *arguments, str(tmp_path / device), "--device", device, mode=NONE)
         made.wait_for("^trained")
         made.wait_for_end(60)
-        assert [rank.code for rank in made.ranks] == [0, 0], made.story()
+        assert [rank.code for rank in made.ranks] == [0, 0], made.transcript()
     for rank in range(2):
         on_devices, on_cpus = (torch.load(tmp_path / f"{device}-{rank}") for device in ("cuda", "cpu"))
         compare(on_devices, on_cpus)
@@ -44,22 +44,22 @@ def test_a_rank_that_is_killed_under_a_running_kernel(world, devices, link, faul
     made[1].signal(signal.SIGKILL)
     made[1].wait()
     if faults:
-        assert made[0].wait() not in (0, -9), made.story()
-        assert "Invalid access of peer GPU memory over nvlink" in made[0].stderr, made.story()
+        assert made[0].wait() not in (0, -9), made.transcript()
+        assert "Invalid access of peer GPU memory over nvlink" in made[0].stderr, made.transcript()
     else:
         made[0].wait_blocked("waiting")
         assert "garbage" not in made[0].stdout
     devices.expected = devices.faults
-    assert len(devices.faults) == faults, made.story()
+    assert len(devices.faults) == faults, made.transcript()
 
 
 def test_a_healthy_end(world, devices):
     """Destroy waits for the device, and all ranks leave together."""
     made = world("finish", 2, "--ms", "50", "--wait", "destroy", mode=NONE)
     made.wait_for("^finished")
-    last = [max(devices.said("destroy begins", rank.pid)) for rank in made.ranks]
-    ends = [min(devices.said("destroy ends", rank.pid)) for rank in made.ranks]
-    assert max(last) <= min(ends), made.story()
+    last = [max(devices.times_of("destroy begins", rank.pid)) for rank in made.ranks]
+    ends = [min(devices.times_of("destroy ends", rank.pid)) for rank in made.ranks]
+    assert max(last) <= min(ends), made.transcript()
 
 
 @pytest.mark.parametrize(
@@ -77,5 +77,5 @@ def test_the_ways_to_use_the_class(job, devices, libraries, settings):
     program = str(Path(__file__).parent / "ways.py")
     ranks = job.world(program, 2, mode=NONE, fresh=True, **libraries, **devices.settings(), **settings)
     for rank in ranks:
-        assert rank.wait(240) == 0, f"{rank.story()}\n{devices.story()}"
+        assert rank.wait(240) == 0, f"{rank.transcript()}\n{devices.transcript()}"
         assert len(rank.stdout.split()) == 7

@@ -26,13 +26,13 @@ def out_in_time(ranks, grace):
     """Who was signalled is out inside the grace period, with the code of an eviction."""
     for rank in ranks:
         assert rank.signalled
-        assert rank.outlast(grace) == 0, rank.story()
+        assert rank.outlast(grace) == 0, rank.transcript()
 
 
 def end_by_themselves(ranks, codes, patience=60):
     """And the others, in their own time: nobody is left behind in a collective."""
     for rank in ranks:
-        assert rank.wait(patience) in codes, rank.story()
+        assert rank.wait(patience) in codes, rank.transcript()
 
 
 def stopped_together(ranks):
@@ -40,4 +40,4 @@ def stopped_together(ranks):
     steps = [rank.report()["steps"] for rank in ranks]
     assert len({step["stopped_at"] for step in steps}) == 1, steps
     for rank in ranks:
-        assert rank.report()["outcome"] == "clean", rank.story()
+        assert rank.report()["outcome"] == "clean", rank.transcript()

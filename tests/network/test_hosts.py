@@ -248,7 +248,7 @@ def test_a_closed_port(net, talk, verdict, words):
         rank.ask("open", answer="opened")
     end = time.monotonic() + 30
     while words not in ranks[1].ask("state")[1]:
-        assert time.monotonic() < end, ranks[1].story()
+        assert time.monotonic() < end, ranks[1].transcript()
         time.sleep(0.1)
     assert ranks[1].ask("state")[1].startswith("the hub cannot be reached: 10.77.0.1:")
     hosts[0].nft()

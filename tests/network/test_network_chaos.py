@@ -135,11 +135,11 @@ class NetworkChaos(Eviction):
         if rank is self.gone:
             return
         if code == -signal.SIGKILL:
-            self.wrong.append(f"SIGKILL needed: {rank.story()}")
+            self.wrong.append(f"SIGKILL needed: {rank.transcript()}")
         elif code not in allowed:
-            self.wrong.append(f"exit code {code}, not {allowed}: {rank.story()}")
+            self.wrong.append(f"exit code {code}, not {allowed}: {rank.transcript()}")
         elif rank.signalled and rank.ended - rank.signalled > GRACE + SLACK / 2:
-            self.wrong.append(f"late, after {rank.ended - rank.signalled:.1f} s: {rank.story()}")
+            self.wrong.append(f"late, after {rank.ended - rank.signalled:.1f} s: {rank.transcript()}")
 
     def _rest(self, peers):
         """Told, and out with the others; or, where nothing could be told, when the network is whole again."""
@@ -160,7 +160,7 @@ class NetworkChaos(Eviction):
                 rank.signal()
                 self._judge(rank, rank.outlast(GRACE + SLACK), {0, 143, 1})
             elif rank.running:
-                self.wrong.append(f"left behind: {rank.story()}")
+                self.wrong.append(f"left behind: {rank.transcript()}")
             else:
                 self._judge(rank, rank.code, {143, 1})
 
@@ -176,7 +176,7 @@ class NetworkChaos(Eviction):
             or None in stopped
             or {each["outcome"] for each in reports.values()} != {"clean"}
         ):
-            stories = "\n".join(rank.story() for rank in self.ranks)
+            stories = "\n".join(rank.transcript() for rank in self.ranks)
             self.wrong.append(f"not after the same iteration, or not clean: {stopped}\n{stories}")
 
 

@@ -255,7 +255,7 @@ def test_a_host_loses_power(net, job, dark):
     end_by_themselves(others, {143}, NOTICED + 3 + GRACE)
     for rank in others:
         report = rank.report()
-        assert (report["cause"], report["origin"]["rank"]) == ("lost", dark), rank.story()
+        assert (report["cause"], report["origin"]["rank"]) == ("lost", dark), rank.transcript()
 
 
 # Packets are not answered any more, everybody knows, and so much for a busy machine.

@@ -64,13 +64,13 @@ class Nodes:
         start = time.monotonic()
         found = wait_until(
             lambda: all(rank in self.job.all_reports() for rank in ranks) and self.job.all_reports(),
-            f"the reports of {ranks}: {[agent.story() for agent in self.agents]}",
+            f"the reports of {ranks}: {[agent.transcript() for agent in self.agents]}",
         )
         for rank in ranks:
             wait_until(lambda rank=rank: not os.path.exists(f"/proc/{self.pid_of[rank]}"), "its end", GRACE)
         assert time.monotonic() - start < GRACE
         for agent in self.agents:
-            assert "SIGKILL" not in agent.stderr and "-9" not in agent.stderr, agent.story()
+            assert "SIGKILL" not in agent.stderr and "-9" not in agent.stderr, agent.transcript()
         return found
 
     def stopped_together(self, signalled):
@@ -127,7 +127,7 @@ def test_a_node_whose_network_goes_first(net, job, node, when):
         time.sleep(0.05)
         nodes.hosts[node].pull()
     assert nodes.reports(node)[node]["exit_code"] == 0
-    assert nodes.agents[node].outlast(GRACE + 5) == 1, nodes.agents[node].story()
+    assert nodes.agents[node].outlast(GRACE + 5) == 1, nodes.agents[node].transcript()
     for rank in {0, 1, 2} - {node}:
         wait_until(lambda rank=rank: not os.path.exists(f"/proc/{nodes.pid_of[rank]}"), "a peer's end")
 

@@ -34,7 +34,7 @@ def saved(job):
 
 def assert_saved_together(job, *ranks):
     found = saved(job)
-    assert found.keys() == {"0", "1"}, "\n".join(rank.story() for rank in ranks)
+    assert found.keys() == {"0", "1"}, "\n".join(rank.transcript() for rank in ranks)
     assert found["0"] == found["1"] and len(found["0"]) == 1, found
 
 
@@ -47,7 +47,7 @@ def test_every_rank_is_signalled_twice(job, style):
             rank.signal()
         time.sleep(0.02)
     codes = [rank.outlast(25) for rank in ranks]
-    assert codes == [0, 0], "\n".join(rank.story() for rank in ranks)
+    assert codes == [0, 0], "\n".join(rank.transcript() for rank in ranks)
     assert_saved_together(job, *ranks)
     if style == "flag":
         assert all("signals 1\n" in rank.stdout for rank in ranks)
@@ -71,11 +71,11 @@ def test_long_iterations(job, style, seconds, grace):
     ranks = started(job, style, seconds, iteration=2, AUTOTEARDOWN_GRACE=grace)
     ranks[1].signal()
     for rank, code in zip(ranks, (143, 0) if style == "callback" else (0, 0)):
-        assert rank.outlast(grace) == code, rank.story()
+        assert rank.outlast(grace) == code, rank.transcript()
     assert_saved_together(job, *ranks)
     if seconds > 2:
         waits = re.compile(r"waits for the end of iteration [34], until (\d+)\.\ds at most")
-        (until,) = filter(None, map(waits.fullmatch, ranks[0].said))
+        (until,) = filter(None, map(waits.fullmatch, ranks[0].log_lines))
         assert seconds < int(until[1]) < grace
 
 
@@ -118,7 +118,7 @@ def test_a_checkpoint_in_pieces(job, timeout):
         rank.outlast(30)
     for number, rank in enumerate(ranks):
         found = sorted(path.name for path in (job.folder / f"saved/{number}").iterdir())
-        assert found == ["model", "optimizer", "step.json"], rank.story()
+        assert found == ["model", "optimizer", "step.json"], rank.transcript()
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -126,7 +126,7 @@ def test_a_handler_in_c_that_chains(job, when):
     """It chains to the default action, or to the agent's: the stop goes on."""
     ranks = started(job, "callback", CHAIN=when)
     ranks[0].signal()
-    assert [rank.outlast(28) for rank in ranks] == [0, 143], ranks[0].story()
+    assert [rank.outlast(28) for rank in ranks] == [0, 143], ranks[0].transcript()
     assert "as_sent.py" in ranks[0].stderr, "no stacks"
     assert ranks[0].report()["outcome"] in ("clean", "partial")
 
@@ -136,7 +136,7 @@ def test_a_program_that_ends_by_itself_leaves_a_report(job, style):
     ranks = started(job, style)
     ranks[0].signal()
     for rank in ranks:
-        assert rank.outlast(25) == 0, rank.story()
+        assert rank.outlast(25) == 0, rank.transcript()
         report = rank.report()
         assert (report["ended_by"], report["exit_code"], report["outcome"]) == ("application", 0, "clean")
     assert_saved_together(job, *ranks)
@@ -148,13 +148,13 @@ def test_a_half_trained_job_is_not_completed(job, style, code):
     ranks = started(job, style, AUTOTEARDOWN_EXIT_CODE="signal", AUTOTEARDOWN_PEER_EXIT_CODE="143")
     ranks[0].signal()
     codes = {rank.outlast(25) for rank in ranks}
-    assert codes == {code}, ranks[0].story()
+    assert codes == {code}, ranks[0].transcript()
 
 
 def test_an_uncaught_exception_is_no_success(job):
     ranks = started(job, "raises")
     ranks[0].signal()
-    assert all(rank.outlast(25) != 0 for rank in ranks), ranks[0].story()
+    assert all(rank.outlast(25) != 0 for rank in ranks), ranks[0].transcript()
 
 
 def test_a_failed_callback_is_known_to_every_rank(job):
@@ -172,7 +172,7 @@ def test_a_failed_callback_is_known_to_every_rank(job):
     for rank, path in zip(ranks, log):
         rank.outlast(25)
         why = "rank 1: on_teardown callback failed: OSError: disk full"
-        assert f"done: partial ({why}" in rank.stderr, rank.story()
+        assert f"done: partial ({why}" in rank.stderr, rank.transcript()
         assert why in path.read_text().splitlines()[0]
         assert rank.report()["outcome"] == "partial"
 
@@ -198,7 +198,7 @@ def test_a_long_callback_is_clean(job):
     ranks[0].signal()
     for rank in ranks:
         rank.outlast(45)
-        assert rank.report()["outcome"] == "clean", rank.story()
+        assert rank.report()["outcome"] == "clean", rank.transcript()
     assert_saved_together(job, *ranks)
 
 
@@ -228,7 +228,9 @@ def test_no_thread_can_be_started(job, style, how, spare):
     ranks[0].signal()
     codes = [rank.outlast(25) for rank in ranks]
     pid_limit.remove_cgroups(rank.pid for rank in ranks)
-    assert codes == ([0, 143] if style == "callback" else [0, 0]), "\n".join(rank.story() for rank in ranks)
+    assert codes == ([0, 143] if style == "callback" else [0, 0]), "\n".join(
+        rank.transcript() for rank in ranks
+    )
     assert_saved_together(job, *ranks)
 
 
@@ -255,7 +257,7 @@ def test_a_framework_that_cannot_be_hooked_is_no_clean_stop(job):
     rank.wait_for("^ready$")
     assert "saves nothing: accelerate.accelerator cannot be hooked" in rank.stderr
     rank.evict()
-    assert rank.report()["outcome"] == "partial", rank.story()
+    assert rank.report()["outcome"] == "partial", rank.transcript()
     assert "accelerate.accelerator cannot be hooked" in rank.report()["why"]
 
 
@@ -301,7 +303,7 @@ def test_no_file_can_be_opened(job, style):
         rank.wait_for("^iteration 10$")
     ranks[0].signal()
     codes = [rank.outlast(25) for rank in ranks]
-    assert codes == ([0, 143] if style == "callback" else [0, 0]), ranks[0].story()
+    assert codes == ([0, 143] if style == "callback" else [0, 0]), ranks[0].transcript()
     assert_saved_together(job, *ranks)
 
 
@@ -333,7 +335,7 @@ def test_nothing_can_be_written(job, style, how):
         rank.wait_for("^iteration 10$")
     ranks[0].signal()
     codes = [rank.outlast(25) for rank in ranks]
-    assert codes == ([0, 143] if style == "callback" else [0, 0]), ranks[0].story()
+    assert codes == ([0, 143] if style == "callback" else [0, 0]), ranks[0].transcript()
     assert_saved_together(job, *ranks)
     assert list(job.reports.iterdir()) == []
-    assert "not written" in ranks[0].stderr, ranks[0].story()
+    assert "not written" in ranks[0].stderr, ranks[0].transcript()

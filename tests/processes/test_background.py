@@ -14,12 +14,12 @@ def evicted(job, what, style, victim, *more):
     ranks[victim].signal()
     codes = [rank.outlast(GRACE) for rank in ranks]
 
-    def story():
-        return "\n".join(rank.story() for rank in ranks)
+    def transcript():
+        return "\n".join(rank.transcript() for rank in ranks)
 
     own = 0 if style in ("flag", "poll") else 143
-    assert codes == [0 if index == victim else own for index in range(2)], story()
-    judge(job, ranks, what, style, story, uneven="--uneven" in more)
+    assert codes == [0 if index == victim else own for index in range(2)], transcript()
+    judge(job, ranks, what, style, transcript, uneven="--uneven" in more)
 
 
 @pytest.mark.parametrize("style", STYLES)

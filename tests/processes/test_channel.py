@@ -650,7 +650,7 @@ def test_a_hub_without_descriptors(talk):
         if not refused.ask("state")[0]:
             break
         connected.append(refused)
-    assert 1 <= len(connected) <= 3, [rank.story() for rank in ranks]
+    assert 1 <= len(connected) <= 3, [rank.transcript() for rank in ranks]
     ranks[0].expect("heard", "note", why)
     connected[0].ask("close", answer="closed")
     refused.expect("heard", "up")

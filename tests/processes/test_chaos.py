@@ -131,9 +131,9 @@ class Chaos(Eviction):
         ):  # a rank that is lost or out of reach keeps the others from their iteration
             allowed = {OWN_CODE} if self.event not in ("killed", "frozen") else {OWN_CODE, 0, 143, 1}
         if code == -signal.SIGKILL:
-            self.wrong.append(f"SIGKILL needed: {rank.story()}")
+            self.wrong.append(f"SIGKILL needed: {rank.transcript()}")
         elif code not in allowed:
-            self.wrong.append(f"exit code {code}, not {allowed}: {rank.story()}")
+            self.wrong.append(f"exit code {code}, not {allowed}: {rank.transcript()}")
 
     def _read_trails(self, ranks):
         """Nothing ran on after the stop, and where all say that it was clean, all stopped after the same iteration."""
@@ -144,14 +144,14 @@ class Chaos(Eviction):
                 continue
             before, _, after = path.read_text().partition("stopped\n")
             if after:
-                self.wrong.append(f"ran on: {after.split()} {rank.story()}")
+                self.wrong.append(f"ran on: {after.split()} {rank.transcript()}")
             lines = [line for line in before.splitlines() if line.startswith(("step", "own"))]
             last[number] = lines[-1] if lines else ""
             outcome = rank.report()["outcome"] if self._has_report(rank) else None
             self.outcomes[outcome] += 1
             clean = clean and outcome in ("clean", None)
         if self.activity not in UNSTEADY and clean and len(set(last.values())) > 1:
-            self.wrong.append(f"different iterations: {last} " + "".join(rank.story() for rank in ranks))
+            self.wrong.append(f"different iterations: {last} " + "".join(rank.transcript() for rank in ranks))
 
     @staticmethod
     def _has_report(rank):

@@ -47,11 +47,11 @@ def test_a_save_in_progress_is_waited_for(job, how, stop_at):
     )
     ranks[0].wait_for("saving")
     ranks[0].signal()
-    assert ranks[0].outlast(12) == 0, ranks[0].story()
+    assert ranks[0].outlast(12) == 0, ranks[0].transcript()
     assert whole(job) == 1
     # Where it stops is the program's iteration only if it is asked for.
     expected = "clean" if stop_at == "step" else "partial"
-    assert ranks[0].report()["outcome"] == expected, ranks[0].story()
+    assert ranks[0].report()["outcome"] == expected, ranks[0].transcript()
 
 
 @pytest.mark.parametrize("how", ["thread", "async"])
@@ -59,8 +59,8 @@ def test_a_save_on_another_thread_is_waited_for(job, how):
     """The same for a save that goes on beside the training: the process does not leave under it."""
     (rank,) = job.world("checkpoint.py", 1, how, 1.8, AUTOTEARDOWN_GRACE=12)
     rank.wait_for("saving")
-    assert rank.evict(12) == 0, rank.story()
-    assert whole(job) == 1, rank.story()
+    assert rank.evict(12) == 0, rank.transcript()
+    assert whole(job) == 1, rank.transcript()
 
 
 @needs_torch(2, 7, "it cannot save in another process")
@@ -75,11 +75,11 @@ def test_a_save_in_another_process_is_waited_for(job, everybody):
     for rank in ranks:
         rank.signalled = time.monotonic()
         codes.append(rank.outlast(20))
-    assert codes == ([0, 0] if everybody else [0, 143]), ranks[0].story()
-    assert whole(job) == 1, ranks[0].story()
+    assert codes == ([0, 0] if everybody else [0, 143]), ranks[0].transcript()
+    assert whole(job) == 1, ranks[0].transcript()
     wait_until(lambda: not job.survivors(), "the end of DCP's processes")
     outcomes = [json.loads(path.read_text())["outcome"] for path in job.reports.glob("*Z.json")]
-    assert outcomes == ["clean"] * 4, ranks[0].story()
+    assert outcomes == ["clean"] * 4, ranks[0].transcript()
 
 
 def test_control_a_save_in_progress(job):
@@ -96,7 +96,7 @@ def test_a_save_longer_than_the_time_left(job, how):
     """`while time is left`: a save that does not end does not keep the rank beyond its grace period."""
     (rank,) = job.world("checkpoint.py", 1, how, 3600, AUTOTEARDOWN_EXIT_CODE="signal")
     rank.wait_for("saving")
-    assert rank.evict() == 128 + SIGTERM, rank.story()
+    assert rank.evict() == 128 + SIGTERM, rank.transcript()
     assert "take_time" in str(rank.report()["stuck"])
 
 
@@ -105,9 +105,9 @@ def test_a_peer_in_a_save(job):
     ranks = job.world("checkpoint.py", 2, "path", 1.0, AUTOTEARDOWN_GRACE=12)
     ranks[0].wait_for("saving")
     ranks[1].signal()
-    assert ranks[1].outlast(12) == 0, ranks[1].story()
+    assert ranks[1].outlast(12) == 0, ranks[1].transcript()
     ranks[0].signalled = ranks[1].signalled
-    assert ranks[0].outlast(12) == 143, ranks[0].story()
+    assert ranks[0].outlast(12) == 143, ranks[0].transcript()
     assert whole(job) == 1
 
 
@@ -115,7 +115,7 @@ def test_protect_leaves_at_the_end_of_the_block(job):
     """`protect()` holds the stop off, not the notice: the thread parks soon after the block."""
     (rank,) = job.world("checkpoint.py", 1, "protect", 0.5, AUTOTEARDOWN_STOP_AT="now")
     rank.wait_for("saving")
-    assert rank.evict() == 0, rank.story()
+    assert rank.evict() == 0, rank.transcript()
     assert "step 5" not in rank.stdout
     assert rank.report()["outcome"] == "partial"  # not at the end of an iteration
 
@@ -141,7 +141,7 @@ def test_saves_are_the_programs_own(job):
         """,
         "armed",
     )
-    assert rank.wait() == 0, rank.story()
+    assert rank.wait() == 0, rank.transcript()
     assert rank.stdout.splitlines() == ["save raised", "block raised", "None"]
 
 
@@ -155,7 +155,7 @@ def evict_at_random(job, seed):
     victim.signal()
     for rank in ranks:
         rank.signalled = victim.signalled
-        assert rank.outlast() == (0 if rank is victim else 143), rank.story()
+        assert rank.outlast() == (0 if rank is victim else 143), rank.transcript()
     assert whole(job) == 4, "a file for each of the last four steps"
 
 
@@ -227,8 +227,8 @@ def test_a_checkpoint_is_waited_for(job, how, who):
     ranks[who].signal()
     for rank in ranks:
         rank.signalled = ranks[who].signalled
-        assert rank.outlast(16) == (0 if rank is ranks[who] else 143), rank.story()
-    assert files(job) == WHOLE[how], ranks[0].story()
+        assert rank.outlast(16) == (0 if rank is ranks[who] else 143), rank.transcript()
+    assert files(job) == WHOLE[how], ranks[0].transcript()
 
 
 @pytest.mark.parametrize("how", ["rename", "five"])
@@ -243,8 +243,8 @@ def test_between_two_files_of_a_checkpoint(job, how):
         AUTOTEARDOWN_STOP_AT="now",
     )
     rank.wait_for("saving")
-    assert rank.evict(16) == 0, rank.story()
-    assert files(job) == WHOLE[how], rank.story()
+    assert rank.evict(16) == 0, rank.transcript()
+    assert files(job) == WHOLE[how], rank.transcript()
 
 
 def test_a_slow_disk(job):
@@ -254,7 +254,7 @@ def test_a_slow_disk(job):
     ranks[1].signal()
     for rank in ranks:
         rank.signalled = ranks[1].signalled
-        assert rank.outlast(25) == (0 if rank is ranks[1] else 143), rank.story()
+        assert rank.outlast(25) == (0 if rank is ranks[1] else 143), rank.transcript()
     assert files(job) == ["file"]
 
 
@@ -265,7 +265,7 @@ def test_a_disk_that_is_too_slow(job):
     ranks[0].signal()
     for rank in ranks:
         rank.signalled = ranks[0].signalled
-        assert rank.outlast(8) != -signal.SIGKILL, rank.story()
+        assert rank.outlast(8) != -signal.SIGKILL, rank.transcript()
     assert files(job) == ["x.tmp"]
 
 

@@ -29,11 +29,11 @@ def test_a_child_dies_as_without_us(job, kind):
         rank.wait_for("^group")
         seen.append(anonymous(rank))
         assert not alive(child)
-        assert rank.running, rank.story()
+        assert rank.running, rank.transcript()
         if mode == AGENT:
             # The parent is as well guarded as before; its own teardown is not confused by the child's death.
-            assert rank.evict() == 0, rank.story()
-            assert rank.report()["outcome"] == "clean", rank.story()
+            assert rank.evict() == 0, rank.transcript()
+            assert rank.report()["outcome"] == "clean", rank.transcript()
     assert seen[0] == seen[1]
     assert "it ended with -N" in seen[0]
 
@@ -44,7 +44,7 @@ def test_a_child_reports_nothing(job, kind):
     rank = job.start("family.py", kind)
     rank.wait_for("child up")
     child = int(rank.wait_for(r"^child (\d+)$")[1])
-    assert rank.evict() == 0, rank.story()
+    assert rank.evict() == 0, rank.transcript()
     assert [path.name.split("-")[-2] for path in job.reports.iterdir()] == [str(rank.pid)]
     assert len([line for line in rank.stderr.splitlines() if " done: " in line]) == 1
     assert alive(child)
@@ -61,11 +61,11 @@ def test_dataloader_worker_killed_alone(job, context):
         os.kill(worker, SIGTERM)
         wait_until(lambda: not alive(worker), "the worker's end")  # noqa: B023
         assert time.monotonic() - sent < 3  # 1 s, and room for a busy machine
-        assert rank.wait() == 1, rank.story()
-        assert not list(job.reports.iterdir()), rank.story()
+        assert rank.wait() == 1, rank.transcript()
+        assert not list(job.reports.iterdir()), rank.transcript()
         # torch raises the one or the other, whichever it notices first.
         died = r"DataLoader worker .* (killed by signal: Terminated|exited unexpectedly)|ConnectionResetError|EOFError"
-        assert re.search(died, rank.stderr), rank.story()
+        assert re.search(died, rank.stderr), rank.transcript()
 
 
 @pytest.mark.parametrize("context", ["fork", "spawn"])
@@ -80,9 +80,9 @@ def test_whole_process_group_signalled(job, context):
         rank.signalled = time.monotonic()
         os.killpg(rank.pid, SIGTERM)
     for rank in ranks:
-        assert rank.outlast() == 0, rank.story()
-        assert rank.report()["outcome"] == "clean", rank.story()
-        assert rank.noise == [], rank.story()  # no "DataLoader worker is killed" traceback
+        assert rank.outlast() == 0, rank.transcript()
+        assert rank.report()["outcome"] == "clean", rank.transcript()
+        assert rank.noise == [], rank.transcript()  # no "DataLoader worker is killed" traceback
     stopped = {rank.report()["steps"]["stopped_at"] for rank in ranks}
     assert len(stopped) == 1
     wait_until(lambda: not any(map(alive, workers)), "the workers' end", 10)  # their own watchdog's 5 s
@@ -104,7 +104,7 @@ def test_control_whole_process_group_signalled(job):
     )
     rank.wait_for("^step 3$")
     os.killpg(rank.pid, SIGTERM)
-    assert rank.wait() == 1, rank.story()
+    assert rank.wait() == 1, rank.transcript()
     assert "dataloader.py" in rank.stderr
 
 
@@ -160,9 +160,9 @@ def test_a_forked_child_that_inits_is_a_rank(job):
     )
     child = int(parent.wait_for(r"^child (\d+)$")[1])
     os.kill(child, SIGTERM)
-    assert parent.wait_for(r"^it ended with (-?\d+)$")[1] == "77", parent.story()
+    assert parent.wait_for(r"^it ended with (-?\d+)$")[1] == "77", parent.transcript()
     assert list(job.reports.glob(f"*-{child}-*.json"))
-    assert parent.evict() == 77, parent.story()
+    assert parent.evict() == 77, parent.transcript()
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
@@ -193,7 +193,7 @@ def test_ranks_started_by_multiprocessing(job, method):
     parent.wait_for(r"^rank 1 pid")
     os.kill(first, SIGTERM)
     parent.wait_for(r"^codes \[0, 143\]$")
-    assert parent.wait() == 0, parent.story()
+    assert parent.wait() == 0, parent.transcript()
     assert sorted(job.all_reports()) == [0, 1]
 
 
@@ -216,7 +216,7 @@ def test_many_forks_while_evicted(job):
         """
     )
     rank.wait_for("ready")
-    assert rank.evict() == 0, rank.story()
+    assert rank.evict() == 0, rank.transcript()
     assert len(list(job.reports.iterdir())) == 1
 
 
@@ -227,7 +227,7 @@ def test_signal_to_the_group_of_a_rank_with_children(job):
     child = int(rank.wait_for(r"^child (\d+)$")[1])
     rank.signalled = time.monotonic()
     os.killpg(rank.pid, SIGTERM)
-    assert rank.outlast(GRACE) == 0, rank.story()
+    assert rank.outlast(GRACE) == 0, rank.transcript()
     wait_until(lambda: not alive(child), "the child's end")
     assert rank.report()["outcome"] == "clean"
 
@@ -243,7 +243,7 @@ def test_a_helper_is_no_writer(job, kind):
     ranks[0].signal()
     for rank in ranks:
         rank.signalled = ranks[0].signalled
-        assert rank.outlast(16) == (0 if rank is ranks[0] else 143), rank.story()
+        assert rank.outlast(16) == (0 if rank is ranks[0] else 143), rank.transcript()
         report = rank.report()
-        assert report["outcome"] == "clean", rank.story()
+        assert report["outcome"] == "clean", rank.transcript()
         assert [phase["outcome"] for phase in report["phases"] if phase["name"] == "park"] == ["ok"]

@@ -46,23 +46,23 @@ def test_trainers_are_evicted_and_engines_are_not_told(start):
     trainers, (engine,) = start()
     assert status(trainers[0])["alone"] == ""
     trainers[0].evict(25)
-    assert [rank.outlast(25) for rank in trainers] == [0, 143], trainers[0].story()
+    assert [rank.outlast(25) for rank in trainers] == [0, 143], trainers[0].transcript()
     first, second = (rank.report() for rank in trainers)
     assert (first["cause"], second["cause"]) == ("signal", "peer")
-    assert (first["outcome"], second["outcome"]) == ("clean", "clean"), trainers[0].story()
+    assert (first["outcome"], second["outcome"]) == ("clean", "clean"), trainers[0].transcript()
     assert first["steps"]["stopped_at"] == second["steps"]["stopped_at"]
     assert (first["rank"], first["world_size"]) == (0, 2)
     assert trainers[0].phase("destroy")["outcome"] == "ok"
     assert engine.running
-    assert engine.said == []
+    assert engine.log_lines == []
 
 
 def test_a_release_that_waits_for_the_engines(start):
     """It costs a second, and neither the default group's release nor the outcome."""
     trainers, (engine,) = start(trainers="hangs")
     trainers[0].evict(25)
-    assert [rank.outlast(25) for rank in trainers] == [0, 143], trainers[0].story()
-    assert [rank.report()["outcome"] for rank in trainers] == ["clean", "clean"], trainers[0].story()
+    assert [rank.outlast(25) for rank in trainers] == [0, 143], trainers[0].transcript()
+    assert [rank.report()["outcome"] for rank in trainers] == ["clean", "clean"], trainers[0].transcript()
     destroy = trainers[0].phase("destroy")
     assert destroy["outcome"] == "ok"
     assert destroy["end"] - destroy["start"] > 0.9
@@ -75,7 +75,7 @@ def test_a_process_that_has_only_such_a_group(start):
     found = status(engine)
     assert (found["state"], found["rank"], found["world_size"], found["backend"]) == ("armed", 1, 2, "gloo")
     assert (found["connected"], found["alone"]) == (False, ALONE)
-    assert engine.evict(25) == 0, engine.story()
+    assert engine.evict(25) == 0, engine.transcript()
     report = engine.report()
     assert (report["cause"], report["outcome"], report["rank"], report["world_size"]) == (
         "signal",
@@ -83,10 +83,10 @@ def test_a_process_that_has_only_such_a_group(start):
         1,
         2,
     )
-    assert engine.phase("destroy")["outcome"] == "ok", engine.story()
-    assert f"peers are not told: {ALONE}" in engine.said
+    assert engine.phase("destroy")["outcome"] == "ok", engine.transcript()
+    assert f"peers are not told: {ALONE}" in engine.log_lines
     assert engine.seconds < 8
-    assert all(rank.running and rank.said == [] for rank in trainers)
+    assert all(rank.running and rank.log_lines == [] for rank in trainers)
 
 
 @pytest.mark.parametrize("mode", ["agent", HANDWRITTEN])
@@ -97,7 +97,7 @@ def test_an_engine_that_waits_for_weights(start, mode):
     if mode == HANDWRITTEN:
         assert engine.evict(SHORT) == -signal.SIGKILL
         return
-    assert engine.evict(25) == 0, engine.story()
+    assert engine.evict(25) == 0, engine.transcript()
     assert engine.report()["outcome"] == "aborted"
     assert other.running
 
@@ -106,7 +106,7 @@ def test_a_trainer_that_waits_in_such_a_group(start):
     """Its peers of the default group are told, as from any other wedge."""
     trainers, (engine,) = start(trainers="blocked")
     trainers[0].wait_blocked("^ready$")
-    assert trainers[0].evict(25) == 0, trainers[0].story()
+    assert trainers[0].evict(25) == 0, trainers[0].transcript()
     assert trainers[1].outlast(25) == 143
     assert (trainers[0].report()["cause"], trainers[1].report()["cause"]) == ("signal", "peer")
     assert engine.running
@@ -198,14 +198,14 @@ def test_the_life_of_such_groups(job):
     before = found["before"][0]
     assert before["state"] == "idle" and not before["listed"]
     for after in found["after"]:
-        assert after == before, rank.story()
+        assert after == before, rank.transcript()
     for every, comparable in found["numbers"]:
         assert "third" in every
         assert "third" not in comparable
         assert len(comparable) == 1
-    assert rank.said == [], rank.story()
+    assert rank.log_lines == [], rank.transcript()
     rank.signal()
-    assert rank.wait() == -signal.SIGTERM, rank.story()
+    assert rank.wait() == -signal.SIGTERM, rank.transcript()
     assert not alive(rank.pid)
 
 
@@ -227,7 +227,7 @@ def test_of_two_members_without_a_default_group(job):
     ranks = [job.start(program, port, rank, AUTOTEARDOWN_GRACE=25, fresh=True) for rank in range(2)]
     ranks[0].wait_blocked("^ready$")
     ranks[1].wait_for("^ready$")
-    assert ranks[1].evict(25) == 0, ranks[1].story()
+    assert ranks[1].evict(25) == 0, ranks[1].transcript()
     ranks[0].wait_for("^error")
-    assert ranks[0].said == []
-    assert ranks[0].evict(25) == 0, ranks[0].story()
+    assert ranks[0].log_lines == []
+    assert ranks[0].evict(25) == 0, ranks[0].transcript()

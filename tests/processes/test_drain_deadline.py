@@ -33,7 +33,7 @@ def test_an_application_with_a_handler_of_its_own(job, killed_after):
         assert told.outcome == "running"
         rank.wait_for("SIGTERM: the application ends by itself, and has 33s", stream="stderr")
         return
-    assert (told.outcome, told.exit_code) == ("clean", 0), rank.story()
+    assert (told.outcome, told.exit_code) == ("clean", 0), rank.transcript()
     assert rank.wait() == 0
     report = rank.report()
     assert 8 < report["grace"] < 9.6

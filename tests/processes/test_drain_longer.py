@@ -60,7 +60,7 @@ def test_an_application_with_a_handler_of_its_own(job, again):
     rank.signal(signal.SIGTERM)
     assert rank.wait() == 0
     assert rank.seconds < 20
-    assert any(line.startswith("hard deadline moved forward to ") for line in rank.said)
+    assert any(line.startswith("hard deadline moved forward to ") for line in rank.log_lines)
     assert rank.phase("yield")["outcome"] == "timeout"
     assert rank.report()["grace"] < 20
 
@@ -73,7 +73,9 @@ def test_peers_have_as_much_time(job):
     begin(job, 60, drain.Selection(pids=[ranks[1].pid]))
     assert [rank.wait() for rank in ranks] == [143, 0]
     reports = [rank.report() for rank in ranks]
-    assert [report["outcome"] for report in reports] == ["clean", "clean"], [rank.story() for rank in ranks]
+    assert [report["outcome"] for report in reports] == ["clean", "clean"], [
+        rank.transcript() for rank in ranks
+    ]
     assert len({report["steps"]["stopped_at"] for report in reports}) == 1
     for rank, report in zip(ranks, reports):
         assert "saved" in rank.stdout
@@ -100,9 +102,9 @@ def test_two_drains_at_once(job):
         drain.registry.own_name = lambda: own().replace(".json", f".json{next(names)}")
         begin(job, 60), begin(job, 60)
         rank.wait_for("^its handler$")
-        wait_until(lambda: rank.said, "its first line")
+        wait_until(lambda: rank.log_lines, "its first line")
     finally:
         drain.registry.DrainMarker.announce = real
         drain.registry.own_name = own
-    assert "has 53." in rank.said[0]
-    assert not any("moved forward" in line for line in rank.said)
+    assert "has 53." in rank.log_lines[0]
+    assert not any("moved forward" in line for line in rank.log_lines)

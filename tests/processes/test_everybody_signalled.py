@@ -54,9 +54,9 @@ def test_all_ranks_save_after_the_same_iteration(job, style, kind):
         ranks[0].wait_for("^writing$")
     signal_everybody(job, times=2)
     for rank in ranks:
-        assert rank.outlast(25) == 0, rank.story()
-        assert rank.report()["outcome"] == "clean", rank.story()
-        assert rank.noise == [], rank.story()
+        assert rank.outlast(25) == 0, rank.transcript()
+        assert rank.report()["outcome"] == "clean", rank.transcript()
+        assert rank.noise == [], rank.transcript()
     saved = {path.name: path.read_text().split() for path in (job.folder / "saved").iterdir()}
     if kind == "writer":
         assert saved.pop("whole") == ["0"] * 20, saved
@@ -115,7 +115,7 @@ def test_a_child_that_its_rank_terminates_ends(job, method, how, code):
         child = rank.wait_for(r"^child up (\d+) (\w+)$")
         time.sleep(0.3 if how == "stuck" else 0)  # so that it is
         go.touch()
-        assert rank.wait() == 0, rank.story()
+        assert rank.wait() == 0, rank.transcript()
         seen.append((child[2], rank.wait_for(r"^it ended with (-?\d+)$")[1]))
     assert seen[0] == (seen[1][0], str(code))
     assert seen[1] == (seen[1][0], str(-15 if how == "stuck" else code))
@@ -144,7 +144,7 @@ def test_everybody_is_killed_with_the_rank(job, how):
     else:
         rank.wait_for("^kept$")
         time.sleep(1)
-        assert alive(child), rank.story()
+        assert alive(child), rank.transcript()
         rank.signal(signal.SIGKILL)
         rank.wait()
     if how == "stuck":
@@ -198,7 +198,7 @@ def test_os_kill_cannot_be_told_from_the_original(job):
         """
     )
     rank.wait_for("^same$")
-    assert rank.wait() == 0, rank.story()
+    assert rank.wait() == 0, rank.transcript()
 
 
 def test_workers_stay_in_the_process_group_of_their_rank(job):
@@ -209,5 +209,5 @@ def test_workers_stay_in_the_process_group_of_their_rank(job):
     assert {os.getpgid(worker) for worker in workers} == {os.getpgid(rank.pid)}
     rank.signalled = time.monotonic()
     os.killpg(rank.pid, SIGTERM)
-    assert rank.outlast() == 0, rank.story()
-    assert rank.noise == [] and rank.report()["outcome"] == "clean", rank.story()
+    assert rank.outlast() == 0, rank.transcript()
+    assert rank.noise == [] and rank.report()["outcome"] == "clean", rank.transcript()

@@ -22,7 +22,7 @@ def test_two_ranks_in_mid_training(job):
     for rank in ranks:
         rank.signal()
     for rank in ranks:
-        assert rank.outlast() == 0, rank.story()
+        assert rank.outlast() == 0, rank.transcript()
         report = rank.report()
         assert report["outcome"] == "clean"
         assert rank.phase("destroy")["outcome"] == "ok", report
@@ -37,7 +37,7 @@ def test_two_ranks_without_peers(job):
         rank.wait_for("step 3$")
     for rank in ranks:
         rank.signal()
-    assert [rank.outlast() for rank in ranks] == [0, 0], ranks[0].story() + ranks[1].story()
+    assert [rank.outlast() for rank in ranks] == [0, 0], ranks[0].transcript() + ranks[1].transcript()
     for rank in ranks:
         assert rank.report()["cause"] == "signal"
 
@@ -51,16 +51,16 @@ def test_blocked_in_a_collective(job, mode):
     stuck.wait_blocked("ready")
     code = stuck.evict(grace)
     if mode == HANDWRITTEN:
-        assert code == -signal.SIGKILL, stuck.story()
+        assert code == -signal.SIGKILL, stuck.transcript()
         return
-    assert code == 0, stuck.story()
+    assert code == 0, stuck.transcript()
     report = stuck.report()
     assert report["outcome"] == "aborted"
     assert stuck.phase("park")["outcome"] == "timeout"
     # "within drain + destroy time-outs": 5 s each of the default 25, scaled down with the grace period.
     assert stuck.phase("exit")["start"] < 10 / 24 * (GRACE - 1) + 1, report
     assert "all_reduce" in str(report["stuck"])
-    assert peer.running, peer.story()
+    assert peer.running, peer.transcript()
 
 
 @pytest.mark.parametrize("mode", [AGENT, HANDWRITTEN])
@@ -74,10 +74,10 @@ def test_waiting_for_a_peer_in_init(job, mode, missing):
     rank.wait_blocked("joining")
     code = rank.evict(grace)
     if mode == HANDWRITTEN:
-        assert code == -signal.SIGKILL, rank.story()
+        assert code == -signal.SIGKILL, rank.transcript()
         return
-    assert code == 0, rank.story()
-    assert rank.seconds < 3, rank.story()  # 1 s, and room for a busy machine
+    assert code == 0, rank.transcript()
+    assert rank.seconds < 3, rank.transcript()  # 1 s, and room for a busy machine
 
 
 def test_half_built_world(job):
@@ -97,7 +97,7 @@ def test_half_built_world(job):
         **ALONE,
     )
     first.wait_blocked("ready")
-    assert first.evict() == 0, first.story()
+    assert first.evict() == 0, first.transcript()
 
 
 STATES = {
@@ -129,7 +129,7 @@ def test_states_of_the_main_thread(job, state):
         "print('ready', flush=True)\n" + STATES[state] + "\n"
     )
     rank.wait_for("ready")
-    assert rank.evict() == 0, rank.story()
+    assert rank.evict() == 0, rank.transcript()
     assert rank.report()["exit_code"] == 0
 
 
@@ -152,7 +152,7 @@ def test_no_rank_dies_as_without_us(job, where):
         where,
     )
     rank.wait_for("ready")
-    assert rank.evict() == -SIGTERM, rank.story()
+    assert rank.evict() == -SIGTERM, rank.transcript()
     assert rank.stderr == ""
     assert not list(job.reports.iterdir())
 
@@ -172,7 +172,7 @@ def test_every_later_init_arms_again(job):
         """
     )
     rank.wait_for("ready")
-    assert rank.evict() == 0, rank.story()
+    assert rank.evict() == 0, rank.transcript()
     assert rank.phase("destroy")["outcome"] == "ok"
 
 
@@ -182,7 +182,7 @@ def test_exit_code(job, code, expected, path):
     """Exit codes are alike on the clean and on the aborted path, and `signal` means 128 + signal number."""
     rank, *_ = job.world("train.py" if path == "clean" else "stuck.py", AUTOTEARDOWN_EXIT_CODE=code, **ALONE)
     rank.wait_for("step 2$") if path == "clean" else rank.wait_blocked("ready")
-    assert rank.evict() == expected, rank.story()
+    assert rank.evict() == expected, rank.transcript()
     assert rank.report()["exit_code"] == expected
 
 
@@ -190,7 +190,7 @@ def test_no_room_for_the_yield(job):
     """A platform with next to no grace period: the time-outs are scaled down, the hard deadline holds."""
     rank, _ = job.world("stuck.py", AUTOTEARDOWN_GRACE=3, **ALONE)
     rank.wait_blocked("ready")
-    assert rank.evict(3) == 0, rank.story()
+    assert rank.evict(3) == 0, rank.transcript()
 
 
 @pytest.mark.parametrize("signum", [signal.SIGUSR2, signal.SIGTERM])
@@ -210,7 +210,7 @@ def test_signals_setting(job, signum):
     )
     rank.wait_for("ready")
     code = rank.evict(signum=signum)
-    assert code == (-signum if signum == SIGTERM else 128 + signum), rank.story()
+    assert code == (-signum if signum == SIGTERM else 128 + signum), rank.transcript()
 
 
 def test_second_signal_does_not_cut_the_teardown_short(job):
@@ -218,10 +218,10 @@ def test_second_signal_does_not_cut_the_teardown_short(job):
     rank, _ = job.world("stuck.py", **ALONE)
     rank.wait_blocked("ready")
     rank.signal()
-    wait_until(lambda: rank.said, "the teardown to begin")
+    wait_until(lambda: rank.log_lines, "the teardown to begin")
     rank.signal()
     rank.signal(signal.SIGCHLD)
-    assert rank.outlast() == 0, rank.story()
+    assert rank.outlast() == 0, rank.transcript()
     assert rank.report()["outcome"] == "aborted"
 
 
@@ -235,7 +235,7 @@ def test_signal_storm(job, program):
         with contextlib.suppress(ProcessLookupError):
             os.kill(rank.pid, SIGTERM)
         time.sleep(1 / 200)
-    assert rank.outlast() == 0, rank.story()
+    assert rank.outlast() == 0, rank.transcript()
     assert rank.report()["cause"] == "signal"
 
 
@@ -253,7 +253,7 @@ def test_eviction_during_interpreter_exit(job):
         """
     )
     rank.wait_for("leaving")
-    assert rank.evict() == 0, rank.story()
+    assert rank.evict() == 0, rank.transcript()
 
 
 @pytest.mark.parametrize("how", ["atexit", "finally", "thread"])
@@ -280,7 +280,7 @@ def test_exit_that_hangs(job, how):
         **ALONE,
     )
     rank.wait_for("ready")
-    assert rank.evict() == 0, rank.story()
+    assert rank.evict() == 0, rank.transcript()
 
 
 def test_finally_and_atexit_run(job):
@@ -300,8 +300,8 @@ def test_finally_and_atexit_run(job):
         """
     )
     rank.wait_for("ready")
-    assert rank.evict() == 0, rank.story()
-    assert rank.stdout.splitlines()[1:] == ["finally ran False", "atexit ran"], rank.story()
+    assert rank.evict() == 0, rank.transcript()
+    assert rank.stdout.splitlines()[1:] == ["finally ran False", "atexit ran"], rank.transcript()
 
 
 def test_pid_1(job):
@@ -321,7 +321,7 @@ def test_pid_1(job):
         rank.signalled = time.monotonic()
         os.kill(rank.inside, SIGTERM)
     fail_open, plain = ranks
-    assert fail_open.outlast() == 0, fail_open.story()
+    assert fail_open.outlast() == 0, fail_open.transcript()
     assert alive(plain.inside), (
         "the control is to survive: SIGTERM means nothing to a PID 1 without a handler"
     )
@@ -360,7 +360,7 @@ def test_real_time_signals(job, setting, signum, name):
     options = {"AUTOTEARDOWN_SIGNALS": setting, "AUTOTEARDOWN_EXIT_CODE": "signal"}
     (rank,) = job.world("train.py", 1, fresh=True, **options)
     rank.wait_for("step 3$")
-    assert rank.evict(signum=signum) == 128 + signum, rank.story()
+    assert rank.evict(signum=signum) == 128 + signum, rank.transcript()
     report = rank.report()
-    assert report["outcome"] == "clean", rank.story()
+    assert report["outcome"] == "clean", rank.transcript()
     assert report["signal"] == (name or f"SIGRTMIN+{signum - signal.SIGRTMIN}")

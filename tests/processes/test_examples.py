@@ -28,13 +28,13 @@ def evict_and_resume(job, example, output, option, codes, **environment):
     before[1].signal()
     for rank, code in zip(before, codes):
         rank.signalled = before[1].signalled
-        assert rank.outlast(25) == code, rank.story()
+        assert rank.outlast(25) == code, rank.transcript()
     stopped = max(step for _, step in losses(before))
     enough = str(stopped + 10)
     after = job.world(example, 2, option, output, "--steps", enough, **options)
     control = job.world(example, 2, option, str(output) + "-control", "--steps", enough, **options)
     for rank in after + control:
-        assert rank.wait() == 0, rank.story()
+        assert rank.wait() == 0, rank.transcript()
     first = min(step for _, step in losses(after))
     assert first == stopped + 1, "no step is lost, and none is done twice"
     together, whole = {**losses(before), **losses(after)}, losses(control)

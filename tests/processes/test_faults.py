@@ -35,7 +35,7 @@ def test_something_never_returns(job, role, faults, hung, exit_code, expected):
     """A destroy, a drain, an abort that never returns: right exit code, inside the grace period."""
     (rank,) = job.world("faulty.py", 1, role, FAULTS=faults, AUTOTEARDOWN_EXIT_CODE=exit_code)
     rank.wait_blocked("ready") if role == "stuck" else rank.wait_for("ready|step 2")
-    assert rank.evict() == expected, rank.story()
+    assert rank.evict() == expected, rank.transcript()
     assert rank.phase(hung)["outcome"] == "timeout", rank.report()
     report = rank.report()
     assert report["outcome"] in ("aborted", "forced")
@@ -48,7 +48,7 @@ def test_control_something_never_returns(job, role, faults):
     """The hand-written handler in the same places is SIGKILLed."""
     (rank,) = job.world("faulty.py", 1, role, mode=HANDWRITTEN, FAULTS=faults)
     rank.wait_blocked("ready") if role == "stuck" else rank.wait_for("step 2")
-    assert rank.evict(SHORT) == -signal.SIGKILL, rank.story()
+    assert rank.evict(SHORT) == -signal.SIGKILL, rank.transcript()
 
 
 def test_a_driver_that_hangs(job):
@@ -66,9 +66,9 @@ def test_a_driver_that_hangs(job):
         1,
     )
     rank.wait_for("ready")
-    assert rank.evict() == 0, rank.story()
+    assert rank.evict() == 0, rank.transcript()
     assert (rank.report()["outcome"], rank.report()["exit_code"]) == ("forced", 0)
-    assert rank.said[-2:] == [
+    assert rank.log_lines[-2:] == [
         "hard deadline: ending the process",
         f"done: forced ({rank.report()['why']}), exit 0",
     ]
@@ -82,7 +82,7 @@ def test_destroy_that_holds_the_gil(job):
     """
     (rank,) = job.world("faulty.py", 1, "train", FAULTS="destroy-gil")
     rank.wait_for("step 2")
-    assert rank.evict() == 0, rank.story()
+    assert rank.evict() == 0, rank.transcript()
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_something_raises(job, faults, phase):
     """What raises is logged and reported, and the way out goes on."""
     (rank,) = job.world("faulty.py", 1, "train", FAULTS=faults)
     rank.wait_for("step 2")
-    assert rank.evict() == 0, rank.story()
+    assert rank.evict() == 0, rank.transcript()
     assert rank.phase(phase)["outcome"] == "error", rank.report()
     assert "RuntimeError" in rank.phase(phase)["detail"]
     assert "Traceback" not in rank.stderr
@@ -103,8 +103,8 @@ def test_no_garbage_after_the_abort(job):
     """Released by the abort, the main thread does not go on computing with what came of it."""
     (rank,) = job.world("faulty.py", 1, "stuck", FAULTS="busy")
     rank.wait_blocked("ready")
-    assert rank.evict() == 0, rank.story()
-    assert events(rank, "aborted"), rank.story()
+    assert rank.evict() == 0, rank.transcript()
+    assert events(rank, "aborted"), rank.transcript()
     assert not events(rank, "garbage")
     assert rank.phase("abort")["outcome"] == "ok"
 
@@ -114,7 +114,7 @@ def test_abort_only_the_wedged(job, faults, aborts):
     """A drained rank never aborts; a rank that could not drain does, and does not destroy."""
     (rank,) = job.world("faulty.py", 1, "train", FAULTS=faults)
     rank.wait_for("step 2")
-    assert rank.evict() == 0, rank.story()
+    assert rank.evict() == 0, rank.transcript()
     assert len(events(rank, "abort")) == aborts
     assert len(events(rank, "destroy")) == 1 - aborts
     assert rank.report()["outcome"] == ("aborted" if aborts else "clean")
@@ -128,8 +128,8 @@ def test_a_wedged_rank_and_a_drained_one(job):
     stuck.wait_blocked("ready")
     idle.wait_for("ready")
     stuck.signal()
-    assert stuck.outlast() == 0, stuck.story()
-    assert idle.outlast() == 143, idle.story()
+    assert stuck.outlast() == 0, stuck.transcript()
+    assert idle.outlast() == 143, idle.transcript()
     assert len(events(stuck, "abort")) == 1
     assert events(idle, "drained")
     assert not events(idle, "abort")
@@ -144,8 +144,8 @@ def test_every_group_is_aborted_at_once(job):
         rank.wait_for("step 2")
         rank.signal()
     for rank in ranks:
-        assert rank.outlast() == 0, rank.story()
-        assert len(events(rank, "aborted")) == 2, rank.story()
+        assert rank.outlast() == 0, rank.transcript()
+        assert len(events(rank, "aborted")) == 2, rank.transcript()
         assert rank.phase("abort")["outcome"] == "ok"
 
 
@@ -153,7 +153,7 @@ def test_every_initialised_device_is_drained(job):
     """The drain: every accelerator that this process has initialised, and never another one."""
     (rank,) = job.world("faulty.py", 1, "train")
     rank.wait_for("step 2")
-    assert rank.evict() == 0, rank.story()
+    assert rank.evict() == 0, rank.transcript()
     assert {device for device, _ in events(rank, "drained")} == {"0", "1"}
     assert not events(rank, "initialised")
 
@@ -165,13 +165,13 @@ def test_nobody_leaves_before_all_are_quiet(job):
     for rank in (slow, quick):
         rank.wait_for("step 2")
     quick.signal()
-    assert quick.outlast(12) == 0, quick.story()
-    assert slow.outlast(12) == 143, slow.story()
+    assert quick.outlast(12) == 0, quick.transcript()
+    assert slow.outlast(12) == 143, slow.transcript()
     last_drained = max(at for _, at in events(slow, "drained"))
     assert min(at for _, at in events(quick, "drained")) < last_drained, "the test is to have a slow device"
     for rank in (slow, quick):
         assert [at > last_drained for _, at in events(rank, "destroy")] == [True], (
-            slow.story() + quick.story()
+            slow.transcript() + quick.transcript()
         )
         assert rank.report()["outcome"] == "clean"
 
@@ -183,7 +183,7 @@ def test_a_silent_board_costs_its_time_out_and_no_more(job):
         rank.wait_for("ready")
     second.signal(signal.SIGKILL)
     second.wait()
-    assert first.evict() == 0, first.story()
+    assert first.evict() == 0, first.transcript()
     assert events(first, "drained")
     assert not events(first, "abort")
     assert first.report()["outcome"] == "partial"
@@ -200,7 +200,7 @@ def test_time_outs_longer_than_the_grace_period(job):
         **{f"AUTOTEARDOWN_{name}_TIMEOUT": 3600 for name in names},
     )
     rank.wait_for("step 2")
-    assert rank.evict() == 0, rank.story()
+    assert rank.evict() == 0, rank.transcript()
 
 
 CALLBACKS = {
@@ -233,7 +233,7 @@ def test_on_teardown(job, kind):
         1,
     )
     rank.wait_for("ready")
-    assert rank.evict() == 0, rank.story()
+    assert rank.evict() == 0, rank.transcript()
     lines = [line.split()[0] for line in rank.stdout.splitlines()]
     assert lines == ["ready", "drained", "drained", "callback", "destroy"]
 
@@ -243,7 +243,7 @@ def test_a_group_of_a_backend_without_abort_is_left_to_the_exit(job):
     stuck, peer = job.world("stuck.py", **ALONE)
     peer.wait_for("ready")
     stuck.wait_blocked("ready")
-    assert stuck.evict() == 0, stuck.story()
+    assert stuck.evict() == 0, stuck.transcript()
     assert stuck.phase("abort")["outcome"] == "skipped"
     assert stuck.phase("destroy") is None or stuck.phase("destroy")["outcome"] == "skipped"
 
@@ -273,7 +273,7 @@ def test_the_host_never_pays_for_our_bugs(job, bug):
         1,
     )
     rank.wait_for("ready")
-    assert rank.evict() == 0, rank.story()
+    assert rank.evict() == 0, rank.transcript()
 
 
 ENDS_BY_ITSELF = """
@@ -337,11 +337,11 @@ def test_the_checkpoint_never_pays_for_our_bugs(job, program, bug):
     start, body, code = RUN[program]
     (rank,) = job.world(start + FAULTY.format(bug=OUR_BUGS[bug], body=body), 1, AUTOTEARDOWN_GRACE=20)
     rank.wait_for("saving" if program == "save" else "ready")
-    assert rank.evict(grace=20) == code, rank.story()
-    assert rank.stdout.count("saved") == 1, rank.story()
-    assert any("internal error: " in line for line in rank.said)
+    assert rank.evict(grace=20) == code, rank.transcript()
+    assert rank.stdout.count("saved") == 1, rank.transcript()
+    assert any("internal error: " in line for line in rank.log_lines)
     assert rank.report()["outcome"] in ("partial", "forced"), rank.report()
-    assert rank.seconds < 18, rank.story()
+    assert rank.seconds < 18, rank.transcript()
 
 
 @pytest.mark.parametrize("mode", [AGENT, HANDWRITTEN])
@@ -362,7 +362,7 @@ def test_init_that_raises(job, mode):
     )
     rank.wait_for("(?i)^raised .*no such backend")
     rank.wait_for("ready")
-    assert rank.evict() == (-signal.SIGTERM if mode == AGENT else 0), rank.story()
+    assert rank.evict() == (-signal.SIGTERM if mode == AGENT else 0), rank.transcript()
 
 
 def test_disarm(job):
@@ -380,7 +380,7 @@ def test_disarm(job):
         1,
     )
     rank.wait_for("ready")
-    assert rank.evict() == -signal.SIGTERM, rank.story()
+    assert rank.evict() == -signal.SIGTERM, rank.transcript()
     assert not list(job.reports.iterdir())
 
 
@@ -389,7 +389,7 @@ def test_sigkill_in_mid_teardown_leaves_no_half_report(job):
     (rank,) = job.world("faulty.py", 1, "stuck", FAULTS="busy,abort-hangs")
     rank.wait_blocked("ready")
     rank.signal()
-    wait_until(lambda: rank.said, "the teardown to begin")
+    wait_until(lambda: rank.log_lines, "the teardown to begin")
     rank.signal(signal.SIGKILL)
     rank.wait()
     assert all(isinstance(report, dict) for report in job.all_reports().values())

@@ -31,7 +31,7 @@ def test_every_handler_saved_and_restored(job):
         1,
     )
     rank.wait_for("ready")
-    assert rank.evict() == 0, rank.story()
+    assert rank.evict() == 0, rank.transcript()
     assert rank.report()["outcome"] == "clean"
     assert "1 handlers" in rank.stdout  # of SIGINT: Python's own
 
@@ -56,7 +56,7 @@ def test_an_application_that_uses_the_same_real_time_signal(job):
     for mode in (AGENT, NONE):
         rank = job.start(program, mode=mode)
         rank.wait_for("ready 12")
-        assert rank.evict() == (0 if mode == AGENT else -SIGTERM), rank.story()
+        assert rank.evict() == (0 if mode == AGENT else -SIGTERM), rank.transcript()
         seen.append(rank.stdout)
     assert seen[0] == seen[1]
 
@@ -114,7 +114,7 @@ def test_a_handler_put_away_and_the_signal_raised_again(job, where):
     for rank in ranks:
         rank.wait_for("step")
     ranks[1].signal()
-    assert [rank.outlast(30) for rank in reversed(ranks)] == [0, 143], ranks[1].story()
+    assert [rank.outlast(30) for rank in reversed(ranks)] == [0, 143], ranks[1].transcript()
     assert "shut down" in ranks[1].stdout
     reports = job.all_reports()
     # What happens when the application has put its handler away is not at the end of an iteration any more.
@@ -145,7 +145,7 @@ def test_exit_callbacks_registered_before_ours(job):
         fresh=True,
     )
     rank.wait_for("ready")
-    assert rank.evict() == 0, rank.story()
+    assert rank.evict() == 0, rank.transcript()
     assert rank.stdout.split() == ["ready", "latest", "later", "earlier", "earliest"]
     assert rank.noise == []
 
@@ -184,5 +184,5 @@ def test_a_save_on_the_way_out(job):
         AUTOTEARDOWN_EXIT_TIMEOUT=1,
     )
     rank.wait_for("step")
-    assert rank.evict(20) == 0, rank.story()
+    assert rank.evict(20) == 0, rank.transcript()
     assert set(torch.load(job.folder / "interrupted.pt")) == {"weight"}

@@ -25,7 +25,7 @@ def all_out(ranks, victims=(0,), peers=143, grace=GRACE):
         rank.signalled = rank.signalled or started
     codes = [rank.outlast(grace) for rank in ranks]
     expected = [0 if index in victims else peers for index in range(len(ranks))]
-    assert codes == expected, "\n".join(rank.story() for rank in ranks)
+    assert codes == expected, "\n".join(rank.transcript() for rank in ranks)
 
 
 def same_step(ranks):
@@ -41,9 +41,9 @@ def same_step(ranks):
 def clean(ranks):
     """Drained and released, everywhere, with no output beside the agent's."""
     for rank in ranks:
-        assert rank.report()["outcome"] == "clean", rank.story()
-        assert rank.phase("destroy")["outcome"] == "ok", rank.story()
-        assert rank.noise == [], rank.story()
+        assert rank.report()["outcome"] == "clean", rank.transcript()
+        assert rank.phase("destroy")["outcome"] == "ok", rank.transcript()
+        assert rank.noise == [], rank.transcript()
 
 
 @pytest.mark.parametrize("victim", [0, 1, 3])
@@ -86,7 +86,7 @@ def test_signalled_while_a_stop_is_going_on(job):
     ranks = job.world("uneven.py", 3, "slow", **ROOMY)
     ready(ranks)
     ranks[0].signal()
-    wait_until(lambda: ranks[1].said, "the notice to reach rank 1")
+    wait_until(lambda: ranks[1].log_lines, "the notice to reach rank 1")
     if ranks[1].running:
         ranks[1].signal()
     started = ranks[0].signalled
@@ -94,7 +94,7 @@ def test_signalled_while_a_stop_is_going_on(job):
     for rank in ranks:
         rank.signalled = started
         codes.append(rank.outlast())
-    assert codes[0] == 0 and codes[2] == 143, [rank.story() for rank in ranks]
+    assert codes[0] == 0 and codes[2] == 143, [rank.transcript() for rank in ranks]
     assert codes[1] in (0, 143)
     assert codes[1] == ranks[1].report()["exit_code"]
     same_step(ranks)
@@ -107,12 +107,12 @@ def test_all_at_once_skewed(job):
     for rank in ranks:
         if rank.running:
             rank.signal()
-        wait_until(lambda: ranks[0].said or not ranks[0].running, "the first rank to react")
+        wait_until(lambda: ranks[0].log_lines or not ranks[0].running, "the first rank to react")
     codes = []
     for rank in ranks:
         rank.signalled = ranks[0].signalled
         codes.append(rank.outlast())
-    assert codes[0] == 0 and set(codes) <= {0, 143}, [rank.story() for rank in ranks]
+    assert codes[0] == 0 and set(codes) <= {0, 143}, [rank.transcript() for rank in ranks]
     clean(ranks)
     same_step(ranks)
 
@@ -175,7 +175,7 @@ def test_slow_ranks_and_a_helper(job):
     same_step(ranks[:2])
     # The helper may have gone on into the next collective, which the parked ranks do not join.
     outcomes = [rank.report()["outcome"] for rank in ranks]
-    assert outcomes == ["clean"] * 3 or outcomes[:2] == ["partial"] * 2, ranks[0].story()
+    assert outcomes == ["clean"] * 3 or outcomes[:2] == ["partial"] * 2, ranks[0].transcript()
     assert (ranks[2].report()["steps"] or {"stopped_at": None})["stopped_at"] is None
 
 
@@ -192,11 +192,11 @@ def test_training_ends_on_the_way(job, how, own_code, who):
     ranks[0].signalled = ranks[1].signalled
     codes = [rank.outlast(grace) for rank in ranks]
     # A rank that was through before it heard of the stop ends as it would without the agent.
-    assert codes[0] in (143, 143 if own_code is None else own_code), ranks[0].story()
-    assert codes[1] in (0, own_code if who == "all" else 0), ranks[1].story()
+    assert codes[0] in (143, 143 if own_code is None else own_code), ranks[0].transcript()
+    assert codes[1] in (0, own_code if who == "all" else 0), ranks[1].transcript()
     for report in job.all_reports().values():
         steps = [phase for phase in report["phases"] if phase["name"] == "step"]
-        assert all(phase["end"] < 0.6 * 8 * (grace - 1) / 24 for phase in steps), ranks[1].story()
+        assert all(phase["end"] < 0.6 * 8 * (grace - 1) / 24 for phase in steps), ranks[1].transcript()
 
 
 @pytest.mark.parametrize("stop_at", ["step", "now"])
@@ -254,7 +254,7 @@ def test_a_peer_died_without_a_word(job):
     for rank in ranks:
         rank.signalled = ranks[1].signalled
         # gloo tells the survivors at once: they may have failed by themselves before they heard of the signal.
-        assert rank.outlast() in {ranks[1]: (0, 1), ranks[3]: (-9,)}.get(rank, (143, 1)), rank.story()
+        assert rank.outlast() in {ranks[1]: (0, 1), ranks[3]: (-9,)}.get(rank, (143, 1)), rank.transcript()
 
 
 def test_the_store_died(job):
@@ -264,7 +264,7 @@ def test_the_store_died(job):
         rank.wait_for("ready")
     ranks[0].signal(signal.SIGKILL)
     ranks[0].wait()
-    assert ranks[1].evict() == 0, ranks[1].story()
+    assert ranks[1].evict() == 0, ranks[1].transcript()
 
 
 @pytest.mark.parametrize("setting", ["victim", "all"])
@@ -284,9 +284,9 @@ def test_peers_off(job, setting):
     for rank in ranks:
         rank.wait_for("ready")
     victim, other = ranks if setting == "victim" else ranks[::-1]
-    assert victim.evict() == 0, victim.story()
-    assert other.running, other.story()
-    assert other.said == []
+    assert victim.evict() == 0, victim.transcript()
+    assert other.running, other.transcript()
+    assert other.log_lines == []
 
 
 @pytest.mark.parametrize("kind", ["file", "store", "prefix", "hash"])
@@ -331,7 +331,7 @@ def test_during_a_second_init(job):
         """
     )
     rank.wait_blocked("joining")
-    assert rank.evict() == 0, rank.story()
+    assert rank.evict() == 0, rank.transcript()
 
 
 def test_in_the_middle_of_destroy(job):
@@ -349,7 +349,7 @@ def test_in_the_middle_of_destroy(job):
         FAULTS="destroy-hangs",
     )
     rank.wait_blocked("destroy")
-    assert rank.evict() == 0, rank.story()
+    assert rank.evict() == 0, rank.transcript()
 
 
 def test_the_store_host_leaves_last(job):
@@ -379,9 +379,9 @@ def test_a_normal_end_in_any_order(job, order, how):
         """
     ranks = job.world(program, 2, order, how)
     leaver, other = ranks if order == "first" else ranks[::-1]
-    assert leaver.wait() == 0, leaver.story()
+    assert leaver.wait() == 0, leaver.transcript()
     (job.folder / "left").touch()
-    assert other.wait() == 0, other.story()
+    assert other.wait() == 0, other.transcript()
     assert [rank.stderr for rank in ranks] == ["", ""]
 
 

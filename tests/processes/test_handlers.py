@@ -14,8 +14,8 @@ IMPATIENT = {"AUTOTEARDOWN_GRACE": 8}
 
 def stays_out(rank):
     """The agent did not touch it: no report, nothing destroyed, no last line of ours."""
-    assert not [text for text in rank.said if text.startswith("done")], rank.story()
-    assert "saved with a group" in rank.stdout, rank.story()
+    assert not [text for text in rank.log_lines if text.startswith("done")], rank.transcript()
+    assert "saved with a group" in rank.stdout, rank.transcript()
     return "left by itself" in rank.stdout
 
 
@@ -27,7 +27,7 @@ def test_the_application_leaves_by_itself(job, style, when):
     """A flag-style handler, before or after init: it runs, the loop saves and leaves with its own code."""
     (rank,) = job.world("handlers.py", 1, style, when, fresh=when == "early", **PATIENT)
     rank.wait_for("^step 2$")
-    assert rank.evict(12) == 42, rank.story()
+    assert rank.evict(12) == 42, rank.transcript()
     assert stays_out(rank)
     assert rank.stdout.count("handler 15") == 1
     assert "called twice" not in rank.stdout
@@ -42,7 +42,7 @@ def test_a_whole_world_leaves_by_itself(job, style):
     for rank in ranks if style == "collective" else ranks[:1]:
         rank.signal()
     for rank in ranks:
-        assert rank.outlast(12) == 42, rank.story()
+        assert rank.outlast(12) == 42, rank.transcript()
         assert stays_out(rank)
 
 
@@ -52,7 +52,7 @@ def test_a_handler_that_does_not_end_the_process(job, style, when):
     """If it hangs, the agent ends the process in time (isaac-sim/IsaacLab#6530: the process lived on)."""
     (rank,) = job.world("handlers.py", 1, style, when, **IMPATIENT)
     rank.wait_for("^step 2$")
-    assert rank.evict(8) == 0, rank.story()
+    assert rank.evict(8) == 0, rank.transcript()
     assert "handler 15" in rank.stdout
     assert rank.phase("yield")["outcome"] == "timeout"
 
@@ -69,7 +69,7 @@ def test_yield_setting(job, setting, least, most):
     """AUTOTEARDOWN_YIELD: a number of seconds, `auto`, or `off` to take over at once."""
     (rank,) = job.world("handlers.py", 1, "deaf", "before", AUTOTEARDOWN_YIELD=setting, **IMPATIENT)
     rank.wait_for("^step 2$")
-    assert rank.evict(8) == 0, rank.story()
+    assert rank.evict(8) == 0, rank.transcript()
     phase = rank.phase("yield")
     assert least <= (phase["end"] if phase else 0.0) < most, phase
 
@@ -79,7 +79,7 @@ def test_a_handler_that_only_exits(job, when):
     """Who owns the signal: a handler of the application's runs; with SystemExit it leaves with its own code."""
     (rank,) = job.world("handlers.py", 1, "exit-only", when, **PATIENT)
     rank.wait_for("^step 2$")
-    assert rank.evict(12) == 1, rank.story()
+    assert rank.evict(12) == 1, rank.transcript()
 
 
 @pytest.mark.parametrize("style", ["flag", "deaf", "none"])
@@ -89,11 +89,11 @@ def test_init_from_a_worker_thread(job, style):
         "handlers.py", 1, style, "before" if style != "none" else "never", "thread", **PATIENT
     )
     rank.wait_for("^step 2$")
-    assert rank.evict(12) == (42 if style == "flag" else 0), rank.story()
+    assert rank.evict(12) == (42 if style == "flag" else 0), rank.transcript()
     assert ("handler 15" in rank.stdout) == (style != "none")
     if style != "flag":
         expected = "partial" if style == "deaf" else "clean"  # stopped wherever it was
-        assert rank.report()["outcome"] == expected, rank.story()
+        assert rank.report()["outcome"] == expected, rank.transcript()
 
 
 def test_control_init_from_a_worker_thread(job):
@@ -136,7 +136,7 @@ def test_training_thread_while_main_is_busy(job, main):
         AUTOTEARDOWN_PEERS="off",
     )
     rank.wait_blocked("ready")
-    assert rank.evict() == 0, rank.story()
+    assert rank.evict() == 0, rank.transcript()
 
 
 def test_stand_ins_are_invisible(job):
@@ -260,8 +260,8 @@ def test_destroy_gives_the_handler_back(job):
         """
     )
     assert "True" in rank.wait_for("^ready.*$")[0]
-    assert rank.evict() == 7, rank.story()
-    assert rank.said == []
+    assert rank.evict() == 7, rank.transcript()
+    assert rank.log_lines == []
 
 
 def test_save_and_restore_around_training(job):
@@ -282,7 +282,7 @@ def test_save_and_restore_around_training(job):
         """
     )
     rank.wait_for("ready")
-    assert rank.evict() == 0, rank.story()
+    assert rank.evict() == 0, rank.transcript()
     assert "never" not in rank.stdout
     assert (
         rank.phase("yield") in (None, {**rank.phase("yield"), "outcome": "skipped"})
@@ -305,7 +305,7 @@ def test_signal_module_swapped_for_a_while(job):
         """
     )
     rank.wait_for("ready")
-    assert rank.evict() == 0, rank.story()
+    assert rank.evict() == 0, rank.transcript()
 
 
 LOOPS = {
@@ -361,8 +361,8 @@ def test_event_loops(job, loop):
     rank.wait_for("ready")
     assert ("loop got its own" in rank.stdout) == (loop not in ("asyncio", "uvloop"))
     assert rank.stderr == "", "trio warns of a collision over the wake-up fd"
-    assert rank.evict() == 0, rank.story()
-    assert rank.report()["outcome"] == "clean", rank.story()
+    assert rank.evict() == 0, rank.transcript()
+    assert rank.report()["outcome"] == "clean", rank.transcript()
 
 
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop", "trio"])
@@ -406,7 +406,7 @@ def test_event_loop_that_owns_sigterm(job, loop, blocked):
         **(IMPATIENT if blocked else PATIENT),
     )
     rank.wait_for("ready")
-    assert rank.evict(8 if blocked else 12) == (0 if blocked else 42), rank.story()
+    assert rank.evict(8 if blocked else 12) == (0 if blocked else 42), rank.transcript()
     assert blocked or stays_out(rank) is False
 
 
@@ -432,7 +432,7 @@ def test_async_event_loop_off_the_main_thread(job):
         AUTOTEARDOWN_PEERS="off",
     )
     rank.wait_for("ready")
-    assert rank.evict() == 0, rank.story()
+    assert rank.evict() == 0, rank.transcript()
 
 
 def test_signal_before_the_handler_is_in(job):
@@ -444,7 +444,7 @@ def test_signal_before_the_handler_is_in(job):
         time.sleep(delay)  # another place on the way into init every time
         codes.append(rank.evict())
         # Before init there is no rank yet: it dies as it would without the agent. Never anything else, never a hang.
-        assert codes[-1] in (0, -SIGTERM), rank.story()
+        assert codes[-1] in (0, -SIGTERM), rank.transcript()
     first_guarded = codes.index(0) if 0 in codes else len(codes)
     assert set(codes[:first_guarded]) <= {-SIGTERM}
 
@@ -454,5 +454,7 @@ def test_yield_is_said_on_the_log(job):
     (rank,) = job.world("handlers.py", 1, "deaf", "before", **IMPATIENT)
     rank.wait_for("^step 2$")
     rank.signal()
-    wait_until(lambda: any("yield" in text or "handler" in text for text in rank.said), "a line on the yield")
+    wait_until(
+        lambda: any("yield" in text or "handler" in text for text in rank.log_lines), "a line on the yield"
+    )
     assert rank.outlast(8) == 0

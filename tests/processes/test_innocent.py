@@ -59,11 +59,11 @@ def test_a_handler_in_c(job, when):
     """`faulthandler.register(SIGTERM)`: it dumps, as the application's own; its `unregister` does not make us deaf."""
     rank = job.start(FAULTHANDLER, when, **IMPATIENT)
     rank.wait_for("ready")
-    assert rank.evict(8) == 0, rank.story()
+    assert rank.evict(8) == 0, rank.transcript()
     assert rank.stderr.count("Current thread") == (0 if when in ("unregistered", "noticed") else 1), (
-        rank.story()
+        rank.transcript()
     )
-    assert rank.report()["outcome"] in ("clean", "partial"), rank.story()
+    assert rank.report()["outcome"] in ("clean", "partial"), rank.transcript()
     yielded = rank.phase("yield")
     assert (yielded is not None and yielded["outcome"] == "timeout") == (when in ("before", "after"))
 
@@ -115,8 +115,8 @@ def test_signal_first_imported_on_another_thread(job):
     )
     rank = job.start(str(program), fresh=True, RANK=0, WORLD_SIZE=1)
     rank.wait_for("ready")
-    assert rank.evict() == 0, rank.story()
-    assert "done: " in rank.said[-1]
+    assert rank.evict() == 0, rank.transcript()
+    assert "done: " in rank.log_lines[-1]
 
 
 @pytest.mark.parametrize("main", ["thread.join()", "time.sleep(3600)", "signal.pause()"])
@@ -144,8 +144,8 @@ def test_armed_from_another_thread_while_the_main_one_waits(job, main):
     rank.wait_for("ready")
     time.sleep(0.3)
     os.kill(rank.pid, SIGTERM)
-    assert rank.outlast() == 0, rank.story()
-    assert rank.report()["outcome"] == "clean", rank.story()
+    assert rank.outlast() == 0, rank.transcript()
+    assert rank.report()["outcome"] == "clean", rank.transcript()
 
 
 def test_what_a_rank_executes_is_no_rank(job):
@@ -214,10 +214,10 @@ def test_groups_that_come_and_go(job):
     for mode in (AGENT, NONE):
         ranks = job.world(GROUPS, 2, mode=mode, fresh=True)
         for rank in ranks:
-            assert rank.wait() == 0, rank.story()
-            assert rank.stderr == "", rank.story()
+            assert rank.wait() == 0, rank.transcript()
+            assert rank.stderr == "", rank.transcript()
             said, median = rank.stdout.rsplit(" ", 1)
-            assert said == "same", rank.story()
+            assert said == "same", rank.transcript()
         medians.append(float(median))
     assert medians[0] < medians[1] + 0.1  # seconds: a wait of ours would be more
 
@@ -244,7 +244,7 @@ def test_a_rank_that_changes_its_root(job):
     )
     for rank in ranks:
         rank.wait_for("step\\n(.*\\n)*step")
-    assert ranks[0].evict() == 0, ranks[0].story()
-    assert ranks[1].outlast(GRACE) == 143, ranks[1].story()
-    assert "done: clean, stopped at step" in ranks[0].said[-1], ranks[0].story()
-    assert ranks[1].report()["outcome"] == "clean", ranks[1].story()
+    assert ranks[0].evict() == 0, ranks[0].transcript()
+    assert ranks[1].outlast(GRACE) == 143, ranks[1].transcript()
+    assert "done: clean, stopped at step" in ranks[0].log_lines[-1], ranks[0].transcript()
+    assert ranks[1].report()["outcome"] == "clean", ranks[1].transcript()

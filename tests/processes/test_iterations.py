@@ -39,7 +39,7 @@ def evict(job, kinds, victim=0, after=25):
         rank.wait_for(rf"^iteration {after}$")
     ranks[victim].signal()
     codes = [rank.outlast(25) for rank in ranks]
-    assert codes == [0 if rank == victim else 143 for rank in range(len(ranks))], ranks[victim].story()
+    assert codes == [0 if rank == victim else 143 for rank in range(len(ranks))], ranks[victim].transcript()
     return ranks
 
 
@@ -51,7 +51,7 @@ def test_all_stop_after_the_same_iteration(job, kind):
     assert others[0].keys() == steps.keys() or kind == "inside"
     assert list(others[0].values()) == list(steps.values())
     for rank in ranks:
-        assert rank.report()["outcome"] == "clean", rank.story()
+        assert rank.report()["outcome"] == "clean", rank.transcript()
     if kind == "critic":
         assert steps["D"] == 5 * steps["G"]
     elif kind == "gan":
@@ -67,7 +67,7 @@ def test_ranks_that_step_different_numbers_of_optimizers(job):
     ranks = evict(job, ["two", "two", "two"], victim=1)
     assert len({recorded(rank)[1] for rank in ranks}) == 1
     for rank in ranks:
-        assert rank.report()["outcome"] == "clean", rank.story()
+        assert rank.report()["outcome"] == "clean", rank.transcript()
 
 
 def test_in_the_very_first_iterations(job):

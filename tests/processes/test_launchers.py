@@ -29,7 +29,7 @@ def pids(launcher, *more, attempt=0, world=2):
     both = (launcher, *more)
 
     def look():
-        assert any(each.running for each in both), launcher.story()
+        assert any(each.running for each in both), launcher.transcript()
         found = {int(rank): int(pid) for each in both for rank, pid in line.findall(each.stdout)}
         return found if len(found) == world else None
 
@@ -49,7 +49,7 @@ def test_torchrun_restarts(job):
     first = pids(launcher)
     os.kill(first[0], SIGTERM)
     second = pids(launcher, attempt=1)
-    assert launcher.wait() == 0, launcher.story()
+    assert launcher.wait() == 0, launcher.transcript()
     assert launcher.stdout.count("trained") == 2
     reports = job.all_reports()
     assert {report["pid"]: report["exit_code"] for report in reports.values()} == {first[0]: 0, first[1]: 143}
@@ -72,7 +72,7 @@ def test_torchrun_restarts_only_what_failed(job, code, attempts):
         "attempts.py", "steps", ranks=1, nodes=RESTARTS, AUTOTEARDOWN_EXIT_CODE=code, **OWN_STORE, **PATIENT
     )
     os.kill(pids(launcher, world=1)[0], SIGTERM)
-    assert launcher.wait() == 0, launcher.story()
+    assert launcher.wait() == 0, launcher.transcript()
     assert trained(launcher) == (attempts == 2)
 
 
@@ -84,7 +84,7 @@ def test_torchrun_restarts_when_a_rank_was_killed(job, what):
     first = pids(launcher, world=3)
     os.kill(first[0], signal.SIGKILL)
     pids(launcher, attempt=1, world=3)
-    assert launcher.wait() == 0, launcher.story()
+    assert launcher.wait() == 0, launcher.transcript()
     assert launcher.stdout.count("trained") == 3
     reports = job.all_reports()
     # torchrun's own signal, or word of it from the peer that got it first.
@@ -105,7 +105,7 @@ def test_torchrun_restarts_what_a_lost_rank_has_ended(job):
     launcher.signal(signal.SIGCONT)
     assert [(reports[rank]["cause"], reports[rank]["exit_code"]) for rank in (1, 2)] == [("lost", 143)] * 2
     pids(launcher, attempt=1, world=3)
-    assert launcher.wait() == 0, launcher.story()
+    assert launcher.wait() == 0, launcher.transcript()
     assert launcher.stdout.count("trained") == 3
 
 
@@ -135,7 +135,7 @@ def test_torchrun_two_nodes_a_worker(job):
     agents = two_nodes(job, AUTOTEARDOWN_EXIT_CODE="signal")
     os.kill(pids(*agents)[1], SIGTERM)
     pids(*agents, attempt=1)
-    assert [agent.wait() for agent in agents] == [0, 0], [agent.story() for agent in agents]
+    assert [agent.wait() for agent in agents] == [0, 0], [agent.transcript() for agent in agents]
     assert all(map(trained, agents))
     assert {report["exit_code"] for report in job.all_reports().values()} == {143}
 
@@ -148,7 +148,7 @@ def test_torchrun_two_nodes_one_goes(job):
     other.signal()
     assert other.wait() == 1
     pids(host, attempt=1, world=1)
-    assert host.wait() == 0, host.story()
+    assert host.wait() == 0, host.transcript()
     assert trained(host)
     assert {report["cause"]: report["exit_code"] for report in job.all_reports().values()} == {
         "signal": 0,
@@ -196,7 +196,7 @@ def test_plain_python(job):
     for rank in ranks:
         rank.wait_for("^ready$")
     ranks[0].wait_blocked("^ready$")
-    assert [ranks[0].evict(25), ranks[1].outlast(25)] == [0, 143], ranks[0].story()
+    assert [ranks[0].evict(25), ranks[1].outlast(25)] == [0, 143], ranks[0].transcript()
     # Rank 0 was blocked in a collective that its peer does not join any more.
     assert {rank.report()["outcome"] for rank in ranks} <= {"aborted", "partial"}
 
@@ -271,7 +271,7 @@ def mpirun(job, *options, **env):
     launcher = job.start("mpi.py", launcher=command, MASTER_PORT=free_port(), **env)
     ranks = [int(launcher.wait_for(rf"^rank {rank} pid (\d+)$")[1]) for rank in range(2)]
     wait_until(lambda: launcher.stdout.count("ready") == 2 or not launcher.running, "both ranks")
-    assert launcher.running, launcher.story()
+    assert launcher.running, launcher.transcript()
     return launcher, ranks
 
 
@@ -279,7 +279,7 @@ def test_mpirun_a_rank(job):
     """One rank is signalled: both are released, and mpirun returns the code of the one that failed, to it."""
     launcher, ranks = mpirun(job, **PATIENT)
     os.kill(ranks[0], SIGTERM)
-    assert launcher.wait() == 143, launcher.story()
+    assert launcher.wait() == 143, launcher.transcript()
     reports = job.all_reports()
     assert reports[1]["exit_code"] == 143
     assert (
@@ -296,7 +296,7 @@ def test_mpirun_itself(job, seconds, stopped):
     options = ("--mca", "odls_base_sigkill_timeout", str(seconds)) if seconds else ()
     launcher, _ = mpirun(job, *options, AUTOTEARDOWN_GRACE=seconds or 25)
     launcher.signal()
-    assert launcher.wait() == 1, launcher.story()
+    assert launcher.wait() == 1, launcher.transcript()
     wait_until(lambda: not job.survivors(), "the end of the ranks")
     reports = job.all_reports()
     assert sorted(reports) == stopped

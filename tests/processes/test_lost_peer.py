@@ -22,13 +22,13 @@ def test_a_rank_is_killed(job, victim):
         rank.wait_blocked("ready")
     ranks[victim].signal(signal.SIGKILL)
     for rank in ranks[1:3]:
-        assert rank.wait() == 143, rank.story()
+        assert rank.wait() == 143, rank.transcript()
         report = rank.report()
         assert (report["cause"], report["signal"], report["origin"]["rank"]) == ("lost", None, victim)
         assert report["outcome"] in ("aborted", "partial")
     other = ranks[3 - victim]
     assert other.running, "it is not blocked: an elastic framework may heal"
-    assert other.evict(25) == 0, other.story()
+    assert other.evict(25) == 0, other.transcript()
 
 
 def test_a_rank_that_was_never_there(job):
@@ -54,11 +54,11 @@ def test_a_rank_that_was_never_there(job):
     ranks[2].signal(signal.SIGKILL)
     time.sleep(ABSENT + 1)
     assert ranks[0].running and ranks[1].running
-    assert ranks[1].evict(25) == 0, ranks[1].story()
-    assert ranks[0].wait() == 143, ranks[0].story()
+    assert ranks[1].evict(25) == 0, ranks[1].transcript()
+    assert ranks[0].wait() == 143, ranks[0].transcript()
     for rank in ranks[:2]:
         (step,) = [phase for phase in rank.report()["phases"] if phase["name"] == "step"]
-        assert step["detail"] == "rank 2 has never connected", rank.story()
+        assert step["detail"] == "rank 2 has never connected", rank.transcript()
 
 
 def test_not_where_it_is_off(job):
@@ -107,7 +107,7 @@ def test_a_program_that_heals_is_left_alone(job, patience):
     ranks[2].signal(signal.SIGKILL)
     for rank in ranks[:2]:
         rank.wait_for("healed")
-        assert rank.said == [], rank.story()
+        assert rank.log_lines == [], rank.transcript()
     ranks[0].signal()
     assert [rank.outlast(25) for rank in ranks[:2]] == [0, 143]
 

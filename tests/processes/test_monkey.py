@@ -46,8 +46,8 @@ def test_patched_ranks_train_and_leave(job, how):
         rank.wait_for("^step 20$")
     ranks[0].signal()
     for rank in ranks:
-        assert rank.outlast(GRACE) == (0 if rank is ranks[0] else 143), rank.story()
-        assert rank.report()["outcome"] == "clean", rank.story()
+        assert rank.outlast(GRACE) == (0 if rank is ranks[0] else 143), rank.transcript()
+        assert rank.report()["outcome"] == "clean", rank.transcript()
     assert len({rank.report()["steps"]["stopped_at"] for rank in ranks}) == 1
 
 
@@ -80,5 +80,5 @@ def test_an_exit_that_takes_its_time(job, how, where):
     program = PROGRAM.replace("step = 0\n", f"{SLOW_EXITS[where]}step = 0\n")
     (rank,) = job.world(program, 1, how, fresh=True)
     rank.wait_for("^step 20$")
-    assert rank.evict() == 0, rank.story()
-    assert rank.report()["outcome"] == "clean", rank.story()
+    assert rank.evict() == 0, rank.transcript()
+    assert rank.report()["outcome"] == "clean", rank.transcript()

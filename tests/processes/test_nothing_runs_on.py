@@ -127,13 +127,13 @@ def evicted(job, body, steps, **settings):
     for rank in ranks:
         after(rank, steps)
     ranks[0].signal()
-    assert [rank.outlast(12) for rank in ranks] == [0, 143], ranks[0].story()
+    assert [rank.outlast(12) for rank in ranks] == [0, 143], ranks[0].transcript()
     return ranks
 
 
 def after_the_stop(rank):
     """What it said after it had been stopped."""
-    assert "stopped\n" in rank.stdout, rank.story()
+    assert "stopped\n" in rank.stdout, rank.transcript()
     return rank.stdout.partition("stopped\n")[2].splitlines()
 
 
@@ -146,14 +146,14 @@ def test_a_program_that_catches_its_end(job, where, stop_at):
         if (
             stop_at == "now" and "stopped\n" not in rank.stdout
         ):  # it was blocked in a collective with the other
-            assert report["outcome"] in ("aborted", "partial"), rank.story()
+            assert report["outcome"] in ("aborted", "partial"), rank.transcript()
             continue
         ran = [line for line in after_the_stop(rank) if not line.startswith("caught")]
-        assert ran == [], rank.story()
-        assert "ignored in" not in rank.stderr, rank.story()
+        assert ran == [], rank.transcript()
+        assert "ignored in" not in rank.stderr, rank.transcript()
         assert report["outcome"] in ("clean", "partial")
         if report["outcome"] == "partial" and stop_at == "step":
-            assert "caught the exit" in report["why"], rank.story()
+            assert "caught the exit" in report["why"], rank.transcript()
 
 
 def test_code_on_the_way_out_keeps_its_time(job):
@@ -177,8 +177,8 @@ def test_code_on_the_way_out_keeps_its_time(job):
         steps=5,
     )
     for rank in ranks:
-        assert after_the_stop(rank) == ["own", "finally", "atexit"], rank.story()
-        assert rank.report()["outcome"] == "clean", rank.story()
+        assert after_the_stop(rank) == ["own", "finally", "atexit"], rank.transcript()
+        assert rank.report()["outcome"] == "clean", rank.transcript()
 
 
 def test_a_sharded_save_does_not_begin_alone(job):

@@ -22,9 +22,9 @@ def evicted(ranks, outcome="clean", grace=16):
     ranks[1].signal()
     for rank in ranks:
         rank.signalled = ranks[1].signalled
-        assert rank.outlast(grace) == (0 if rank is ranks[1] else 143), rank.story()
+        assert rank.outlast(grace) == (0 if rank is ranks[1] else 143), rank.transcript()
     reports = [rank.report() for rank in ranks]
-    assert [report["outcome"] for report in reports] == [outcome] * len(ranks), ranks[0].story()
+    assert [report["outcome"] for report in reports] == [outcome] * len(ranks), ranks[0].transcript()
     (stopped,) = {report["steps"]["stopped_at"] for report in reports}
     return stopped, reports
 
@@ -49,7 +49,7 @@ def test_a_sharded_checkpoint(job, how):
     """`dcp.save` and `dcp.async_save` with FSDP2, collective; it loads, and goes on as an uninterrupted run."""
     stopped, _ = evicted(started(job, how))
     check = job.start("on_teardown.py", "compare", mode=NONE)
-    assert check.wait() == 0, check.story()
+    assert check.wait() == 0, check.transcript()
     assert check.stdout.split()[-1] == str(stopped)
 
 
@@ -59,7 +59,7 @@ def test_a_callback_that_fails(job):
     _, reports = evicted(ranks, "partial")
     (why,) = {report["why"] for report in reports}  # the first rank's, on every rank
     assert re.fullmatch(r"rank \d: on_teardown callback failed: .*", why)
-    assert "No space left" in str(ranks[0].said)
+    assert "No space left" in str(ranks[0].log_lines)
 
 
 def test_a_callback_that_hangs(job):
@@ -88,7 +88,7 @@ def test_a_name_of_nothing(job, name):
     world = job.world("on_teardown.py", 2, "named", fresh=True, AUTOTEARDOWN_ON_TEARDOWN=name, **PATIENT)
     for rank in world:
         rank.wait_for("^step 3$")
-        said = [text for text in rank.said if "AUTOTEARDOWN_ON_TEARDOWN" in text]
-        assert len(said) == (0 if name.startswith("__main__") else 1), rank.story()
+        said = [text for text in rank.log_lines if "AUTOTEARDOWN_ON_TEARDOWN" in text]
+        assert len(said) == (0 if name.startswith("__main__") else 1), rank.transcript()
     _, reports = evicted(world, "partial")
     assert all("on_teardown callback failed" in report["why"] for report in reports), reports

@@ -25,9 +25,9 @@ def evicted(job, program="train.py", **settings):
     """Rank 0 of two, evicted; the other rank."""
     ranks = job.world(program, **settings)
     ranks[0].wait_for("step 3$") if program == "train.py" else ranks[0].wait_blocked("ready")
-    assert ranks[0].evict() == 0, ranks[0].story()
+    assert ranks[0].evict() == 0, ranks[0].transcript()
     ranks[1].signalled = ranks[0].signalled
-    assert ranks[1].outlast() == 143, ranks[1].story()
+    assert ranks[1].outlast() == 143, ranks[1].transcript()
     return ranks
 
 
@@ -67,7 +67,7 @@ def test_log_lines(job):
         code = rank.report()["exit_code"]
         assert lines[-1]["text"] == f"done: clean, stopped at step {stopped}, exit {code}"
         assert re.match(
-            r"drain ok \(\d+\.\d\ds\)", next(text for text in rank.said if text.startswith("drain"))
+            r"drain ok \(\d+\.\d\ds\)", next(text for text in rank.log_lines if text.startswith("drain"))
         )
 
 
@@ -127,7 +127,7 @@ def test_stacks_of_what_was_in_the_way(job):
 @pytest.mark.parametrize("exists", [True, False])
 @pytest.mark.parametrize("program", ["train.py", "stuck.py"])
 def test_termination_log(job, program, exists):
-    """The termination log gets the same story in at most 4,096 bytes of text, if the file exists."""
+    """The termination log gets the same lines in at most 4,096 bytes of text, if the file exists."""
     path = job.folder / "termination-log"
     if exists:
         path.touch()
@@ -144,7 +144,7 @@ def test_termination_log(job, program, exists):
 def test_log_levels(job, level):
     """AUTOTEARDOWN_LOG: `quiet` says nothing; `debug` is still one line an event."""
     rank = evicted(job, AUTOTEARDOWN_LOG=level)[0]
-    assert bool(rank.said) == (level != "quiet"), rank.stderr
+    assert bool(rank.log_lines) == (level != "quiet"), rank.stderr
     assert rank.noise == []
 
 
@@ -205,7 +205,7 @@ def test_broken_stderr(job, stderr, program):
         AUTOTEARDOWN_PEERS="off",
     )
     rank.wait_for("steady") if program == "loop" else rank.wait_blocked("steady")
-    assert rank.evict() == 128 + SIGTERM, rank.story()
+    assert rank.evict() == 128 + SIGTERM, rank.transcript()
     assert rank.report()["exit_code"] == 128 + SIGTERM
 
 
@@ -232,7 +232,7 @@ def test_logging_lock_is_held(job, mode):
     )
     rank.wait_for("ready")
     grace = GRACE if mode == AGENT else SHORT
-    assert rank.evict(grace) in ((0,) if mode == AGENT else (0, -9)), rank.story()
+    assert rank.evict(grace) in ((0,) if mode == AGENT else (0, -9)), rank.transcript()
 
 
 @pytest.mark.parametrize("where", ["/dev/null/reports", "/proc/reports", "missing/folder", "file"])
@@ -242,7 +242,7 @@ def test_unwritable_report_folder(job, where):
     ranks = evicted(job, AUTOTEARDOWN_REPORT_DIR=where if where[0] == "/" else job.folder / where)
     for rank in ranks:
         assert "Traceback" not in rank.stderr
-        assert "done: clean" in rank.said[-1], rank.stderr
+        assert "done: clean" in rank.log_lines[-1], rank.stderr
     if where == "missing/folder":
         assert len(list((job.folder / where).glob("*.json"))) == 2
 
@@ -265,7 +265,7 @@ def test_a_cleaner_of_tmp(job):
     (entry,) = job.runtime.glob("*.json")
     entry.unlink()
     wait_until(entry.exists, "the entry")
-    assert rank.evict() == 0, rank.story()
+    assert rank.evict() == 0, rank.transcript()
 
 
 @pytest.mark.parametrize("where", ["/dev/null/runtime", "/proc/runtime", "file", "someone else's"])
@@ -300,7 +300,7 @@ def test_disk_full(job):
         """
     )
     rank.wait_for("steady")
-    assert rank.evict() == 0, rank.story()
+    assert rank.evict() == 0, rank.transcript()
     assert not list(job.reports.glob("*.json"))
 
 
@@ -323,7 +323,7 @@ def test_no_fds_left(job):
         1,
     )
     rank.wait_for("ready")
-    assert rank.evict() == 0, rank.story()
+    assert rank.evict() == 0, rank.transcript()
 
 
 def test_no_threads_left(job):
@@ -345,7 +345,7 @@ def test_no_threads_left(job):
         1,
     )
     rank.wait_for("ready")
-    assert rank.evict() == 0, rank.story()
+    assert rank.evict() == 0, rank.transcript()
 
 
 def test_stdout_is_the_programs(job):
@@ -359,16 +359,16 @@ def test_the_first_line_comes_at_once(job):
     ranks = job.world("stuck.py", AUTOTEARDOWN_PEERS="off")
     ranks[0].wait_blocked("ready")
     ranks[0].signal()
-    wait_until(lambda: ranks[0].said, "the first line")
+    wait_until(lambda: ranks[0].log_lines, "the first line")
     assert time.monotonic() - ranks[0].signalled < 3
-    assert "SIGTERM" in ranks[0].said[0]
+    assert "SIGTERM" in ranks[0].log_lines[0]
 
 
 def test_control_nothing_is_said_without_us(job):
     """The parser of these tests does not find lines of ours where the agent is off."""
     ranks = job.world("train.py", 2, "--steps", 2, mode=NONE)
     assert [rank.wait() for rank in ranks] == [0, 0]
-    assert [rank.said for rank in ranks] == [[], []]
+    assert [rank.log_lines for rank in ranks] == [[], []]
 
 
 @pytest.mark.parametrize("peers, said", [("on", ""), ("off", "AUTOTEARDOWN_PEERS is off")])

@@ -20,7 +20,7 @@ def test_all_ranks_at_the_same_call(job, style):
         return
     for rank in ranks:
         rank.signalled = rank.signalled or ranks[1].signalled
-        assert rank.outlast(16) == 42, rank.story()
+        assert rank.outlast(16) == 42, rank.transcript()
     assert len({rank.wait_for(r"^saved \d (\d+)$")[1] for rank in ranks}) == 1
 
 
@@ -31,8 +31,8 @@ def test_without_a_channel(job):
         rank.signal()
     for rank in ranks:
         # What a collective says whose peer has left is the program's own affair; nobody is late.
-        assert rank.outlast(16) in (0, 1, 42), rank.story()
-    assert any("saved" in rank.stdout for rank in ranks), ranks[0].story()
+        assert rank.outlast(16) in (0, 1, 42), rank.transcript()
+    assert any("saved" in rank.stdout for rank in ranks), ranks[0].transcript()
 
 
 def test_its_own_signal_comes_last(job):
@@ -59,8 +59,8 @@ def test_its_own_signal_comes_last(job):
         rank.wait_for("step")
     ranks[0].signal()
     ranks[1].wait_for("saving")
-    assert ranks[1].evict(grace=16) == 42, ranks[1].story()
-    assert ranks[0].outlast(16) == 42, ranks[0].story()
+    assert ranks[1].evict(grace=16) == 42, ranks[1].transcript()
+    assert ranks[0].outlast(16) == 42, ranks[0].transcript()
 
 
 QUIET = """
@@ -80,7 +80,7 @@ QUIET = """
 def test_false(job, mode):
     """Before torch, before init, while nothing happens, after destroy; with the agent off always."""
     rank = job.start(QUIET, mode=mode, fresh=True)
-    assert rank.wait() == 0, rank.story()
+    assert rank.wait() == 0, rank.transcript()
     assert rank.stdout.splitlines() == [
         "[False, False, False]",
         "False",
@@ -131,6 +131,6 @@ def test_polled_in_a_signal_handler(job):
         each.wait_for("^step 5$")
     rank.signal()
     # It never says what it would do with the answer: its time over, it is stopped.
-    assert rank.outlast(16) == 0, rank.story()
+    assert rank.outlast(16) == 0, rank.transcript()
     other.signalled = rank.signalled
-    assert other.outlast(16) == 143, other.story()
+    assert other.outlast(16) == 143, other.transcript()

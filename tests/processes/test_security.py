@@ -174,7 +174,7 @@ def test_what_is_written_and_with_which_mode(job):
     runtime = homes["tmp"] / f"autoteardown-{os.getuid()}"
     (entry,) = wait_until(lambda: list(runtime.glob("*.json")), "the entry, which is written on the side")
     assert (mode_of(runtime), mode_of(entry)) == (0o700, 0o600)
-    assert rank.evict() == 0, rank.story()
+    assert rank.evict() == 0, rank.transcript()
     (written,) = (job.folder / "made" / "reports").iterdir()
     assert (mode_of(written.parent), mode_of(written)) == (0o755, 0o644)
     assert mode_of(log) == 0o600
@@ -190,7 +190,7 @@ def test_a_report_holds_no_values(job):
     """Stacks name files, lines and functions; what the program, its arguments or its environment hold stays there."""
     ranks = job.world("stuck.py", 2, "--token=5ecre7", PASSWORD="5ecre7")
     ranks[0].wait_blocked("ready")
-    assert ranks[0].evict() == 0, ranks[0].story()
+    assert ranks[0].evict() == 0, ranks[0].transcript()
     assert "stuck.py" in json.dumps(ranks[0].report()["stuck"])
     assert "5ecre7" not in json.dumps(ranks[0].report())
 
@@ -256,7 +256,7 @@ def test_the_termination_log_is_a_plain_file_or_none(tmp_path, kind):
         path.mkdir()
     else:
         path = Path("/dev/full")
-    report.write_termination_log(str(path), "story\n")
+    report.write_termination_log(str(path), "text\n")
     assert precious.read_text() == "precious"
     if reader is not None:
         assert os.read(reader, 100) == b""
@@ -337,7 +337,7 @@ def test_another_user_and_a_rank(job, others):
         assert "not used" in run.stderr and run.stderr.count("\n") == 1
     assert rank.running
     assert entry.read_bytes() == before
-    assert rank.evict() == 0, rank.story()
+    assert rank.evict() == 0, rank.transcript()
 
 
 @pytest.mark.parametrize("how", ["folder", "open folder", "link", "file", "fifo"])
@@ -356,9 +356,9 @@ def test_another_user_was_there_before(job, others, how):
     assert planted.returncode == 0, planted.stderr
     (rank,) = job.world("train.py", 1, TMPDIR=others, AUTOTEARDOWN_RUNTIME_DIR="")
     rank.wait_for("step 3$")
-    said = [line for line in rank.said if "not used" in line]
+    said = [line for line in rank.log_lines if "not used" in line]
     assert len(said) == 1 and str(path) in said[0], rank.stderr
-    assert rank.evict() == 0, rank.story()
+    assert rank.evict() == 0, rank.transcript()
     assert path.lstat().st_uid == NOBODY
     assert not path.is_dir() or list(path.iterdir()) == []
 
@@ -398,19 +398,19 @@ def test_hostile_names(job):
     command = [sys.executable, "-m", "autoteardown"]
     shown = subprocess.run([*command, "ps"], env=env, capture_output=True, text=True)
     assert len(lines_of(shown.stdout)) == 3
-    assert rank.evict() == 0, rank.story()
-    assert peer.outlast() == 143, peer.story()
+    assert rank.evict() == 0, rank.transcript()
+    assert peer.outlast() == 143, peer.transcript()
     for each in (peer, rank):
         lines = lines_of(each.stderr)
         assert all(LOG_LINE.match(line) for line in lines), lines
         assert {LOG_LINE.match(line)["pid"] for line in lines} == {str(each.pid)}
-        assert "on_teardown callback failed: ValueError: n?4711" in " ".join(each.said)
-        assert each.said[-1].startswith("done: ")
+        assert "on_teardown callback failed: ValueError: n?4711" in " ".join(each.log_lines)
+        assert each.log_lines[-1].startswith("done: ")
         assert each.report()["host"] == HOSTILE
         assert each.report()["program"] == HOSTILE
     assert peer.report()["origin"]["pid"] == rank.pid
-    story = lines_of(log.read_text())
-    assert not [line for line in story if line.startswith("4711")]
+    lines = lines_of(log.read_text())
+    assert not [line for line in lines if line.startswith("4711")]
     drawn = subprocess.run([*command, "timeline", "reports"], cwd=job.folder, capture_output=True, text=True)
     assert (drawn.returncode, drawn.stderr) == (0, "")
     assert len(lines_of(drawn.stdout)) == 3
@@ -487,9 +487,9 @@ def test_a_notice_that_makes_no_sense(job, notice):
     """It stops the ranks, as any notice does: cleanly, in time, and what it says forges nothing."""
     ranks = job.world(program(after=f"exec({SAYS!r})"), SAYS=json.dumps(["tell", notice]))
     for rank in ranks:
-        assert rank.outlast() == 143, rank.story()
+        assert rank.outlast() == 143, rank.transcript()
         assert all(LOG_LINE.match(line) for line in lines_of(rank.stderr)), rank.stderr
-        assert rank.report()["outcome"] == "clean", rank.story()
+        assert rank.report()["outcome"] == "clean", rank.transcript()
         origin = rank.report()["origin"]
         assert set(origin) == {"rank", "host", "pid"}
         assert origin["host"].isprintable() and len(origin["host"]) <= 1000
@@ -504,7 +504,7 @@ def evicted_all_the_same(ranks, victim):
     victim.signal()
     for rank in ranks:
         rank.signalled = victim.signalled
-        assert rank.outlast() == (0 if rank is victim else 143), "".join(each.story() for each in ranks)
+        assert rank.outlast() == (0 if rank is victim else 143), "".join(each.transcript() for each in ranks)
         assert all(LOG_LINE.match(line) for line in lines_of(rank.stderr)), rank.stderr
         assert "internal error" not in rank.stderr, rank.stderr
 

@@ -66,7 +66,7 @@ def test_stuck(job, name):
     """
     ranks = world(job, "time.sleep(3600)", 0, name)
     ranks[1].signal()
-    assert [rank.outlast(25) for rank in ranks] == [143, 0, 143], ranks[1].story()
+    assert [rank.outlast(25) for rank in ranks] == [143, 0, 143], ranks[1].transcript()
     for rank in ranks:
         report = rank.report()
         assert report["outcome"] in ("partial", "aborted")
@@ -99,9 +99,9 @@ def test_starved(job):
             each.stdout.readline()
         ranks = world(job, STARVED.replace("CPU", str(cpu)), 0)
         ranks[1].signal()
-        assert [rank.outlast(25) for rank in ranks] == [143, 0, 143], ranks[1].story()
+        assert [rank.outlast(25) for rank in ranks] == [143, 0, 143], ranks[1].transcript()
         for rank in ranks:
-            assert rank.report()["outcome"] == "clean", rank.story()
+            assert rank.report()["outcome"] == "clean", rank.transcript()
     finally:
         for each in hogs:
             each.kill()
@@ -112,9 +112,9 @@ def test_starved(job):
 def test_slow(job, what):
     ranks = world(job, SLOW[what], 5)
     ranks[1].signal()
-    assert [rank.outlast(25) for rank in ranks] == [143, 0, 143], ranks[1].story()
+    assert [rank.outlast(25) for rank in ranks] == [143, 0, 143], ranks[1].transcript()
     for rank in ranks:
-        assert rank.report()["outcome"] == "clean", rank.story()
+        assert rank.report()["outcome"] == "clean", rank.transcript()
     assert len({rank.report()["steps"]["stopped_at"] for rank in ranks}) == 1
 
 
@@ -157,7 +157,7 @@ def test_an_idle_host_frees_its_blocked_peer(job, name, call):
     ranks[0].signal()
     assert [rank.outlast(25) for rank in ranks] == [0, 143]
     for rank in ranks:
-        assert rank.report()["phases"][-1]["end"] < 3, rank.story()
+        assert rank.report()["phases"][-1]["end"] < 3, rank.transcript()
 
 
 def test_a_signal_long_after_a_peers_notice_is_an_eviction(job):
@@ -182,9 +182,9 @@ def test_a_signal_long_after_a_peers_notice_is_an_eviction(job):
     for rank in ranks:
         rank.wait_for("step 2$")
     ranks[0].signal()
-    wait_until(lambda: any("a peer is being evicted" in line for line in ranks[1].said), "the notice")
+    wait_until(lambda: any("a peer is being evicted" in line for line in ranks[1].log_lines), "the notice")
     ranks[1].signal()
-    assert [rank.outlast(25) for rank in ranks] == [0, 0], ranks[1].story()
+    assert [rank.outlast(25) for rank in ranks] == [0, 0], ranks[1].transcript()
 
 
 def test_a_registry_whose_disk_hangs(job):
@@ -210,6 +210,6 @@ def test_a_registry_whose_disk_hangs(job):
     for rank in ranks:
         rank.wait_for("step")
     ranks[0].signal()
-    assert [rank.outlast(25) for rank in ranks] == [0, 143], ranks[0].story()
+    assert [rank.outlast(25) for rank in ranks] == [0, 143], ranks[0].transcript()
     for rank in ranks:
-        assert rank.report()["outcome"] == "clean", rank.story()
+        assert rank.report()["outcome"] == "clean", rank.transcript()

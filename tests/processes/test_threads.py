@@ -80,13 +80,13 @@ def test_the_right_thread_stops(job, case):
     for rank in ranks:
         rank.wait_for("^main$")
     ranks[0].wait_for("^ready$")
-    assert [ranks[0].evict(25), ranks[1].outlast(25)] == [0, 143], ranks[0].story()
+    assert [ranks[0].evict(25), ranks[1].outlast(25)] == [0, 143], ranks[0].transcript()
     assert "the program goes on" not in ranks[0].stdout
     for rank in ranks:
         # Where rank 0 was blocked in a collective, neither says that all was well.
         expected = ("partial", "aborted") if "blocked" in case else ("clean",)
-        assert rank.report()["outcome"] in expected, rank.story()
-        assert rank.phase("exit")["outcome"] == "ok", rank.story()
+        assert rank.report()["outcome"] in expected, rank.transcript()
+        assert rank.phase("exit")["outcome"] == "ok", rank.transcript()
 
 
 OVER = """
@@ -122,11 +122,11 @@ def test_exit_callbacks_are_not_cut_short(job):
     ranks = job.world(OVER, 2, AUTOTEARDOWN_GRACE=25)
     for rank in ranks:
         rank.wait_for("^ready$")
-    assert [ranks[0].evict(25), ranks[1].outlast(25)] == [0, 143], ranks[0].story()
+    assert [ranks[0].evict(25), ranks[1].outlast(25)] == [0, 143], ranks[0].transcript()
     for rank in ranks:
-        assert rank.report()["outcome"] == "clean", rank.story()
-        assert "closed" in rank.stdout, rank.story()
-        assert rank.noise == [], rank.story()
+        assert rank.report()["outcome"] == "clean", rank.transcript()
+        assert "closed" in rank.stdout, rank.transcript()
+        assert rank.noise == [], rank.transcript()
 
 
 BUSY = """
@@ -157,5 +157,5 @@ def test_the_alarm_of_a_ray_driver_is_called_off(job, what, code, rings):
     """Its C++ layer sets it before anybody hears of the signal (ray-project/ray#64830). The real one: test_ray.py."""
     (rank,) = job.world(BUSY, 1, *what, AUTOTEARDOWN_GRACE=25)
     rank.wait_for("^ready$")
-    assert rank.evict(25) == code, rank.story()
+    assert rank.evict(25) == code, rank.transcript()
     assert ("alarm" in rank.stdout) == rings

@@ -27,7 +27,7 @@ def checkpoints(job, ranks, in_handler=False):
         (made,) = set(state["weight"].tolist())
         assert state["step"] == (made - 1 if in_handler else made)
         found[int(path.stem)] = state["step"]
-    assert sorted(found) == list(range(ranks)), (found, [rank.story() for rank in job.ranks])
+    assert sorted(found) == list(range(ranks)), (found, [rank.transcript() for rank in job.ranks])
     return found
 
 
@@ -36,11 +36,11 @@ def saved_together(job, ranks, grace=16, code=42, in_handler=False):
     first = min(rank.signalled for rank in ranks if rank.signalled)
     for rank in ranks:
         rank.signalled = rank.signalled or first
-        assert rank.outlast(grace) == code, rank.story()
+        assert rank.outlast(grace) == code, rank.transcript()
     found = checkpoints(job, len(ranks), in_handler)
-    assert len(set(found.values())) == 1, (found, [rank.story() for rank in ranks])
+    assert len(set(found.values())) == 1, (found, [rank.transcript() for rank in ranks])
     for rank in ranks:  # the agent has nothing to tell
-        assert not [text for text in rank.said if text.startswith("done")], rank.story()
+        assert not [text for text in rank.log_lines if text.startswith("done")], rank.transcript()
 
 
 def started(job, style, *args, ranks=3, **options):
@@ -70,7 +70,7 @@ def test_whatever_the_handler_does(job, style, who):
         ranks[victim].signal()
     saved_together(job, ranks, in_handler=style in ("exits", "inside"))
     for rank in ranks:
-        assert rank.stdout.count("handler at") == 1, rank.story()
+        assert rank.stdout.count("handler at") == 1, rank.transcript()
 
 
 @pytest.mark.parametrize("style", ["asyncio-apart", "uvloop", "uvloop-apart", "trio", "trio-apart"])
@@ -83,9 +83,9 @@ def test_an_event_loops_handler(job, style, who):
         ranks[victim].signal()
     saved_together(job, ranks)
     for rank in ranks:
-        assert rank.stdout.count("handler at") == 1, rank.story()
+        assert rank.stdout.count("handler at") == 1, rank.transcript()
         # Nobody waits in vain for a loop to come by.
-        assert any(line.startswith("step ok") for line in rank.said), rank.story()
+        assert any(line.startswith("step ok") for line in rank.log_lines), rank.transcript()
 
 
 def test_control_a_flag_on_one_rank(job):
@@ -94,10 +94,10 @@ def test_control_a_flag_on_one_rank(job):
     for rank in ranks:
         rank.wait_for("^step 3$")
     ranks[1].signal()
-    assert ranks[1].outlast(SHORT * 5) == 42, ranks[1].story()
+    assert ranks[1].outlast(SHORT * 5) == 42, ranks[1].transcript()
     for rank in (ranks[0], ranks[2]):
         rank.signalled = ranks[1].signalled
-        assert rank.outlast(SHORT * 5) not in (0, 42), rank.story()
+        assert rank.outlast(SHORT * 5) not in (0, 42), rank.transcript()
     assert [path.stem for path in (job.folder / "saved").glob("*.pt")] == ["1"]
 
 
@@ -108,8 +108,8 @@ def test_under_torchrun(job, style):
     wait_until(lambda: launcher.count("step 5") >= 3, "three ranks at work")
     launcher.signal()
     launcher.outlast(30)
-    assert launcher.code != -9, launcher.story()
-    assert len(set(checkpoints(job, 3).values())) == 1, launcher.story()
+    assert launcher.code != -9, launcher.transcript()
+    assert len(set(checkpoints(job, 3).values())) == 1, launcher.transcript()
     wait_until(lambda: not job.survivors(), "the end of the workers", 10)
 
 
@@ -133,8 +133,8 @@ def test_one_worker_under_torchrun(job):
     wait_until(lambda: launcher.count("step 5") >= 3, "three ranks at work")
     os.kill(workers(launcher, 3)[1], SIGTERM)
     launcher.wait(30)
-    assert len(set(checkpoints(job, 3).values())) == 1, launcher.story()
-    assert "exited with 42" in launcher.stderr, launcher.story()
+    assert len(set(checkpoints(job, 3).values())) == 1, launcher.transcript()
+    assert "exited with 42" in launcher.stderr, launcher.transcript()
 
 
 def test_once_more_while_it_saves(job):
@@ -156,7 +156,7 @@ def test_a_peers_own_signal_comes_late(job):
     ranks[0].signal()
     saved_together(job, ranks)
     for rank in ranks:
-        assert rank.stdout.count("handler at") == 1, rank.story()
+        assert rank.stdout.count("handler at") == 1, rank.transcript()
 
 
 def test_a_save_that_needs_all_ranks(job):
@@ -166,7 +166,7 @@ def test_a_save_that_needs_all_ranks(job):
     first = ranks[2].signalled
     for rank in ranks:
         rank.signalled = first
-        assert rank.outlast(16) == 42, rank.story()
+        assert rank.outlast(16) == 42, rank.transcript()
     steps = {torch.load(path)["step"] for path in (job.folder / "saved").glob("*.pt")}
     assert len(steps) == 1
     for path in (job.folder / "saved").glob("*.pt"):
@@ -181,8 +181,8 @@ def test_an_application_that_ignores_it(job, style):
     ranks[1].signal()
     for rank, code in zip(ranks, (143, 0, 143)):
         rank.signalled = ranks[1].signalled
-        assert rank.outlast(9) == code, rank.story()
-        assert rank.phase("yield")["outcome"] == "timeout", rank.story()
+        assert rank.outlast(9) == code, rank.transcript()
+        assert rank.phase("yield")["outcome"] == "timeout", rank.transcript()
         assert rank.report()["outcome"] == "partial"
         assert rank.stdout.count("handler at") == (style == "logs")
     assert ranks[1].seconds > 1.0
@@ -195,7 +195,7 @@ def test_ranks_without_a_handler(job):
     codes = {0: 42, 1: 0, 2: 42, 3: 143}
     for number, rank in enumerate(ranks):
         rank.signalled = ranks[1].signalled
-        assert rank.outlast(16) == codes[number], rank.story()
+        assert rank.outlast(16) == codes[number], rank.transcript()
     found = {number: torch.load(job.folder / f"saved/{number}.pt")["step"] for number in (0, 2)}
     assert len(set(found.values())) == 1
     for number in (1, 3):
@@ -239,10 +239,10 @@ def test_they_hear_of_it_before_the_group_is_gone(job):
         rank.wait_for("^step 3$")
     ranks[0].signal()
     ranks[0].wait_for("destroys")
-    assert ranks[1].wait() == 143, ranks[1].story()
+    assert ranks[1].wait() == 143, ranks[1].transcript()
     assert ranks[0].running, "and that is not over"
     (job.folder / "free").touch()
-    assert ranks[0].wait() == 42, ranks[0].story()
+    assert ranks[0].wait() == 42, ranks[0].transcript()
 
 
 @pytest.mark.parametrize("after", ["0", "3600"], ids=["trains", "has stepped once"])
@@ -275,8 +275,8 @@ def test_one_that_puts_the_default_back_and_sends_itself_the_signal(job, handler
     ranks[0].signal()
     for rank in ranks:
         rank.signalled = ranks[0].signalled
-        assert rank.outlast(16) == (0 if rank is ranks[0] else 143), rank.story()
-        assert not rank.count("ran on"), rank.story()
+        assert rank.outlast(16) == (0 if rank is ranks[0] else 143), rank.transcript()
+        assert not rank.count("ran on"), rank.transcript()
 
 
 def test_its_own_signal_after_it_has_left(job):
@@ -312,8 +312,8 @@ def test_its_own_signal_after_it_has_left(job):
     ranks[1].wait_for("left")
     ranks[1].signal()
     for rank in ranks:
-        assert rank.outlast(16) == 42, rank.story()
-        assert rank.count("handler") == 1, rank.story()
+        assert rank.outlast(16) == 42, rank.transcript()
+        assert rank.count("handler") == 1, rank.transcript()
 
 
 def test_a_handler_that_raises(job):
@@ -322,7 +322,7 @@ def test_a_handler_that_raises(job):
     ranks[0].signal()
     for rank in ranks:
         rank.signalled = ranks[0].signalled
-        assert rank.outlast(16) == 1, rank.story()
+        assert rank.outlast(16) == 1, rank.transcript()
         assert "ValueError: the handler has failed" in rank.stderr
     assert len({rank.stdout.split("handler at ")[1].split()[0] for rank in ranks}) == 1
 
@@ -355,7 +355,7 @@ def test_a_delivery_on_top_of_the_signal_s_own_handler(job):
         **PATIENT,
     )
     rank.wait_for("ready")
-    assert rank.evict(16) == 41, rank.story()
+    assert rank.evict(16) == 41, rank.transcript()
 
 
 def test_one_that_fails_while_another_still_saves(job):
@@ -382,9 +382,11 @@ def test_one_that_fails_while_another_still_saves(job):
     for rank in ranks:
         rank.wait_for("step\n(.*\n)*step")
     ranks[1].signal()
-    assert ranks[0].outlast(8) == 1, ranks[0].story()
-    assert ranks[1].outlast(8) == 0, ranks[1].story()
-    assert "at exit" not in ranks[0].stderr and "terminate called" not in ranks[0].stderr, ranks[0].story()
+    assert ranks[0].outlast(8) == 1, ranks[0].transcript()
+    assert ranks[1].outlast(8) == 0, ranks[1].transcript()
+    assert "at exit" not in ranks[0].stderr and "terminate called" not in ranks[0].stderr, ranks[
+        0
+    ].transcript()
 
 
 def test_an_iteration_that_does_not_end(job):
@@ -393,7 +395,7 @@ def test_an_iteration_that_does_not_end(job):
     ranks[1].signal()
     for rank in ranks:
         rank.signalled = ranks[1].signalled
-        assert rank.outlast(16) == 42, rank.story()
+        assert rank.outlast(16) == 42, rank.transcript()
     assert set(checkpoints(job, 3).values()) == {3}
     assert ranks[1].seconds < 9
 
@@ -402,7 +404,7 @@ def test_alone(job):
     """AUTOTEARDOWN_HANDLERS=alone: its handler runs at once, on the signalled rank only."""
     ranks = started(job, "inside", AUTOTEARDOWN_HANDLERS="alone")
     ranks[1].signal()
-    assert ranks[1].outlast(16) == 42, ranks[1].story()
+    assert ranks[1].outlast(16) == 42, ranks[1].transcript()
     for rank in (ranks[0], ranks[2]):
         assert "handler at" not in rank.stdout
 
@@ -434,10 +436,10 @@ def test_at_random_moments_under_torchrun(job, seed):
     victim = chance.choice([launcher.pid, *workers(launcher, 4)])
     time.sleep(chance.uniform(0, 0.1))
     os.kill(victim, SIGTERM)
-    assert launcher.wait(30) == 1, launcher.story()
-    assert len(set(checkpoints(job, 4).values())) == 1, launcher.story()
+    assert launcher.wait(30) == 1, launcher.transcript()
+    assert len(set(checkpoints(job, 4).values())) == 1, launcher.transcript()
     # Signalled itself, it does not tell.
-    assert victim == launcher.pid or "exited with 42" in launcher.stderr, launcher.story()
-    assert "SIGKILL" not in launcher.stderr, launcher.story()
+    assert victim == launcher.pid or "exited with 42" in launcher.stderr, launcher.transcript()
+    assert "SIGKILL" not in launcher.stderr, launcher.transcript()
     assert " done: " not in launcher.stderr, "the agent has nothing to tell"
     wait_until(lambda: not job.survivors(), "the end of the workers", 10)

@@ -30,7 +30,7 @@ def met(world, *launchers, attempt=0):
     line = re.compile(rf"^attempt {attempt} rank (\d+) pid (\d+)$", re.MULTILINE)
 
     def look():
-        assert any(each.running for each in launchers), [each.story() for each in launchers]
+        assert any(each.running for each in launchers), [each.transcript() for each in launchers]
         pids = {int(rank): int(pid) for each in launchers for rank, pid in line.findall(each.stdout)}
         return pids if len(pids) == world else None
 
@@ -43,7 +43,7 @@ def saved(job, ranks=2):
     ]
 
 
-def said(launcher):
+def launcher_line(launcher):
     """The one line of torchrun's own agent."""
     (line,) = LINE.findall(launcher.stderr)
     return line
@@ -71,10 +71,10 @@ def test_exit_code(job, given, code):
     env = {} if given is None else {"AUTOTEARDOWN_EXIT_CODE": given}
     launcher = start(job, "saves", **env)
     launcher.signal()
-    assert launcher.wait() == code, launcher.story()
+    assert launcher.wait() == code, launcher.transcript()
     assert saved(job)
-    assert "Traceback" not in launcher.stderr, launcher.story()
-    assert said(launcher) == f"SIGTERM: 2 of 2 workers have left; exit {code}"
+    assert "Traceback" not in launcher.stderr, launcher.transcript()
+    assert launcher_line(launcher) == f"SIGTERM: 2 of 2 workers have left; exit {code}"
     assert {report["outcome"] for report in job.all_reports().values()} == {"clean"}
 
 
@@ -98,7 +98,7 @@ def test_switched_off(job):
 def test_log(job, log, form, lines):
     launcher = start(job, "plain", AUTOTEARDOWN_LOG=log, AUTOTEARDOWN_LOG_FORMAT=form)
     launcher.signal()
-    assert launcher.wait() == 1, launcher.story()
+    assert launcher.wait() == 1, launcher.transcript()
     found = [json.loads(line) for line in launcher.stderr.splitlines() if line.startswith("{")]
     assert len([line for line in found if line["event"] == "launcher"]) == lines
     assert "autoteardown: " not in launcher.stderr and "Traceback" not in launcher.stderr
@@ -113,7 +113,7 @@ def test_waits_as_long_as_the_grace_period(job):
     """A callback of 40 s in a grace period of 60 is done on all ranks; torch's own wait is 30 s."""
     launcher = start(job, "saves", 40, AUTOTEARDOWN_GRACE=60, AUTOTEARDOWN_EXIT_CODE="signal")
     launcher.signal()
-    assert launcher.wait() == 143, launcher.story()
+    assert launcher.wait() == 143, launcher.transcript()
     assert saved(job)
 
 
@@ -125,7 +125,7 @@ def test_control_waits(job):
     options = ("--standalone", "--shutdown-timeout=30")
     launcher = start(job, "saves", 40, options=options, AUTOTEARDOWN_GRACE=60)
     launcher.signal()
-    assert launcher.wait() == 1, launcher.story()
+    assert launcher.wait() == 1, launcher.transcript()
     assert not list(job.folder.glob("saved-*"))
 
 
@@ -139,11 +139,11 @@ def test_an_explicit_timeout_wins(job, code, returned, way):
         options, env = (*options, "--shutdown-timeout=2"), {}
     launcher = start(job, "saves", 20, options=options, AUTOTEARDOWN_EXIT_CODE=code, **env)
     launcher.signal()
-    assert launcher.wait() == returned, launcher.story()
+    assert launcher.wait() == returned, launcher.transcript()
     assert launcher.seconds < 20
     assert not list(job.folder.glob("saved-*"))
     killed = "local rank 0 was ended by SIGKILL, local rank 1 was ended by SIGKILL"
-    assert said(launcher) == f"SIGTERM: 0 of 2 workers have left, {killed}; exit {returned}"
+    assert launcher_line(launcher) == f"SIGTERM: 0 of 2 workers have left, {killed}; exit {returned}"
 
 
 # -- signals ----------------------------------------------------------------------------------------------------------
@@ -155,7 +155,7 @@ def test_early_notice(job, name):
     signum = signal.SIGUSR1 if name == "SIGUSR1" else signal.SIGRTMIN + 3
     launcher = start(job, "saves", AUTOTEARDOWN_SIGNALS=f"SIGTERM,{name}", AUTOTEARDOWN_EXIT_CODE="signal")
     launcher.signal(signum)
-    assert launcher.wait() == 128 + signum, launcher.story()
+    assert launcher.wait() == 128 + signum, launcher.transcript()
     assert saved(job)
     assert {report["signal"] for report in job.all_reports().values()} == {name}
     no_orphan(job)
@@ -189,9 +189,9 @@ def test_signalled_again(job, pause):
     for _ in range(2):
         time.sleep(pause)
         launcher.signal()
-    assert launcher.wait() == 128 + signal.SIGUSR1, launcher.story()
-    assert saved(job), launcher.story()
-    assert "Traceback" not in launcher.stderr, launcher.story()
+    assert launcher.wait() == 128 + signal.SIGUSR1, launcher.transcript()
+    assert saved(job), launcher.transcript()
+    assert "Traceback" not in launcher.stderr, launcher.transcript()
     no_orphan(job)
 
 
@@ -200,12 +200,12 @@ def test_signalled_while_it_starts_its_workers(job, mode):
     """It stops those that have been started. Without the agent it does not know them, and they run on."""
     python = (str(PROGRAMS / "signalled_at_start.py"), "--standalone", "--nproc-per-node=2")
     launcher = job.start("launched.py", "plain", fresh=True, python=python, mode=mode, **PATIENT)
-    assert launcher.wait() == 1, launcher.story()
+    assert launcher.wait() == 1, launcher.transcript()
     if mode == NONE:
         assert job.survivors()
     else:
         no_orphan(job)
-        assert said(launcher).startswith("SIGTERM: 2 of 2 workers have left")
+        assert launcher_line(launcher).startswith("SIGTERM: 2 of 2 workers have left")
 
 
 # -- workers that are evicted, and workers that fail ------------------------------------------------------------------
@@ -225,11 +225,11 @@ def test_a_worker_is_evicted(job, codes, returned):
     env = {f"AUTOTEARDOWN_{name}": value for name, value in codes.items()}
     launcher = start(job, "saves", **env)
     os.kill(met(2, launcher)[1], SIGTERM)
-    assert launcher.wait() == returned, launcher.story()
+    assert launcher.wait() == returned, launcher.transcript()
     assert saved(job)
-    assert "Traceback" not in launcher.stderr, launcher.story()
-    assert said(launcher).startswith("its workers were evicted (exited with ")
-    assert said(launcher).endswith(f"; exit {returned}")
+    assert "Traceback" not in launcher.stderr, launcher.transcript()
+    assert launcher_line(launcher).startswith("its workers were evicted (exited with ")
+    assert launcher_line(launcher).endswith(f"; exit {returned}")
 
 
 def normalized(text):
@@ -247,7 +247,7 @@ def test_a_failure_is_reported_as_by_plain_torchrun(job, what, code):
     for mode in ("agent", NONE):
         launcher = start(job, what, mode=mode, **env)
         (job.folder / "go").touch()
-        assert launcher.wait() == 1, launcher.story()
+        assert launcher.wait() == 1, launcher.transcript()
         (job.folder / "go").unlink()
         assert f"exitcode  : {code}" in launcher.stderr
         output.append(launcher)
@@ -263,7 +263,7 @@ def test_a_failure_uses_up_a_restart(job):
     options = ("--standalone", "--max-restarts=1")
     launcher = start(job, "fails", options=options, **OWN_STORE)
     (job.folder / "go").touch()
-    assert launcher.wait() == 1, launcher.story()
+    assert launcher.wait() == 1, launcher.transcript()
     assert "attempt 1 rank 0" in launcher.stdout and "attempt 2" not in launcher.stdout
     assert "ChildFailedError" in launcher.stderr
 
@@ -275,7 +275,7 @@ def test_evictions_use_up_no_restart(job):
     launcher = start(job, "restarts", options=options, AUTOTEARDOWN_EXIT_CODE="signal", **OWN_STORE)
     for attempt in range(3):
         os.kill(met(2, launcher, attempt=attempt)[0], SIGTERM)
-    assert launcher.wait() == 0, launcher.story()
+    assert launcher.wait() == 0, launcher.transcript()
     assert launcher.stdout.count("attempt 3") == 4
     assert len(LINE.findall(launcher.stderr)) == 3
 
@@ -294,7 +294,7 @@ def test_evictions_of_two_nodes_use_up_no_restart(job):
         wait_until(lambda: listening(port), "the rendezvous")
     for attempt in range(3):
         os.kill(met(2, *agents, attempt=attempt)[attempt % 2], SIGTERM)
-    assert [agent.wait() for agent in agents] == [0, 0], [agent.story() for agent in agents]
+    assert [agent.wait() for agent in agents] == [0, 0], [agent.transcript() for agent in agents]
     assert all("attempt 3" in agent.stdout and "trained" in agent.stdout for agent in agents)
 
 
@@ -364,9 +364,9 @@ def test_ways(job, way):
         "both ranks",
     )
     launcher.signal()
-    assert launcher.wait() == 143, launcher.story()
-    assert saved(job), launcher.story()
-    assert "Traceback" not in launcher.stderr, launcher.story()
+    assert launcher.wait() == 143, launcher.transcript()
+    assert saved(job), launcher.transcript()
+    assert "Traceback" not in launcher.stderr, launcher.transcript()
 
 
 def test_as_a_library(job):
@@ -374,6 +374,6 @@ def test_as_a_library(job):
     launcher = job.start("elastic_function.py", fresh=True, AUTOTEARDOWN_EXIT_CODE="signal", **PATIENT)
     met(2, launcher)
     launcher.signal()
-    assert launcher.wait() == 5, launcher.story()
+    assert launcher.wait() == 5, launcher.transcript()
     assert "caught SIGTERM" in launcher.stdout
-    assert saved(job), launcher.story()
+    assert saved(job), launcher.transcript()

@@ -5,7 +5,7 @@ import os
 import pytest
 from harness import NONE, SIGTERM, free_port, wait_until
 from test_launchers import OWN_STORE, listening
-from test_torchrun import LINE, met, said, start
+from test_torchrun import LINE, launcher_line, met, start
 
 CODES = {"AUTOTEARDOWN_EXIT_CODE": "signal", "AUTOTEARDOWN_PEER_EXIT_CODE": 77}
 
@@ -22,16 +22,16 @@ def evicted(job, *what):
 def test_a_handler_that_ends_the_program_is_an_eviction(job, code, returned):
     """Whatever code it has: one line, no traceback. torchrun returns the code if it is the one of the settings."""
     launcher = evicted(job, "exits", code)
-    assert launcher.code == returned, launcher.story()
-    assert said(launcher).startswith("its workers were evicted (exited with "), launcher.story()
+    assert launcher.code == returned, launcher.transcript()
+    assert launcher_line(launcher).startswith("its workers were evicted (exited with "), launcher.transcript()
     assert "ChildFailedError" not in launcher.stderr
 
 
 def test_a_handler_that_raises_is_a_failure(job):
     """The exception of the program's own is reported as by plain torchrun."""
     launcher = evicted(job, "raises")
-    assert launcher.code == 1, launcher.story()
-    assert "ChildFailedError" in launcher.stderr and "exitcode  : 1" in launcher.stderr, launcher.story()
+    assert launcher.code == 1, launcher.transcript()
+    assert "ChildFailedError" in launcher.stderr and "exitcode  : 1" in launcher.stderr, launcher.transcript()
     assert LINE.findall(launcher.stderr) == []
 
 
@@ -41,8 +41,8 @@ def test_a_program_that_evicts_itself_runs_out_of_restarts(job):
     """Five are free, and the one of --max-restarts: seven attempts."""
     options = ("--standalone", "--max-restarts=1")
     launcher = start(job, "loops", options=options, ranks=1, world=0, **CODES, **OWN_STORE)
-    assert launcher.wait(600) == 143, launcher.story()
-    assert launcher.stdout.count("rank 0 pid ") == 7, launcher.story()
+    assert launcher.wait(600) == 143, launcher.transcript()
+    assert launcher.stdout.count("rank 0 pid ") == 7, launcher.transcript()
     *free, paid, last = LINE.findall(launcher.stderr)
     assert [line.endswith("1 restarts are left") for line in free] == [True] * 5
     assert "0 restarts are left; one was used up" in paid and last.endswith("; exit 143")
@@ -66,7 +66,9 @@ def test_a_crash_on_another_node_is_no_eviction(job, mode, restarts):
         wait_until(lambda: listening(port), "the rendezvous")
     met(4, *agents)
     (job.folder / "go").touch()
-    assert [agent.wait() for agent in agents] == [1, 1], [agent.story() for agent in agents]
-    assert [LINE.findall(agent.stderr) for agent in agents] == [[], []], [agent.story() for agent in agents]
+    assert [agent.wait() for agent in agents] == [1, 1], [agent.transcript() for agent in agents]
+    assert [LINE.findall(agent.stderr) for agent in agents] == [[], []], [
+        agent.transcript() for agent in agents
+    ]
     # The other one may end with a RendezvousClosedError instead.
     assert any("ChildFailedError" in agent.stderr for agent in agents)

@@ -47,12 +47,12 @@ def test_comes_out_as_without_us(job, module, state):
     with_us = outcomes(job, module, AGENT, *options)
     seen = with_us["seen"]
     differ = {
-        test: (outcome, seen.get(test), with_us["stories"].get(test))
+        test: (outcome, seen.get(test), with_us["whys"].get(test))
         for test, outcome in without["seen"].items()
         if seen.get(test) != outcome and test.rpartition(".")[0] not in DIFFERENT[state]
     }
     if differ:  # some depend on the machine's mood: whatever is not the same twice is
         again = outcomes(job, module, AGENT, *options)["seen"]
-        differ = {test: story for test, story in differ.items() if again.get(test) != without["seen"][test]}
-    assert not differ, "\n".join(f"{test}: {story}" for test, story in differ.items())
+        differ = {test: why for test, why in differ.items() if again.get(test) != without["seen"][test]}
+    assert not differ, "\n".join(f"{test}: {why}" for test, why in differ.items())
     assert "ok" in seen.values()

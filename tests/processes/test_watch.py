@@ -42,14 +42,14 @@ class Watch:
             )
 
     @property
-    def said(self):
+    def output(self):
         return self.out.read_text()
 
     def wait_for(self, text):
         def look():
             ended = self.process.poll() is not None
-            assert text in self.said or not ended, self.said
-            return text in self.said
+            assert text in self.output or not ended, self.output
+            return text in self.output
 
         wait_until(look, repr(text))
 
@@ -87,10 +87,10 @@ def test_in_front_of_torchrun(job, service):
     )
     wait_until(lambda: process.count("ready") == 2, "both ranks")
     service.notice(115)
-    assert process.wait() == 0, process.story()
+    assert process.wait() == 0, process.transcript()
     assert process.count("saved") == 2
     reports = [json.loads(path.read_text()) for path in job.reports.glob("*Z.json")]
-    assert [report["outcome"] for report in reports] == ["clean", "clean"], process.story()
+    assert [report["outcome"] for report in reports] == ["clean", "clean"], process.transcript()
     assert {report["cause"] for report in reports} <= {"signal", "peer"}
     assert len({report["steps"]["stopped_at"] for report in reports}) == 1
     given = 30 if service.cloud == "gce" else 115
@@ -114,7 +114,7 @@ def test_the_platforms_signal_comes_meanwhile(job, service):
     process.signal(signal.SIGTERM)
     assert process.wait() == 0
     (report,) = job.all_reports().values()
-    assert report["grace"] < 30, process.story()
+    assert report["grace"] < 30, process.transcript()
 
 
 def test_a_daemon_stays_and_drains_later_ranks(job, watch, service):
@@ -127,10 +127,10 @@ def test_a_daemon_stays_and_drains_later_ranks(job, watch, service):
     daemon.wait_for('"drained"')
     (late,) = job.world(TRAINING, 1, 0)
     assert late.wait() == 0
-    wait_until(lambda: daemon.said.count('"drained"') == 2, "the second drain")
+    wait_until(lambda: daemon.output.count('"drained"') == 2, "the second drain")
     daemon.process.send_signal(signal.SIGTERM)
     assert daemon.wait() == 0
-    events = [json.loads(line)["event"] for line in daemon.said.splitlines()]
+    events = [json.loads(line)["event"] for line in daemon.output.splitlines()]
     assert events == ["watching", "notice", "rank", "drained", "rank", "drained"]
 
 
@@ -138,7 +138,7 @@ def test_once_without_a_rank(watch, service):
     service.notice(115)
     command = watch(*of(service), "--once")
     assert command.wait() == 0
-    assert command.said.endswith("autoteardown watch: drained: no armed rank to signal\n")
+    assert command.output.endswith("autoteardown watch: drained: no armed rank to signal\n")
 
 
 def test_once_with_a_rank_that_does_not_leave_cleanly(job, watch, service):
@@ -153,7 +153,7 @@ def test_once_with_a_rank_that_does_not_leave_cleanly(job, watch, service):
     service.notice(12)
     command = watch(*of(service), "--once")
     assert command.wait() == 1
-    assert "still running" in command.said
+    assert "still running" in command.output
     os.kill(rank.pid, signal.SIGKILL)
 
 
@@ -170,7 +170,7 @@ def test_a_notice_that_is_withdrawn(job, watch):
     daemon.wait_for("gives no usable answer")
     service.fault = None
     daemon.wait_for("answers again")
-    assert daemon.said.count("gives no usable answer") == 1
+    assert daemon.output.count("gives no usable answer") == 1
     assert rank.running
     service.close()
 
@@ -189,7 +189,10 @@ def test_a_dry_run_signals_none(job, watch, service):
     service.notice(100)
     command = watch(*of(service), "--dry-run")
     assert command.wait() == 0
-    assert "1 armed ranks would be drained" in command.said and "EC2 terminates this instance" in command.said
+    assert (
+        "1 armed ranks would be drained" in command.output
+        and "EC2 terminates this instance" in command.output
+    )
     assert rank.running
     service.fault = 500
     assert watch(*of(service), "--dry-run").wait() == 1
@@ -237,4 +240,4 @@ def test_the_command_gets_the_signal_mask_and_the_actions_that_watch_had(watch, 
 def test_a_wrong_option_names_what_is_allowed(watch, options):
     command = watch(*options)
     assert command.wait() == 2
-    assert repr(options[1]) in command.said
+    assert repr(options[1]) in command.output

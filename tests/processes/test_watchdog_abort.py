@@ -34,13 +34,13 @@ os._exit(7)
 def test_the_exit_code_stays(job, main, c):
     """Whichever thread aborts, the main one too, and whatever signals come meanwhile; with the GIL, by the fuse."""
     rank = job.start(PROGRAM.format(held=True, main=main, c=c), mode=NONE)
-    assert rank.wait() == 7, rank.story()
+    assert rank.wait() == 7, rank.transcript()
 
 
 def test_without_it(job):
     """The control."""
     rank = job.start(PROGRAM.format(held=False, main=False, c=True), mode=NONE)
-    assert rank.wait() == -signal.SIGABRT, rank.story()
+    assert rank.wait() == -signal.SIGABRT, rank.transcript()
 
 
 def test_whatever_our_own_code_waits_for(job):
@@ -58,8 +58,8 @@ def test_whatever_our_own_code_waits_for(job):
         AUTOTEARDOWN_GRACE=4,
     )
     rank.wait_for("ready")
-    assert rank.evict(grace=8) == 0, rank.story()
-    assert rank.said == [], rank.story()  # nobody got to say anything
+    assert rank.evict(grace=8) == 0, rank.transcript()
+    assert rank.log_lines == [], rank.transcript()  # nobody got to say anything
 
 
 def test_an_exit_while_our_thread_is_in_cpp(job):
@@ -97,5 +97,5 @@ def test_an_exit_while_our_thread_is_in_cpp(job):
         AUTOTEARDOWN_GRACE=20,
     )
     rank.wait_for("ready")
-    assert rank.evict(grace=20) == 5, rank.story()
+    assert rank.evict(grace=20) == 5, rank.transcript()
     assert "terminate called" not in rank.stderr

@@ -45,11 +45,11 @@ def test_torch_s_own_idiom(job):
         rank.wait_for("ready")
     ranks[0].signal()
     for number, rank in enumerate(ranks):
-        assert rank.outlast(GRACE) == (0 if rank is ranks[0] else 143), rank.story()
-        assert rank.noise == [], rank.story()
-        assert rank.stdout.splitlines()[-1] == "the end", rank.story()
+        assert rank.outlast(GRACE) == (0 if rank is ranks[0] else 143), rank.transcript()
+        assert rank.noise == [], rank.transcript()
+        assert rank.stdout.splitlines()[-1] == "the end", rank.transcript()
         assert re.search(rf"^I was {number} 2 gloo$", rank.stdout, re.MULTILINE)
-        assert re.search("^no group: .*not been initialized", rank.stdout, re.MULTILINE), rank.story()
+        assert re.search("^no group: .*not been initialized", rank.stdout, re.MULTILINE), rank.transcript()
         assert rank.report()["outcome"] == "clean"
 
 
@@ -73,8 +73,8 @@ def test_a_child_of_the_way_out_collects_its_garbage(job):
         """
     )
     rank.wait_for("ready")
-    assert rank.evict() == 0, rank.story()
-    assert "child True False" in rank.stdout, rank.story()
+    assert rank.evict() == 0, rank.transcript()
+    assert "child True False" in rank.stdout, rank.transcript()
 
 
 def test_nobody_leaves_out_of_a_function_that_is_built_in(job):
@@ -101,7 +101,7 @@ def test_nobody_leaves_out_of_a_function_that_is_built_in(job):
         """
     )
     rank.wait_for("ready")
-    assert rank.evict() == 0, rank.story()
-    assert "raised outside" in rank.stdout, rank.story()
-    assert rank.report()["outcome"] == "clean", rank.story()
+    assert rank.evict() == 0, rank.transcript()
+    assert "raised outside" in rank.stdout, rank.transcript()
+    assert rank.report()["outcome"] == "clean", rank.transcript()
     assert rank.noise == []

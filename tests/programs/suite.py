@@ -56,9 +56,9 @@ def main():
     unittest.defaultTestLoader.loadTestsFromName(name).run(outcomes)
     if group:
         dist.destroy_process_group()
-    stories = {test.id(): story for test, story in outcomes.failures + outcomes.errors}
+    whys = {test.id(): why for test, why in outcomes.failures + outcomes.errors}
     with open("outcomes.json", "w") as file:
-        json.dump({"seen": outcomes.seen, "stories": stories}, file)
+        json.dump({"seen": outcomes.seen, "whys": whys}, file)
 
 
 if __name__ == "__main__":

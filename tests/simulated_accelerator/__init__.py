@@ -155,7 +155,7 @@ class Device:
         parts = [line.split(" ", 2) for line in lines]
         return sorted((float(time), int(pid), text) for time, pid, text in parts)
 
-    def said(self, text, pid=None):
+    def times_of(self, text, pid=None):
         """The times at which something that contains `text` happened (in that process)."""
         return [time for time, by, what in self.journal if text in what and pid in (None, by)]
 
@@ -163,6 +163,6 @@ class Device:
     def faults(self):
         return [(pid, text) for _, pid, text in self.journal if text.startswith("FAULT")]
 
-    def story(self):
+    def transcript(self):
         """The journal, for a failure message."""
         return "\n".join(f"{time:.3f} {pid} {text}" for time, pid, text in self.journal)

@@ -245,7 +245,7 @@ class Batch:
         """In the cluster."""
         return re.findall(rf"^rank {rank} pid (\d+) step", self.output, re.M)[-1]
 
-    def story(self):
+    def transcript(self):
         """Everything known, for a failure message."""
         return f"{self.state} {self.show('ExitCode')}\n{self.output[-6000:]}"
 

@@ -53,7 +53,7 @@ def trains(job, ranks=2):
     since = len(job.output) if job.output else 0
 
     def stepping():
-        assert job.state in ("PENDING", "RUNNING"), job.story()
+        assert job.state in ("PENDING", "RUNNING"), job.transcript()
         return len(set(re.findall(r"^rank (\d) pid \d+ step \d", job.output[since:], re.M))) == ranks
 
     wait_until(stepping, "a job that trains")

@@ -42,7 +42,7 @@ def test_it_saves_and_goes_on_there(cluster_of, event):
     trains(job)
     EVENTS[event].happen(cluster, job)
     job.wait_for_state("PENDING")
-    assert both_saved(cluster), f"saved: {saved(cluster)}\n{job.story()}"
+    assert both_saved(cluster), f"saved: {saved(cluster)}\n{job.transcript()}"
     if event in QUICK:  # once is enough: SLURM lets it wait for two minutes
         (step,) = set(saved(cluster).values())
 
@@ -72,7 +72,7 @@ def test_cancelled_it_saves_and_stays_away(cluster_of):
     trains(job)
     EVENTS["scancel"].happen(cluster, job)
     assert over(job) == "CANCELLED"
-    assert both_saved(cluster), job.story()
+    assert both_saved(cluster), job.transcript()
     assert job.show("Restarts") == "0"
 
 
@@ -91,7 +91,7 @@ def test_a_program_that_leaves_by_itself_is_requeued_too(cluster_of, train):
     job = submit(cluster, *EVENTS["--signal=TERM@"].options, train=train)
     trains(job)
     EVENTS["--signal=TERM@"].happen(cluster, job)
-    assert over(job) == "PENDING", job.story()
+    assert over(job) == "PENDING", job.transcript()
     assert both_saved(cluster)
 
 
@@ -108,7 +108,7 @@ def test_requeue_exit_does_without_the_script(cluster_of, event, state):
     )
     trains(job)
     EVENTS[event].happen(cluster, job)
-    assert over(job) == state, job.story()
+    assert over(job) == state, job.transcript()
     assert both_saved(cluster)
 
 
@@ -125,7 +125,7 @@ def test_torchrun_in_place_of_the_ranks(cluster_of):
     trains(job)
     EVENTS["scancel"].happen(cluster, job)
     assert over(job) == "CANCELLED"
-    assert both_saved(cluster), job.story()
+    assert both_saved(cluster), job.transcript()
 
 
 @pytest.mark.slurm

@@ -56,4 +56,4 @@ def test_ps_and_drain_by_a_step_of_their_own(cluster_of):
     # The batch script ends with its ranks, and SLURM then ends this step, too: its exit status says nothing.
     assert "2 of 2 left cleanly" in cluster.command(*step, "drain", "--job", job, check=False, env=env)
     over(job)
-    assert both_saved(cluster), job.story()
+    assert both_saved(cluster), job.transcript()

@@ -32,7 +32,7 @@ def evicted(cluster, shape, event, train, **options):
 
 
 def check_saved(cluster, job):
-    assert both_saved(cluster), f"saved: {saved(cluster)}\n{job.story()}"
+    assert both_saved(cluster), f"saved: {saved(cluster)}\n{job.transcript()}"
 
 
 # What SLURM makes of a job whose ranks have saved and left with 0. (torchrun: with 1.)
@@ -75,7 +75,7 @@ def test_a_shell_as_a_task(cluster_of, proctrack):
     cluster = cluster_of(kill_wait=60, proctrack=proctrack)
     job = evicted(cluster, "srun a shell", "scancel", "polls slow", grace=55)
     if proctrack == "cgroup":
-        assert saved(cluster) == {}, job.story()
+        assert saved(cluster) == {}, job.transcript()
     else:
         check_saved(cluster, job)
 
@@ -88,7 +88,7 @@ def test_torchrun_in_the_script(cluster_of, shape, proctrack):
     cluster = cluster_of(kill_wait=KILL_WAIT, proctrack=proctrack)
     job = evicted(cluster, shape, "scancel", "polls")
     if shape == "torchrun" and proctrack == "cgroup":
-        assert saved(cluster) == {}, job.story()
+        assert saved(cluster) == {}, job.transcript()
     else:
         check_saved(cluster, job)
 
@@ -173,7 +173,7 @@ def test_torchrun_waits_as_long_as_the_grace_period(cluster_of):
 @pytest.mark.slurm
 def test_torchrun_returns_what_the_settings_say(cluster_of):
     job = evicted(cluster_of(kill_wait=KILL_WAIT), "srun torchrun", "scancel -s TERM", "callback")
-    assert job.show("ExitCode") == "143:0", job.story()
+    assert job.show("ExitCode") == "143:0", job.transcript()
 
 
 @pytest.mark.slurm
@@ -181,11 +181,11 @@ def test_torchrun_passes_usr1_on(cluster_of):
     job = evicted(cluster_of(kill_wait=KILL_WAIT), "srun torchrun", "--signal=USR1@", "callback",
                   AUTOTEARDOWN_SIGNALS="SIGTERM,SIGUSR1")  # fmt: skip
     check_saved(job.cluster, job)
-    assert job.show("ExitCode") == f"{128 + signal.SIGUSR1}:0", job.story()
+    assert job.show("ExitCode") == f"{128 + signal.SIGUSR1}:0", job.transcript()
 
 
 @pytest.mark.slurm
 @pytest.mark.parametrize("how", ["polls", "flag"])
 def test_a_half_trained_job_is_not_completed(cluster_of, how):
     job = evicted(cluster_of(kill_wait=KILL_WAIT), "exec srun", "scancel -s TERM", how)
-    assert (job.state, job.show("ExitCode")) == ("FAILED", "143:0"), job.story()
+    assert (job.state, job.show("ExitCode")) == ("FAILED", "143:0"), job.transcript()

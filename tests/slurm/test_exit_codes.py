@@ -35,4 +35,4 @@ def test_the_state_of_the_job(cluster, event, code):
     state = job.wait_for_state(
         "PENDING", "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "PREEMPTED", "NODE_FAIL"
     )
-    assert state == ROWS[event][code == 143], job.story()
+    assert state == ROWS[event][code == 143], job.transcript()

@@ -33,7 +33,7 @@ def test_lightning(cluster_of):
     trains(job)
     event.happen(cluster, job)
     job.wait_for_state("PENDING")
-    assert len(list(cluster.folder.glob("hpc_ckpt_*.ckpt"))) == 1, job.story()
+    assert len(list(cluster.folder.glob("hpc_ckpt_*.ckpt"))) == 1, job.transcript()
     assert again(cluster, job) > 0
 
 

@@ -65,7 +65,7 @@ class Recorded:
         try:
             wait_until(condition, what)
         except AssertionError as error:
-            raise AssertionError(f"{error}:\n{self.story()}") from None
+            raise AssertionError(f"{error}:\n{self.transcript()}") from None
 
     def wait(self, name, *signals):
         """Wait until it has got these. SLURM may send SIGCONT before the other or after it."""
@@ -80,7 +80,7 @@ class Recorded:
     def live(self, name):
         return time.time() - self._alive(name).stat().st_mtime < 2
 
-    def story(self):
+    def transcript(self):
         texts = [f"{path.name}: {path.read_text()}" for path in sorted(self.folder.iterdir())]
         return "\n".join((*texts, self.job.output))
 
@@ -112,7 +112,7 @@ def test_sigterm_and_sigkill_after_kill_wait(cluster, event):
         recorded.wait(name, *tasks)
     recorded.wait("batch", *batch)
     for name in ("task0", "task1", "batch"):
-        assert recorded.killed(name) - recorded.when(name, -1) > cluster.kill_wait - 3, recorded.story()
+        assert recorded.killed(name) - recorded.when(name, -1) > cluster.kill_wait - 3, recorded.transcript()
     recorded.job.wait_for_state(state)
 
 
@@ -125,8 +125,12 @@ def test_grace_time_comes_before_kill_wait(cluster, event):
     assert recorded.signals("batch") == []
     recorded.wait("task0", *TERMINATED, *TWICE)
     recorded.wait("batch", *TERMINATED)
-    assert recorded.when("task0", 2) - recorded.when("task0", 1) > cluster.grace_time - 3, recorded.story()
-    assert recorded.killed("task0") - recorded.when("task0", -1) > cluster.kill_wait - 3, recorded.story()
+    assert recorded.when("task0", 2) - recorded.when("task0", 1) > cluster.grace_time - 3, (
+        recorded.transcript()
+    )
+    assert recorded.killed("task0") - recorded.when("task0", -1) > cluster.kill_wait - 3, (
+        recorded.transcript()
+    )
     recorded.job.wait_for_state("PENDING" if event == "preempted with GraceTime" else "PREEMPTED")
 
 
@@ -151,7 +155,7 @@ def test_signals_that_were_asked_for(cluster, event, tasks, batch):
         recorded.wait(name, *tasks)
     recorded.wait("batch", *batch)
     time.sleep(3)
-    assert all(map(recorded.live, ("task0", "task1", "batch"))), recorded.story()
+    assert all(map(recorded.live, ("task0", "task1", "batch"))), recorded.transcript()
     assert (sorted(recorded.signals("task0")), sorted(recorded.signals("batch"))) == (tasks, batch)
     assert recorded.job.state == "RUNNING"
 
@@ -159,7 +163,7 @@ def test_signals_that_were_asked_for(cluster, event, tasks, batch):
 def killed_at_once(recorded):
     """Long before KillWait."""
     for name in ("task0", "task1"):
-        assert recorded.killed(name) < recorded.cluster.kill_wait / 2, recorded.story()
+        assert recorded.killed(name) < recorded.cluster.kill_wait / 2, recorded.transcript()
 
 
 @pytest.mark.slurm
@@ -198,7 +202,9 @@ def test_with_kill_on_bad_exit_they_are_ended(cluster):
     recorded.since = time.time()
     cluster.command("kill", "-KILL", recorded.pid("task0"))
     recorded.wait("task1", *TERMINATED)
-    assert recorded.killed("task1") - recorded.when("task1", -1) > cluster.kill_wait - 3, recorded.story()
+    assert recorded.killed("task1") - recorded.when("task1", -1) > cluster.kill_wait - 3, (
+        recorded.transcript()
+    )
 
 
 @pytest.mark.slurm

@@ -509,7 +509,7 @@ class Pod:
         program, *arguments = json.loads(entry)
         assert program == python.name
         self.reports = folder / "reports"
-        self.said = folder / "stdout"
+        self.stdout = folder / "stdout"
         self.log = folder / "stderr"
         self.termination = folder / "termination-log"
         self.termination.touch()
@@ -523,7 +523,7 @@ class Pod:
             [*in_pid_namespace(), str(python), *arguments],
             cwd=folder,
             env={"PATH": "/usr/bin:/bin", "HOME": str(folder), "OMP_NUM_THREADS": "1", **env, **world, **own},
-            stdout=self.said.open("wb"),
+            stdout=self.stdout.open("wb"),
             stderr=self.log.open("wb"),
         )
 
@@ -543,7 +543,7 @@ def evict_one_of_two(python: Path, folder: Path, env: dict[str, str]) -> list[Po
     pods = [Pod(python, folder / f"pod-{rank}", rank, port, env) for rank in (0, 1)]
     try:
         deadline = time.monotonic() + 90
-        while "step 0 " not in pods[0].said.read_text():  # rank 0 cannot have stepped alone
+        while "step 0 " not in pods[0].stdout.read_text():  # rank 0 cannot have stepped alone
             assert all(pod.process.poll() is None for pod in pods), [pod.log.read_text() for pod in pods]
             assert time.monotonic() < deadline
             time.sleep(0.05)
@@ -560,14 +560,14 @@ def evict_one_of_two(python: Path, folder: Path, env: dict[str, str]) -> list[Po
 def check_eviction(pods: list[Pod], evicted_code: int) -> None:
     """Both ranks are gone, cleanly, after the same step, with the right codes, and say so where they should."""
     peer, evicted = pods
-    story = [pod.log.read_text() for pod in pods]
-    assert (peer.process.returncode, evicted.process.returncode) == (143, evicted_code), story
+    logs = [pod.log.read_text() for pod in pods]
+    assert (peer.process.returncode, evicted.process.returncode) == (143, evicted_code), logs
     told = [json.loads(next(pod.reports.glob("*.json")).read_text()) for pod in pods]
-    assert [t["outcome"] for t in told] == ["clean", "clean"], story
+    assert [t["outcome"] for t in told] == ["clean", "clean"], logs
     assert [t["pid"] for t in told] == [1, 1] and [t["cause"] for t in told] == ["peer", "signal"]
     assert told[0]["steps"]["stopped_at"] == told[1]["steps"]["stopped_at"] is not None
     assert all(0 < len(pod.termination.read_bytes()) <= 4096 for pod in pods)
-    assert "autoteardown" not in peer.said.read_text()
+    assert "autoteardown" not in peer.stdout.read_text()
 
 
 def test_the_image_in_a_pid_namespace(tmp_path: Path, wheel: Path, base_image: Any) -> None:
