@@ -1,12 +1,11 @@
 """`docker/slurm/train.sbatch` as it is, on two nodes with a rank each: saved, and put back into the queue or not."""
 
+import contextlib
 import re
-import time
 from pathlib import Path
 
 import pytest
 from events import EVENTS
-from harness import wait_until
 from jobs import TRAINING, both_saved, environment, over, saved, trains
 
 ROOT = Path(__file__).parents[2]
@@ -45,17 +44,13 @@ def test_it_saves_and_goes_on_there(cluster_of, event):
     assert both_saved(cluster), f"saved: {saved(cluster)}\n{job.transcript()}"
     if event in QUICK:  # once is enough: SLURM lets it wait for two minutes
         (step,) = set(saved(cluster).values())
-
-        def begins_again():
-            if job.output.count(f"begins at {step}\n") == 2:
-                return True
-            # Again and again: slurmctld sets the two minutes when the job's last step has completed, which is after
-            # PENDING. Not more often than it schedules: each update keeps it from that.
+        # Again and again: slurmctld sets the two minutes when the job's last step has completed, which is after
+        # PENDING. Less and less often: each update keeps it from scheduling, for longer on a busy machine.
+        for pause in (3, 4, 8, 16, 32, 64):
             cluster.command("scontrol", "update", f"jobid={job}", "StartTime=now", "TimeLimit=5", check=False)
-            time.sleep(3)
-            return False
-
-        wait_until(begins_again, "the second run")
+            with contextlib.suppress(AssertionError):
+                job.wait_for(f"begins at {step}\n", times=2, patience=pause)
+                break
         trains(job)
         assert job.show("Restarts") == "1"
         # A user's own scancel is the end.
