@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -44,10 +45,12 @@ def test_it_saves_and_goes_on_there(cluster_of, event):
     assert both_saved(cluster), f"saved: {saved(cluster)}\n{job.transcript()}"
     if event in QUICK:  # once is enough: SLURM lets it wait for two minutes
         (step,) = set(saved(cluster).values())
-        # Again and again: slurmctld sets the two minutes when the job's last step has completed, which is after
-        # PENDING. Less and less often: each update keeps it from scheduling, for longer on a busy machine.
-        for pause in (3, 4, 8, 16, 32, 64):
-            cluster.command("scontrol", "update", f"jobid={job}", "StartTime=now", "TimeLimit=5", check=False)
+        # slurmctld sets the two minutes again when the job's last step has completed, which is after PENDING; and a job
+        # that starts in the second of its own end fails ("Job credential revoked"). Less and less often: each update
+        # keeps the controller from scheduling, for longer on a busy machine.
+        for pause in (4, 6, 8, 16, 32, 64):
+            time.sleep(4)
+            cluster.command("scontrol", "update", f"jobid={job}", "StartTime=now", "TimeLimit=5")
             with contextlib.suppress(AssertionError):
                 job.wait_for(f"begins at {step}\n", times=2, patience=pause)
                 break
