@@ -50,7 +50,7 @@ def test_it_saves_and_goes_on_there(cluster_of, event):
         # keeps the controller from scheduling, for longer on a busy machine.
         for pause in (4, 6, 8, 16, 32, 64):
             time.sleep(4)
-            cluster.command("scontrol", "update", f"jobid={job}", "StartTime=now", "TimeLimit=5")
+            cluster.command("scontrol", "update", f"jobid={job}", "StartTime=now", "TimeLimit=5", check=False)
             with contextlib.suppress(AssertionError):
                 job.wait_for(f"begins at {step}\n", times=2, patience=pause)
                 break
