@@ -43,8 +43,9 @@ def native_id(ident: Optional[int]) -> int:
 
 
 def in_collective() -> list[int]:
-    """The threads that are inside a call of `torch.distributed`."""
-    return inside("torch/distributed/distributed_c10d.py")
+    """The program's threads that are inside a call of `torch.distributed`; the agent's own destroy is inside, too."""
+    program = {main_ident(), *of_program()}
+    return [ident for ident in inside("torch/distributed/distributed_c10d.py") if ident in program]
 
 
 def inside(path: str, function: str = "") -> list[int]:

@@ -63,13 +63,14 @@ class SavesInProgress:
 
     @contextmanager
     def on_this_thread(self) -> Iterator[None]:
-        """Count everything that this thread does inside the block as a save."""
+        """Count everything that this thread does inside the block as a save, and nothing after it."""
         ident = get_ident()
         self.enter(ident)
         try:
             yield
         finally:
             self.leave(ident)
+            self._moment.pop(ident, None)  # the thread may end now, and another get its identifier
 
     def in_background(self, future: Any) -> None:
         """Record a save that continues in the background until `future` is done."""

@@ -82,3 +82,14 @@ def test_a_function_that_polls_does_not():
         return gate.gate.saves.shields(threading.get_ident())
 
     assert not inside("generate_and_save", then)
+
+
+def test_nothing_is_saved_after_the_callbacks():
+    """Their thread has ended then, and the next thread may have its identifier."""
+    saves = SavesInProgress()
+    ident = threading.get_ident()
+    with saves.on_this_thread():
+        saves.enter(ident)
+        saves.leave(ident)
+        assert saves.shields(ident)
+    assert not saves.shields(ident)
