@@ -168,6 +168,7 @@ class Connection:
             if link.waiting:
                 link.send(b"")
             lines = link.lines.feed(link.receive())
+            link.acknowledge()  # an exiting hub waits for it
         except (ConnectionClosed, Malformed) as error:
             self._down(f"{link.where}: {error}")
             return

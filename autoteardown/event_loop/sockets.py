@@ -225,6 +225,18 @@ class Stream:
             raise ConnectionClosed("closed by the other end")
         return data
 
+    def acknowledge(self) -> None:
+        """Have the kernel acknowledge now what has been received: it may wait 40 ms for data to send with it.
+
+        The other end may be waiting for that, see `unacknowledged`. TCP_QUICKACK holds for this time only (tcp(7)).
+        """
+        option = getattr(_socket, "TCP_QUICKACK", None)
+        if option is not None:
+            try:
+                self._sock.setsockopt(_socket.IPPROTO_TCP, option, 1)
+            except OSError:  # the next call tells that the connection has ended
+                pass
+
     def close(self) -> None:
         """Close the socket. May be called again."""
         close(self._sock, self._identity)
