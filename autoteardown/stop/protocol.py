@@ -214,6 +214,8 @@ class Stop(Machine):
     def _enter_yield(self, now: float) -> bool:
         """The application ends by itself, on this rank or on another: every rank runs on until it has."""
         if self.limits.yield_ <= now or "owners_done" in self.received:
+            if self.facts.application_owns and self.limits.yield_ > 0 and "owners_done" not in self.received:
+                self._callback_failed("no time is left for the application's handler")
             self._emit("park")
             return self._enter("park", now, 0.0)
         self.received.pop("stopped", None)  # the thread runs on

@@ -870,3 +870,25 @@ def test_it_says_which_iteration_it_waits_for():
 
 def test_a_stop_that_has_not_begun_waits_for_nothing():
     assert Script().stop.waits_for == ""
+
+
+@pytest.mark.parametrize("yields", [18.0, 0.0])
+def test_a_handler_for_which_no_time_is_left_is_no_clean_end(yields):
+    """A peer that was frozen answers late: its own application still saves, this one does not. 0: it was not to."""
+    facts = PEERS._replace(application_owns=True)
+    limits = LIMITS._replace(yield_=yields)
+    go = Script(facts, limits)
+    go(0.0, "begin")
+    go(0.0, "steps", (7, False))
+    go(18.5, "plan", plan(9, owned=True))
+    go(18.6, "stopped", 9)
+    assert go.stop.state == "step"
+    did = go(18.7, "aligned")
+    assert go.stop.state == "drain" and "deliver" not in go.did
+    if yields:
+        assert ("callback_failed", "no time is left for the application's handler") in did
+    go(18.8, "drained")
+    go(18.8, "called")
+    go(18.9, "quiet", True)
+    go(18.9, "destroyed")
+    assert go.stop.outcome == ("partial" if yields else "clean")

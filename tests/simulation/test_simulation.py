@@ -143,6 +143,9 @@ def of_rank(rank):
         stop.on(event, None, inf) for event in ("tick", "quiet", "parked", "drained")
     ):
         yield "goes on after its end"
+    owes = rank.member.handler and schedule.together and schedule.limits.yield_ > 0
+    if owes and stop.outcome == "clean" and "deliver" not in rank.did and "owners_done" not in stop.received:
+        yield "is clean, though its application's handler was not called"
     if "leave" in rank.did or "die" in rank.did:
         yield from of_report([phase.as_dict() for phase in stop.phases], stop.outcome)
 
