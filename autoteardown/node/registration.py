@@ -35,7 +35,7 @@ class Registration:
         self._pid = os.getpid()
         self._final = False  # the fields do not change any more
         self._removed = False  # and the file must not exist any more
-        self._writing: list[object] = []  # one for each thread that is publishing
+        self._writing: list[int] = []  # the threads that are publishing
         self._fields = {key: plain(value) for key, value in fields.items()}
 
     def update(self, **fields: object) -> None:
@@ -73,6 +73,7 @@ class Registration:
                 if outcome is None or not registry.markers(descriptor):
                     # Set first: a thread that is publishing the entry checks this afterwards.
                     self._removed = True
+                    self._wait_for_others()
                     safe_folder.remove(descriptor, self.name)
                     return
             finally:
@@ -88,7 +89,7 @@ class Registration:
     def _wait_for_others(self) -> None:
         """Let threads end that are publishing what was true before: the process ends before they could look again."""
         for _ in range(_PATIENCE):
-            if not self._writing:
+            if all(ident == unpatched.get_ident() for ident in list(self._writing)):
                 return
             unpatched.sleep(_LOOK)
 
@@ -138,12 +139,12 @@ class Registration:
     def _publish(self) -> None:
         if self._removed:
             return
-        writer = object()
-        self._writing.append(writer)
+        ident = unpatched.get_ident()
+        self._writing.append(ident)
         try:
             self._write()
         finally:
-            self._writing.remove(writer)
+            self._writing.remove(ident)
 
     def _write(self) -> None:
         # Two threads may publish at once, and the slower one would replace the newer content with the older. So each

@@ -117,17 +117,15 @@ def test_an_outcome_is_left_only_for_a_drain(runtime):
     assert [path.name for path in runtime.iterdir()] == [entry.name]
 
 
-def test_a_slow_thread_does_not_undo_the_outcome(runtime, monkeypatch):
-    """It is about to write what was true before, and the process ends before it could look again."""
-    entry = enter(runtime)
-    (record,) = registry.read(str(runtime))
-    marker = registry.DrainMarker(str(runtime))
-    real, about_to_write = safe_folder.replace, threading.Event()
+@contextlib.contextmanager
+def about_to_write(entry, monkeypatch):
+    """A thread is about to write what was true before, and the process ends before it could look again."""
+    real, about = safe_folder.replace, threading.Event()
 
     def replace(*args):
         if threading.current_thread() is not slow:
             return real(*args)
-        about_to_write.set()
+        about.set()
         time.sleep(0.05)
         real(*args)
         raise SystemExit
@@ -140,12 +138,27 @@ def test_a_slow_thread_does_not_undo_the_outcome(runtime, monkeypatch):
 
     slow = threading.Thread(target=update)
     slow.start()
-    assert about_to_write.wait(60)
-    entry.leave("clean", 0, why="none")
+    assert about.wait(60)
+    yield
     slow.join()
+
+
+def test_a_slow_thread_does_not_undo_the_outcome(runtime, monkeypatch):
+    entry = enter(runtime)
+    (record,) = registry.read(str(runtime))
+    marker = registry.DrainMarker(str(runtime))
+    with about_to_write(entry, monkeypatch):
+        entry.leave("clean", 0, why="none")
     last = registry.reread(str(runtime), record)
     assert (last.state, last.outcome, last.exit_code, last.why) == ("left", "clean", 0, "none")
     marker.close()
+
+
+def test_a_slow_thread_leaves_no_entry_behind(runtime, monkeypatch):
+    entry = enter(runtime)
+    with about_to_write(entry, monkeypatch):
+        entry.leave("clean", 0)
+    assert registry.read(str(runtime)) == []
 
 
 def test_a_drain_tells_how_much_time_is_left(runtime):
