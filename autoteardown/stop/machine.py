@@ -39,6 +39,7 @@ class Machine:
         self._down_at = inf
         self._settled = 0.0  # until then, peers may be on their way to the agreed iteration
         self._held = False  # the training thread may be waiting at the end of an iteration
+        self._waits_for_save = False  # before the agreed iteration
         self._round = 0  # of the coordinator's last `advance`
         self._once: set[str] = set()
         self._latest: dict[str, bool] = {}

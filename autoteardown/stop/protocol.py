@@ -34,6 +34,8 @@ RECONNECTING = 5.0  # seconds to wait for a connection that has dropped, or is n
 STRAGGLER = 8.0
 # Seconds for every rank's answer; one that is missing then is dead or frozen.
 ANSWERS = 10.0
+# The part of the application's time that a checkpoint in progress at the signal leaves to its handler.
+KEPT = 0.25
 # The part of the drain's time in which a rank with a blocked thread finds out whether its device is idle.
 LOOK = 0.2
 
@@ -139,9 +141,7 @@ class Stop(Machine):
             self.received.setdefault("plan", {"stop": stop, "owned": self.facts.application_owns, "why": ""})
         if "saving" in self.received:
             self._post_latest("saving", bool(self.received["saving"]))
-        if self.received.get("saving") or self.received.get("busy"):
-            # A checkpoint is more important than the time for a step.
-            self._until(max(self._deadline, self._save_until() - 2 * self._look))
+        self._wait_for_saves(now)
         if "stopped" in self.received:
             self._post("at", (self.received["stopped"], self._round))
             if "aligned" in self.received or not self._group:
@@ -167,6 +167,19 @@ class Stop(Machine):
         waits = self._agree_by if self._clock < self._agree_by else inf
         self.wake = min(self._deadline, waits, self._down_at + RECONNECTING)
         return self._step_over("timeout", now, "no agreement") if self._timed_out else False
+
+    def _wait_for_saves(self, now: float) -> None:
+        """A checkpoint is more important than the time for a step, which begins when the checkpoint is written."""
+        usual, latest = self.phases[-1].start + self.limits.step, self._save_until() - 2 * self._look
+        owned = self.facts.application_owns or self.received.get("plan", {}).get("owned")
+        if owned and self.facts.together and self.limits.yield_ > 0:
+            latest = min(latest, self.limits.yield_ * (1 - KEPT))
+        if self.received.get("saving") or self.received.get("busy"):
+            self._waits_for_save = True
+            self._until(max(usual, latest))
+        elif self._waits_for_save:
+            self._waits_for_save = False
+            self._until(max(usual, min(latest, now + self.limits.step)))
 
     def _follow_plan(self, completed: Optional[int], now: float) -> bool:
         plan = self.received["plan"]
@@ -242,7 +255,7 @@ class Stop(Machine):
             self.wake = self.limits.hard
             return False
         elif self._timed_out:
-            self._end("timeout", now, "the application's handler did not end the process")
+            self._end("timeout", now, "the application did not end the process in its time")
         else:
             self.wake = (
                 self._deadline

@@ -11,6 +11,7 @@ from autoteardown.stop.protocol import (
     CONNECTING,
     COURTESY,
     FIRST,
+    KEPT,
     LOOK,
     RECONNECTING,
     SKEW,
@@ -892,3 +893,32 @@ def test_a_handler_for_which_no_time_is_left_is_no_clean_end(yields):
     go(18.9, "quiet", True)
     go(18.9, "destroyed")
     assert go.stop.outcome == ("partial" if yields else "clean")
+
+
+def owner_before_its_iteration():
+    go = Script(PEERS._replace(application_owns=True), LIMITS._replace(yield_=18.0))
+    go(0.0, "begin")
+    go(0.0, "steps", (7, False))
+    go(0.1, "plan", plan(9, owned=True))
+    return go
+
+
+def test_a_save_that_does_not_end_leaves_the_handler_a_part_of_its_time():
+    go = owner_before_its_iteration()
+    go(0.2, "saving", True)
+    assert go.stop.wake == 18.0 * (1 - KEPT)
+    go(go.stop.wake, "tick")
+    assert go.did[-1] == "deliver" and go.stop.state == "yield"
+
+
+@pytest.mark.parametrize("whose", ["saving", "busy"])
+@pytest.mark.parametrize("ends", [1.0, 7.0, 12.0])
+def test_the_time_for_a_step_begins_when_the_checkpoint_is_written(whose, ends):
+    """And not later: a long evaluation that follows would use up the time of the application's handler."""
+    go = owner_before_its_iteration()
+    go(0.2, whose, True)
+    assert go.stop.wake > 8.0
+    go(ends, whose, False)
+    assert go.stop.wake == min(ends + 8.0, 18.0 * (1 - KEPT))
+    go(go.stop.wake, "tick")
+    assert go.stop.state == "yield"
