@@ -19,7 +19,6 @@ class MainThread:
 
     def __init__(self, armed: RankState, owner: EvictionOwner, repeats: RepeatedSignals) -> None:
         self._armed, self._owner, self._repeats = armed, owner, repeats
-        self._seen = 0  # signals for which Python's handler was called
         self._waits = False
         self.over = False  # it has nothing left to run but the agent's own atexit callback
         self.handed = False  # the application's handler has been called for this eviction
@@ -40,11 +39,11 @@ class MainThread:
         armed = self._armed
         teardown, handed = armed.teardown, self.handed
         ends = False
-        self._seen += 1
+        first = self._repeats.none_handled
         if self._repeats.handled(frame):
             self.stop()
             return True
-        if self._seen == 1 and handed and armed.signum is not None and self._not_over():
+        if first and handed and armed.signum is not None and self._not_over():
             return True  # the driver was faster than Python's handler: the delivery was for this signal
         if not (teardown is not None and teardown.committed and self.handed) and self._owner.application_owns(
             signum
@@ -52,7 +51,7 @@ class MainThread:
             owns = armed.interceptor.application_owns(signum)
             # Delivered before the signal came, on a peer's notice; the program may have left the group since.
             together = self._owner.is_deferred(signum) or handed
-            if together and self._seen == 1 and (owns or not self.handed):
+            if together and first and (owns or not self.handed):
                 if self.handed and teardown is not None:
                     teardown.also_signalled(signum, sure=True)
                 return True

@@ -39,6 +39,13 @@ class RepeatedSignals:
             return False
         return self._latest - self._arrived < SAME_EVICTION
 
+    @property
+    def none_handled(self) -> bool:
+        """Whether the Python-level handler has not been called yet. Ask before `handled`: another call may come between
+        any two bytecodes, and one of the two has to be the first.
+        """
+        return self._handled is None
+
     def handled(self, frame: Optional[FrameType]) -> bool:
         """On the main thread, in the Python-level handler. Returns whether the signal repeats the first one.
 

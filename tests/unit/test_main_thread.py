@@ -85,6 +85,20 @@ def test_a_repetition_is_the_same_eviction(main, called, clock):
     assert called == [SIGNUM]
 
 
+def test_a_repetition_on_top_of_the_first(main, called, monkeypatch):
+    """Python calls the handler of the second signal while that of the first has hardly begun."""
+    main._armed.channel = object()  # there are peers: the handler is called later, at the agreed iteration
+
+    def monotonic():
+        monkeypatch.setattr(repeated_signals, "monotonic", lambda: 100.0)
+        trampoline(main, called)
+        return 100.0
+
+    monkeypatch.setattr(repeated_signals, "monotonic", monotonic)
+    trampoline(main, called)
+    assert called == [] and repeated_signals.monotonic is not monotonic
+
+
 @pytest.fixture
 def repeats(clock):
     return repeated_signals.RepeatedSignals()
