@@ -356,7 +356,8 @@ def test_init_that_raises(job, mode):
         except Exception as error:
             print("raised", error, flush=True)
         print("ready", flush=True)
-        time.sleep(3600)
+        while True:  # a signal just before a long sleep would have its Python handler run after it
+            time.sleep(0.05)
         """,
         mode=mode,
     )
