@@ -105,7 +105,7 @@ def test_control_whole_process_group_signalled(job):
     rank.wait_for("^step 3$")
     os.killpg(rank.pid, SIGTERM)
     assert rank.wait() == 1, rank.transcript()
-    assert "loader.main()" in rank.stderr  # where in torch it is raised depends on where SIGCHLD comes
+    assert "dataloader.py" in rank.stderr
 
 
 @pytest.mark.parametrize("how", ["persistent", "terminated", "stuck"])
