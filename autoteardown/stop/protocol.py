@@ -171,8 +171,7 @@ class Stop(Machine):
     def _wait_for_saves(self, now: float) -> None:
         """A checkpoint is more important than the time for a step, which begins when the checkpoint is written."""
         usual, latest = self.phases[-1].start + self.limits.step, self._save_until() - 2 * self._look
-        owned = self.facts.application_owns or self.received.get("plan", {}).get("owned")
-        if owned and self.facts.together and self.limits.yield_ > 0:
+        if self._ends_by_itself and self.limits.yield_ > 0:
             latest = min(latest, self.limits.yield_ * (1 - KEPT))
         if self.received.get("saving") or self.received.get("busy"):
             self._waits_for_save = True
@@ -218,11 +217,16 @@ class Stop(Machine):
         elif (outcome != "ok" and self.steps is not None) or outcome in ("timeout", "error"):
             self._fault(detail)
         self.received.pop("stalled", None)  # a thread that waits for its peers may still be able to park
-        owned = self.facts.application_owns or self.received.get("plan", {}).get("owned")
-        if owned and self.facts.together and self.facts.cause != "lost":
+        if self._ends_by_itself:
             return self._enter_yield(now)
         self._emit("park")
         return self._enter("park", now, 0.0)
+
+    @property
+    def _ends_by_itself(self) -> bool:
+        """Whether an application, on this rank or on another, ends by itself after the agreed iteration."""
+        owned = self.facts.application_owns or bool(self.received.get("plan", {}).get("owned"))
+        return owned and self.facts.together and self.facts.cause != "lost"
 
     def _enter_yield(self, now: float) -> bool:
         """The application ends by itself, on this rank or on another: every rank runs on until it has."""

@@ -28,8 +28,8 @@ def test_the_agents_destroy_is_no_collective_of_the_program():
         release.wait()
 
     program = threading.Thread(target=collective, args=(lambda: wait_as("program"),))
-    # The agent starts its threads with `_thread`, so its own function is their outermost frame.
     program.start()
+    # The agent starts its threads with `_thread`, so its own function is their outermost frame.
     thread_stacks.unpatched.start_new_thread(agents, (lambda: collective(lambda: wait_as("agent")),))
     try:
         wait_until(lambda: len(idents) == 2, "both threads")
