@@ -96,9 +96,10 @@ def _unsupported() -> "str | None":
 
 
 def _at_exit() -> None:
-    guard = sys.modules.get("autoteardown.rank.guard")
     try:
-        if guard is not None:
-            guard.at_exit()
+        for name in ("autoteardown.children.child_signals", "autoteardown.rank.guard"):
+            module = sys.modules.get(name)
+            if module is not None:
+                module.at_exit()
     except BaseException as error:
         say(f"at exit: {error!r}")

@@ -10,7 +10,9 @@
    its rank terminates.
 4. It stands for the default action and for the handler in C of torch's workers only. A child that sets a handler of
    its own has that one.
-5. Rejected: a process group for each worker (SLURM and systemd do not look at groups); the signal blocked, with a
+5. The interpreter's shutdown puts the default action back, in the place of every handler, but leaves what is ignored.
+   So a child that has reached it, and is about to end anyway, ignores the signals; `termination` still ends it.
+6. Rejected: a process group for each worker (SLURM and systemd do not look at groups); the signal blocked, with a
    thread in `sigwaitinfo` (the mask is inherited over an exec); PR_SET_PDEATHSIG (it means the thread that forked, not
    the process, and the fork server); to continue in the rank without its workers (there is no next batch).
 """
@@ -105,6 +107,13 @@ class ChildSignals:
     def handles(self, signum: int) -> bool:
         """Whether the signal comes here."""
         return signum in self._taken
+
+    def at_exit(self) -> None:
+        """In the last atexit callback."""
+        if self._page.state(self._pid) == SIGNALS_ARE_ITS_OWN:
+            return
+        for signum in self._taken:
+            self._interceptor.originals[0](signum, signal.SIG_IGN)
 
     # -- a signal -----------------------------------------------------------------------------------------------------
 
@@ -210,6 +219,13 @@ def resume() -> None:
     """This process is no rank any more."""
     if _attached is not None:
         _attached.attach()
+
+
+@fail_open
+def at_exit() -> None:
+    """Called by the atexit callback of `startup.py`."""
+    if _attached is not None:
+        _attached.at_exit()
 
 
 @fail_open

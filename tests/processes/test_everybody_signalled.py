@@ -132,6 +132,53 @@ def test_a_child_that_its_rank_terminates_in_an_eviction_ends(job, method):
     assert rank.wait_for(r"^it ended with (-?\d+)$")[1] == "-15"
 
 
+ENDING = """
+import multiprocessing, os, signal, sys, time
+import torch
+import torch.distributed as dist
+
+class Slow:
+    def __del__(self, write=os.write, sleep=time.sleep):
+        write(1, b"shutting down\\n")
+        sleep(1)
+
+def be_slow(*args):
+    sys.modules["slow"] = Slow()
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    signal.signal(signal.SIGTERM, lambda *args: print("rank signalled", flush=True))
+    if sys.argv[1] == "os.fork":
+        pid = os.fork()
+        if pid == 0:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            be_slow()
+            sys.exit(0)
+        code = os.waitpid(pid, 0)[1]
+    elif sys.argv[1] == "worker":
+        batches = iter(torch.utils.data.DataLoader(
+            torch.ones(4), num_workers=1, multiprocessing_context="spawn", worker_init_fn=be_slow))
+        list(batches)
+        code = batches._workers[0].exitcode
+    else:
+        child = multiprocessing.get_context("spawn").Process(target=be_slow)
+        child.start()
+        child.join()
+        code = child.exitcode
+    print("it ended with", code, flush=True)
+"""
+
+
+@pytest.mark.parametrize("how", ["os.fork", "spawn", "worker"])
+def test_a_child_in_its_interpreter_shutdown_does_not_die_of_it(job, how):
+    """There, Python has put the default action back."""
+    rank = job.start(ENDING, how, fresh=True, AUTOTEARDOWN_GRACE=25)
+    rank.wait_for("^shutting down$")
+    signal_everybody(job)
+    rank.wait_for("^rank signalled$")
+    assert rank.wait_for(r"^it ended with (-?\d+)$")[1] == "0", rank.transcript()
+
+
 @pytest.mark.parametrize("how", ["plain", "own handler", "stuck"])
 def test_everybody_is_killed_with_the_rank(job, how):
     """No orphan, whatever ends the rank; a child that is stuck in C, and no DataLoader worker, stays."""
