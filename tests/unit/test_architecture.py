@@ -52,6 +52,10 @@ UPWARDS = {
         "startup",
         "rank.guard",
     ): "the atexit callback is registered at start-up, and ends a rank if there is one",
+    (
+        "startup",
+        "children.child_signals",
+    ): "the same callback: a child's signals stay its own in its last moments",
     ("import_hooks", "signals.interception"): "runs when the program imports `signal`",
     ("import_hooks", "rank.torch_hooks"): "runs when the program imports `torch`",
     ("import_hooks", "children.child_signals"): "runs in processes that `multiprocessing` has spawned",
