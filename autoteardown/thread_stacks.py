@@ -63,6 +63,7 @@ def inside(path: str, function: str = "") -> list[int]:
 
 _PEERS = (
     "torch/distributed/distributed_c10d.py",
+    "torch/distributed/utils.py",  # what DDP and FSDP exchange when they are constructed
     "torch/autograd/graph.py",  # backward waits here for the collectives of DDP and FSDP
     "torch/distributed/_functional_collectives.py",
     "torch/distributed/distributed_c10d_functional.py",

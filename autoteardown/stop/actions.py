@@ -68,6 +68,7 @@ class ActionRunner:
         self.start("destroyed", self._control.destroy)
 
     def _do_abort(self, moment: Optional[float]) -> None:
+        self._record.abort_begins()
         after = _seconds_until(moment)
         self._control.abort(lambda problem: self._control.events.put(("aborted", problem)), after)
 

@@ -42,11 +42,24 @@ class StopRecord:
         self.own_exit: Optional[tuple[Optional[int]]] = None
         """Set once the application ends the process by itself: its code, None if unknown."""
         self._collective: Optional[dict[str, Any]] = None  # the collective that does not end
+        self._failed_before_abort: Optional[bool] = None
 
     @property
     def exit_code(self) -> int:
         """What the settings promise, whichever way the process ends; not 0 if the program has failed."""
-        return self._control.settings.exit_code_for(self.signum) or int(exit_status.failed())
+        return self._control.settings.exit_code_for(self.signum) or int(self._program_failed)
+
+    @property
+    def _program_failed(self) -> bool:
+        return exit_status.failed() if self._failed_before_abort is None else self._failed_before_abort
+
+    def abort_begins(self) -> None:
+        """Count no later error as the program's own.
+
+        An aborted collective returns as if it had succeeded, with what its buffers happened to hold, and torch or the
+        program raises because of that: "DDP expects same model across all ranks".
+        """
+        self._failed_before_abort = self._program_failed
 
     @property
     def replaces_success(self) -> bool:
@@ -120,7 +133,7 @@ class StopRecord:
             outcome=stop.outcome if stop is not None else "partial" if self.own_exit else "forced",
             why=stop.reason if stop is not None else "the process ended before the stop could begin",
             lost_callback=stop.lost_callback if stop is not None else "",
-            failed=self.cause == "lost" or exit_status.failed(),
+            failed=self.cause == "lost" or self._program_failed,
             ended_by="application" if self.own_exit else "agent",
             exit_code=self.own_exit[0] if self.own_exit else self.exit_code,
             seconds=now,

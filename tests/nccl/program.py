@@ -23,6 +23,7 @@ parser = argparse.ArgumentParser()
 parser.add_argument("role")
 parser.add_argument("--absent", default="", help="ranks that join in nothing more, separated by commas")
 parser.add_argument("--ahead", type=int, default=20, help="steps that the host may be ahead of the device")
+parser.add_argument("--construct", action="store_true", help="wait in DDP's constructor")
 parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
 parser.add_argument(
     "--good", type=int, default=0, help="all_reduces that all join, before the one that some do not"
@@ -88,6 +89,9 @@ def stuck(groups):
     if absent:
         say("absent")
         loop()
+    if options.construct:
+        say("waiting")
+        model_of()
     for group in groups:
         work = dist.all_reduce(ones, group=group, async_op=options.wait == "work")
     wait_for(work, ones)

@@ -102,6 +102,16 @@ def test_a_collective_that_never_completes(world, wait):
         assert made[0].phase("abort")["outcome"] == "ok", made.transcript()
 
 
+def test_an_error_that_an_abort_has_caused_is_not_the_programs(world):
+    """DDP's constructor compares the models of all ranks, and raises at what an abort leaves in its buffer."""
+    later = {1: {"SIMULATED_ABORT_MS": 3000}}  # rank 0 waits for it, and has the time to raise
+    made = world("stuck", 3, "--absent", "2", "--construct", each=later)
+    made.wait_for("^waiting", "^waiting", "^absent")
+    time.sleep(1)
+    made.evict(0)
+    check(made, ["aborted", "aborted", "partial"], within=20)
+
+
 @pytest.mark.parametrize("wait", ["synchronize", "item"])
 def test_a_thread_that_waits_comes_back_with_garbage(world, wait):
     """After an abort torch raises nothing: the wait returns, and the data is not reduced."""
