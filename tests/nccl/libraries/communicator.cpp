@@ -73,10 +73,11 @@ void ncclComm::run(const std::function<bool()>& kernel, const char* kind) {
 // ncclCommAbort, as NVIDIA/nccl src/init.cc has it: set the flag that kernels look at, wait for them, free the memory.
 // It waits for no peer.
 void ncclComm::abort() {
+  bool idle = launched == ended;  // before the flag: it ends the kernels
   aborting = true;
   std::lock_guard<std::mutex> lock(held_);
   if (over) return;
-  journal(who() + (launched > ended ? " abort begins" : " abort begins, idle"));
+  journal(who() + (idle ? " abort begins, idle" : " abort begins"));
   if (background_.joinable()) background_.join();
   await_kernels(false);
   usleep((useconds_t)(abort_takes * 1e6));
