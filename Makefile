@@ -97,13 +97,16 @@ gpu:
 	then python=$(PYTHON); else $(MAKE) $(VENV)/.has-test && python=$(BIN)/python; fi && \
 	$$python -m pytest -o addopts=-ra -m gpu tests/gpu $(TEST)
 
-# On libraries that stand for CUDA and NCCL (tests/nccl/README.md). TEST="tests/gpu -k stuck" selects.
+# On libraries that stand for CUDA and NCCL (tests/nccl/README.md). TEST="tests/gpu -k stuck" selects; NCCL_TORCH=2.12.1
+# is another torch for CUDA 13, which has its own environment.
+NCCL_TORCH ?=
+NCCL := $(if $(NCCL_TORCH),NCCL_TORCH=$(NCCL_TORCH)) $(PYTHON) tests/nccl/make.py .venv-nccl$(NCCL_TORCH:%=-%)
 nccl:
-	@$(PYTHON) tests/nccl/make.py .venv-nccl $(TEST)
+	@$(NCCL) $(TEST)
 
 # CHAOS_RUNS of them (20, which `make nccl` runs, too), CHAOS_WORKERS at a time, from CHAOS_SEED on.
 nccl-chaos:
-	@$(PYTHON) tests/nccl/make.py .venv-nccl -s tests/nccl/test_chaos.py $(TEST)
+	@$(NCCL) -s tests/nccl/test_chaos.py $(TEST)
 
 wheel: $(VENV)/.has-build
 	$(BIN)/python -m build --wheel --outdir dist .

@@ -123,6 +123,14 @@ class Guard(RankState):
         alone = None if world.size == 1 or connects else self.alone
         self.identity.mark_joined(alone)
 
+    def after_shrink(self) -> None:
+        """After torch's `shrink_group`: if the default group is a smaller one now, its ranks have new numbers."""
+        world = operations.world()
+        if world is None or self.teardown is not None or world.size == self.identity.world_size:
+            return
+        self._close_channel()
+        self.after_init()
+
     def before_destroy(self) -> None:
         """Before torch's destroy: in an eviction, the peers are told before they find a gloo connection closed.
 

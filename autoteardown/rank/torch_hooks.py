@@ -70,6 +70,7 @@ def _patch_c10d(module: ModuleType) -> None:
         return
     _patch(module, "destroy_process_group", _wrap_destroy, "torch.distributed")
     _patch(module, "init_process_group", _wrap_init, "torch.distributed")
+    _patch(module, "shrink_group", _wrap_shrink, "torch.distributed")
     _patch(module, "_new_process_group_helper", _wrap_helper)
     # Import here what an init needs: 8 ms are nothing in an import of torch, and something in an init.
     from autoteardown.rank import guard  # noqa: F401
@@ -123,6 +124,20 @@ def _wrap_destroy(real: Callable[..., Any]) -> Callable[..., Any]:
             _not_joined()
 
     return destroy_process_group
+
+
+def _wrap_shrink(real: Callable[..., Any]) -> Callable[..., Any]:
+    def shrink_group(*args: Any, **kwargs: Any) -> Any:
+        # torch destroys the old default group and registers the new one: in between there is none, but no rank leaves.
+        ident = get_ident()
+        _in_shrink.add(ident)
+        try:
+            return real(*args, **kwargs)
+        finally:
+            _in_shrink.discard(ident)
+            _shrunk()
+
+    return shrink_group
 
 
 def _patch_serialization(module: ModuleType) -> None:
@@ -200,6 +215,7 @@ def _wrap_worker_handlers(real: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _in_init: set[int] = set()  # the threads that are in init_process_group
+_in_shrink: set[int] = set()  # the threads that are in shrink_group
 
 
 @fail_open
@@ -261,12 +277,22 @@ def _not_joined() -> None:
 
     c10d = sys.modules["torch.distributed.distributed_c10d"]
     rank = guard.guard
-    if rank is None or c10d.is_initialized():
+    if rank is None or c10d.is_initialized() or get_ident() in _in_shrink:
         return
     if custom_groups.any_left() and rank.listener.armed:  # the remaining groups were made without an init
         rank.after_init()
     else:
         rank.after_destroy()
+
+
+@fail_open
+def _shrunk() -> None:
+    from autoteardown.rank import guard
+
+    if not sys.modules["torch.distributed.distributed_c10d"].is_initialized():  # it has failed half-way
+        _not_joined()
+    elif guard.guard is not None and guard.guard.joined:
+        guard.guard.after_shrink()
 
 
 disarmed = False

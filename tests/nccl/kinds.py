@@ -2,6 +2,7 @@
 
 tensor    tensor parallel on all ranks
 pipeline  a stage on each rank, which sends to the next and receives from it
+1f1b      the same by torch.distributed.pipelining, one forward and one backward in turn
 prefetch  FSDP2 that prefetches the next layers' parameters, forward and backward
 sharded   HSDP: FSDP2 on a mesh of replicas and shards
 compiled  DDP under torch.compile (aot_eager: there is no compiler for the devices' kernels)
@@ -11,6 +12,7 @@ coalesced its gradients in a coalesced batch, without DDP
 groups    DDP; every third iteration it makes a group, uses it and destroys it
 split     DDP, and an all_reduce on a group that was split off
 replayed  a captured graph of an all_reduce in each iteration
+shrunk    DDP on the default group without its last rank, which has left
 """
 
 import os
@@ -109,6 +111,28 @@ def pipeline():
     return model, run
 
 
+def pipelining():
+    """Runs one iteration of torch's own pipeline, whose shapes are given: it would agree on them through copies of
+    pickled objects.
+    """
+    from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+
+    model, part = layers(1), torch.randn(2, WIDTH, device=device, requires_grad=True)
+    stage = PipelineStage(model, rank, size, device, input_args=(part,), output_args=(part,))
+    schedule = Schedule1F1B(stage, n_microbatches=4, loss_fn=lambda result, target: result.square().mean())
+    batch, target = torch.randn(8, WIDTH).to(device), torch.zeros(8, WIDTH).to(device)
+
+    def run():
+        if rank == 0:
+            schedule.step(batch)
+        elif rank == size - 1:
+            schedule.step(target=target)
+        else:
+            schedule.step()
+
+    return model, run
+
+
 def extra():
     """What an iteration does beside the training."""
     ones, turn = torch.ones(4, device=device), 0
@@ -152,9 +176,16 @@ def main():
     torch.cuda.set_device(device)
     dist.init_process_group("nccl", device_id=device)
     dist.all_reduce(torch.ones(4, device=device))
+    if kind == "shrunk":
+        torch.cuda.synchronize()
+        if rank == size - 1:
+            return
+        dist.shrink_group([size - 1])
     batches, whole = inputs_of_loader() if kind == "loader" else inputs_on_device(), None
     if kind == "pipeline":
         model, whole = pipeline()
+    elif kind == "1f1b":
+        model, whole = pipelining()
     elif kind == "tensor":
         model = tensor_parallel(layers(2))
     elif kind == "prefetch":

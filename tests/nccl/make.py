@@ -2,7 +2,8 @@
 
     python make.py ENVIRONMENT [PYTEST ARGUMENTS]
 
-Where something is missing (Python 3.11, a compiler, the wheel) it says so and exits 0, as a skipped test does.
+NCCL_TORCH is the version of torch. Where something is missing (Python 3.11, a compiler, the wheel) it says so and exits 0,
+as a skipped test does.
 """
 
 import os
@@ -17,7 +18,7 @@ sys.path.insert(0, str(HERE.parent))
 
 from nccl import build  # noqa: E402
 
-TORCH = "2.14.1"
+TORCH = os.environ.get("NCCL_TORCH", "2.14.1")
 PYTHON = "3.11"
 PACKAGES = [
     f"torch=={TORCH}",

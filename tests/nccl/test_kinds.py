@@ -1,5 +1,6 @@
 """Evictions of trainings of many kinds: all stop after the same iteration, and release the group together."""
 
+import json
 import os
 
 import pytest
@@ -11,28 +12,38 @@ KINDS = TESTS / "nccl" / "kinds.py"
 GRACE = 25
 
 
-def evicted(job, devices, libraries, kind, size=2, **settings):
-    """A world of this kind, its last rank evicted."""
+def started(job, devices, libraries, kind, size, **settings):
+    """A world of this kind."""
     env = {"AUTOTEARDOWN_GRACE": GRACE, **devices.settings(devices=str(size)), **libraries, **settings}
     options = {"fresh": True, "launcher": ("env", f"PYTHONPATH={AGENT_PATH}"), **env}
-    ranks = job.world(str(KINDS), size, kind, **options)
+    return job.world(str(KINDS), size, kind, **options)
+
+
+def evicted(job, devices, libraries, kind, size=2, **settings):
+    """A world of this kind, its last rank evicted."""
+    ranks = started(job, devices, libraries, kind, size, **settings)
+    for rank in ranks:
+        rank.wait_for("^step 12$", START)
+    ranks[-1].signal()
+    stopped(ranks, devices)
+
+
+def stopped(ranks, devices):
+    """All after the same iteration, clean; the last one was signalled."""
 
     def transcript():
         return "\n\n".join([devices.transcript(), *(rank.transcript() for rank in ranks)])
 
-    for rank in ranks:
-        rank.wait_for("^step 12$", START)
-    ranks[-1].signal()
     codes = [rank.outlast(GRACE) for rank in ranks]
-    assert codes == [143] * (size - 1) + [0], transcript()
-    assert [rank.report()["outcome"] for rank in ranks] == ["clean"] * size, transcript()
+    assert codes == [143] * (len(ranks) - 1) + [0], transcript()
+    assert [rank.report()["outcome"] for rank in ranks] == ["clean"] * len(ranks), transcript()
     assert len({rank.report()["steps"]["stopped_at"] for rank in ranks}) == 1, transcript()
 
 
 @pytest.mark.parametrize(
     "kind",
     [
-        *("tensor", "pipeline", "prefetch", "compiled", "loader", "streams", "coalesced"),
+        *("tensor", "pipeline", "1f1b", "prefetch", "compiled", "loader", "streams", "coalesced"),
         *("groups", "split", "replayed"),
     ],
 )
@@ -40,9 +51,21 @@ def test_of_two(job, devices, libraries, kind):
     evicted(job, devices, libraries, kind)
 
 
-@pytest.mark.parametrize("kind", ["sharded", "pipeline"])
+@pytest.mark.parametrize("kind", ["sharded", "pipeline", "1f1b"])
 def test_of_four(job, devices, libraries, kind):
     evicted(job, devices, libraries, kind, 4)
+
+
+def test_a_group_that_was_shrunk(job, devices, libraries):
+    """The ranks that are left stop together, as a world of their own."""
+    ranks = started(job, devices, libraries, "shrunk", 3)
+    for rank in ranks[:2]:
+        rank.wait_for("^step 12$", START)
+    assert ranks[2].wait(GRACE) == 0
+    (entry,) = job.runtime.glob(f"{ranks[1].pid}-*.json")
+    assert json.loads(entry.read_text())["world_size"] == 2
+    ranks[1].signal()
+    stopped(ranks[:2], devices)
 
 
 @pytest.mark.parametrize(
