@@ -48,6 +48,33 @@ def in_collective() -> list[int]:
     return [ident for ident in inside("torch/distributed/distributed_c10d.py") if ident in program]
 
 
+_COMPUTES = (
+    "torch/nn/modules/module.py",
+    "torch/nn/parallel/",
+    "torch/_tensor.py",
+    "torch/autograd/",
+    "torch/distributed/fsdp/",
+    "torch/distributed/pipelining/",
+    "torch/distributed/tensor/",
+)
+
+
+def in_model() -> list[int]:
+    """The program's threads that construct, run or differentiate a model."""
+    program = {main_ident(), *of_program()}
+    return [
+        ident for ident, top in sys._current_frames().items() if ident in program and _is_in(top, _COMPUTES)
+    ]
+
+
+def _is_in(top: Optional[FrameType], parts: tuple[str, ...]) -> bool:
+    while top is not None:
+        if any(part in top.f_code.co_filename for part in parts):
+            return True
+        top = top.f_back
+    return False
+
+
 def inside(path: str, function: str = "") -> list[int]:
     """The threads that are inside a call of a function (of this name, if given) in a file whose path ends with this."""
     found = []

@@ -36,6 +36,7 @@ class LocalRankControl:
         self._gate: Gate = armed.gate
         self._handler_owns = application_owns
         self._progress: Optional[ProgressMonitor] = None
+        self._launched_until_quiet: dict[str, int] = {}
         self.identity, self.mark = armed.identity.report, armed.identity.mark
         self.advance, self.stop_at = self._gate.advance, self._gate.let_run_to
 
@@ -159,6 +160,7 @@ class LocalRankControl:
 
     def drain(self) -> Problem:
         """See `stop.control.RankControl`."""
+        self._launched_until_quiet = operations.sequence_numbers()
         return operations.drain()
 
     def run_callbacks(self, say: Callable[[str], None]) -> Problem:
@@ -166,11 +168,16 @@ class LocalRankControl:
         with self._gate.saves.on_this_thread(), operations.devices_of(self._gate.devices):
             problem = callbacks.run(self.settings.on_teardown, say)
             self._gate.saves.wait_for_background()  # while the group is alive, which it may need
-            return problem
+        if callbacks.registered or self.settings.on_teardown:
+            self._launched_until_quiet = operations.sequence_numbers()
+        return problem
 
     def destroy(self) -> Problem:
         """See `stop.control.RankControl`."""
-        return operations.destroy(self._armed.real_destroy)
+        # Until an iteration has ended, it is not known which thread trains, and so whether the right one was parked.
+        unexpected = not self._gate.begun and operations.sequence_numbers() != self._launched_until_quiet
+        problem = operations.destroy(self._armed.real_destroy)
+        return problem or ("a thread has launched a collective after the drain" if unexpected else None)
 
     def abort(self, done: Callable[[Problem], object], after: float) -> None:
         """See `stop.control.RankControl`."""

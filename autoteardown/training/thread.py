@@ -21,15 +21,15 @@ class TrainingThread:
         self.ident, self.loop = ident, _running_loop()
 
     def find(self, begun: bool) -> None:
-        """Before any iteration (`begun` is false), take the thread that waits in a collective.
+        """Before any iteration (`begun` is false), take the thread that waits in a collective, or else is in a model.
 
         The threads of a pool take turns (Ray's threaded actors), and init may be called on another thread than the
         training function (Ray Train).
         """
         if not begun or not thread_stacks.alive(self.ident):
-            waiting = thread_stacks.in_collective()
-            if waiting and self.ident not in waiting:
-                self.ident = waiting[0]
+            trains = thread_stacks.in_collective() or thread_stacks.in_model()
+            if trains and self.ident not in trains:
+                self.ident = trains[0]
 
     def is_known(self, begun: bool) -> bool:
         """Whether the thread is alive and trains, so that another thread's parking means nothing.
@@ -38,7 +38,7 @@ class TrainingThread:
         """
         if self.ident is None or not thread_stacks.alive(self.ident):
             return False
-        return begun or thread_stacks.place(self.ident) == "peers"
+        return begun or thread_stacks.place(self.ident) == "peers" or self.ident in thread_stacks.in_model()
 
     def candidates(self) -> list[int]:
         """The threads that may train.

@@ -2,8 +2,8 @@
 
     python make.py ENVIRONMENT [PYTEST ARGUMENTS]
 
-NCCL_TORCH is the version of torch. Where something is missing (Python 3.11, a compiler, the wheel) it says so, and exits
-0, as a skipped test does.
+NCCL_TORCH is the version of torch. Where something is missing (Python 3.11, a compiler, the wheel) it says so, and
+exits 0, as a skipped test does.
 """
 
 import os

@@ -47,7 +47,7 @@ class Chaos(Eviction):
         self.kind = self.role, f"{self.fault}/{self.who}"
         self.devices = Device(folder)
         self.dead = None
-        self.launching = False  # some rank was, in the role without iterations
+        self.early = False  # evicted before there was an iteration to stop after
 
     def _run(self):
         ranks = self._start()
@@ -101,9 +101,10 @@ class Chaos(Eviction):
         return ranks
 
     def _evict(self, ranks):
-        # Without iterations a rank stops where it stands: between two launches that means that its peer may wait for
-        # one that does not come. With a full queue, launching takes as long as the work.
-        self.launching = self.role == "busy" and any("waiting" not in rank.stdout for rank in ranks)
+        # Without iterations a rank stops where it stands, and a peer may wait for what it has yet to launch. With a
+        # full queue, launching takes as long as the work.
+        known = {"busy": "waiting", "idle": "ready"}.get(self.role, "step 1")
+        self.early = any(known not in rank.stdout for rank in ranks)
         count = {"all": len(ranks), "some": max(1, len(ranks) - 1)}.get(self.who, 1)
         chosen = self.random.sample(ranks, count)
         for rank in list(chosen):
@@ -158,7 +159,7 @@ class Chaos(Eviction):
             stopped = {report["steps"]["stopped_at"] for report in reports if report["steps"]}
             if len(stopped) > 1:
                 self.wrong.append(f"clean, and stopped after different iterations: {stopped}")
-        healthy = self.role not in (*STUCK, "blocked", "broken") and self.dead is None and not self.launching
+        healthy = self.role not in (*STUCK, "blocked", "broken") and self.dead is None and not self.early
         if healthy and any(report["outcome"] in ("aborted", "forced") for report in reports):
             self.wrong.append("a healthy device was given up")
         if self.job.survivors():

@@ -466,3 +466,28 @@ def test_two_nodes(job):
     reports = torchrun_clean(job, 2)
     assert {rank: report["cause"] for rank, report in reports.items()} == {0: "peer", 1: "signal"}
     assert max(report["phases"][-1]["start"] for report in reports.values()) < 3
+
+
+@pytest.mark.parametrize("where", ["constructor", "forward"])
+def test_another_thread_that_has_yet_to_step(job, where):
+    """It is parked as one that has stepped is: what it launches later would find the group released on some ranks."""
+    ranks = job.world("first_iteration.py", 2, where)
+    for rank in ranks:
+        rank.wait_for("^computing$")
+    ranks[0].signal()
+    assert [rank.outlast() for rank in ranks] == [0, 143]
+    for rank in ranks:
+        assert rank.report()["outcome"] == "clean", rank.transcript()
+        assert "went on" not in rank.stdout, rank.transcript()
+
+
+def test_a_collective_that_an_unknown_thread_launches_after_the_drain(job):
+    """The agent cannot know that this thread will train. It does not call such a stop clean."""
+    ranks = job.world("first_iteration.py", 2, "elsewhere")
+    for rank in ranks:
+        rank.wait_for("^computing$")
+    ranks[0].signal()
+    assert [rank.outlast() for rank in ranks] == [0, 143]
+    report = ranks[0].report()
+    assert report["outcome"] == "partial", ranks[0].transcript()
+    assert "a thread has launched a collective after the drain" in report["why"]
