@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 Deliver = Callable[[str, Any], object]
 
 LOST_AFTER = 3.0
-"""Seconds without a connection to the hub after which rank 0 counts as lost."""
+"""Seconds without a connection to the hub after which rank 0 counts as lost. Without its first connection, a rank also
+needs to see that the store's server has ended."""
 ACKNOWLEDGE_SECONDS = 2.0
 """Seconds without an acknowledgement of a post after which a second connection is tried in parallel to the first."""
 
@@ -71,6 +72,7 @@ class Connection:
     def start(self) -> None:
         """Start to look for the hub."""
         self._discovery.start()
+        self._expect_hub()
 
     def post(self, kind: str, value: Any) -> None:
         """Send a message to the hub, now or over the next connection."""
@@ -246,13 +248,20 @@ class Connection:
         if self._rank_0_left:
             self._discovery.after_rank_0_left()
             return
-        self._lost_timer = self._loop.at(LOST_AFTER, self._count_lost)
+        self._expect_hub()
         self._discovery.start()
 
+    def _expect_hub(self) -> None:
+        self._lost_timer = self._loop.at(LOST_AFTER, self._count_lost)
+
     def _count_lost(self) -> None:
-        if not self._closed and not self.connected and not self._rank_0_left:
+        if self._closed or self.connected or self._rank_0_left:
+            return
+        if self._session or self._discovery.store_closed:
             self._lost = True
             self._deliver_safely("lost", 0)
+        else:  # there never was a connection: a firewall may be in its way, and rank 0 alive
+            self._expect_hub()
 
     def _deliver_safely(self, kind: str, value: Any) -> None:
         try:

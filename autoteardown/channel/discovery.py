@@ -6,6 +6,7 @@ import random
 from typing import TYPE_CHECKING, Any, Optional, Protocol
 
 from autoteardown.channel.connect import Connector, Link
+from autoteardown.channel.rendezvous import STORE_CLOSED
 
 if TYPE_CHECKING:
     from autoteardown.channel.rendezvous import HubAddress, Rendezvous
@@ -63,6 +64,8 @@ class Discovery:
         self._retry: Optional[Timer] = None
         self._tries = 0
         self._rank_0_left = False
+        self.store_closed = False
+        """Whether the process that serves the store has ended: rank 0, or its launcher."""
         self._closed = False
 
     def start(self) -> None:
@@ -124,6 +127,7 @@ class Discovery:
     def _store_read(self, address: Optional[HubAddress], why: str) -> None:
         if self._closed or self._client.connected:
             return
+        self.store_closed = why == STORE_CLOSED
         if address is None:
             if self.address is None:
                 self.why = why

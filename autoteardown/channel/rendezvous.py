@@ -27,6 +27,8 @@ from autoteardown.fail_open import report_failure
 KEY = "autoteardown/hub"
 _VERSION = 2  # changes with the format and with the names of the messages
 _LIMIT = 4096  # bytes
+STORE_CLOSED = "the store's server has closed its connections"
+"""Why a read fails when the process that serves the store has ended: rank 0, or its launcher."""
 _STUCK = 1.0  # seconds after which a thread in the store is assumed to wait for the program
 
 
@@ -215,14 +217,15 @@ class Rendezvous:
         except Malformed as error:
             why = f"rank 0 has published an address that is {error}"
         except Exception as error:
-            why = f"the store cannot be read: {type(error).__name__}"
+            closed = type(error).__name__ == "DistNetworkError"
+            why = STORE_CLOSED if closed else f"the store cannot be read: {type(error).__name__}"
         found(address, why)
 
     def _address(self, store: Any) -> HubAddress:
         if store is None:
             raise NoHubAddress("the process group's store has been released")
         if self.port and self._server_closed(self.port):
-            raise NoHubAddress("the store's server has closed its connections")
+            raise NoHubAddress(STORE_CLOSED)
         if not store.check([KEY]):
             raise NoHubAddress("rank 0 has not published its hub")
         address = HubAddress.decode(bytes(store.get(KEY)))

@@ -2,7 +2,11 @@
 
 from types import SimpleNamespace
 
+import pytest
+
 from autoteardown.channel import discovery, hub
+from autoteardown.channel.connection import Connection
+from autoteardown.channel.rendezvous import STORE_CLOSED
 
 
 class VirtualClock:
@@ -77,3 +81,18 @@ def test_after_rank_0_has_left_it_looks_for_another_for_a_minute():
     clock.run(86400)
     assert 40 < looks[-1] < 90
     assert len(looks) < 20
+
+
+@pytest.mark.parametrize(
+    "why, lost",
+    [(STORE_CLOSED, True), ("rank 0 has not published its hub", False)],
+    ids=["the store has gone", "a firewall"],
+)
+def test_rank_0_that_was_never_reached(why, lost):
+    """A rank on its way to the hub hears of its end from the store only."""
+    clock, heard = VirtualClock(), []
+    clock.call = lambda function: clock.at(0.0, function)
+    rendezvous = SimpleNamespace(look=lambda done: done(None, why) or True)
+    Connection(clock, rendezvous, 1, 2, lambda kind, value: heard.append((kind, value))).start()
+    clock.run(60)
+    assert heard == ([("lost", 0)] if lost else [])
