@@ -1,6 +1,6 @@
 """Base of the protocol's state machine: events received, actions, the clock, and the phases of the report.
 
-`protocol.py` has the states.
+`protocol.py` and `release.py` have the states.
 """
 
 from __future__ import annotations
@@ -149,6 +149,13 @@ class Machine:
         """Post to the coordinator, once, if there is a channel."""
         if self.facts.channel:
             self._emit_once(do, value)
+
+    def _post_latest(self, what: str, value: bool, *more: Any) -> None:
+        """Post the value whenever it has changed."""
+        if value != self._latest.get(what, False):
+            self._latest[what] = value
+            if self.facts.channel:
+                self._emit(what, (value, *more) if more else value)
 
     def _fault(self, why: str) -> None:
         self.why = self.why or why

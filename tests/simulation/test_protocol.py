@@ -6,18 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autoteardown.stop.protocol import (
-    ANSWERS,
-    CONNECTING,
-    COURTESY,
-    FIRST,
-    KEPT,
-    LOOK,
-    RECONNECTING,
-    SKEW,
-    STRAGGLER,
-    Stop,
-)
+from autoteardown.stop.protocol import ANSWERS, KEPT, RECONNECTING, STRAGGLER, Stop
+from autoteardown.stop.release import CONNECTING, COURTESY, FIRST, LOOK, SKEW
 from autoteardown.stop.types import Facts, Limits
 
 LIMITS = Limits()  # 8 s for the step, 5 drain, 5 destroy, 3 abort, 3 exit: 24 in all

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from simulated_rank import BREAKABLE, FATES, ONCE, POSTS, Member
 from simulation import DEFAULT, Schedule, World
 
-from autoteardown.stop.protocol import SKEW
+from autoteardown.stop.release import SKEW
 from autoteardown.stop.types import Limits
 
 FIRST_SEED = int(os.environ.get("AUTOTEARDOWN_SIM_SEED", "0"))
