@@ -28,6 +28,7 @@ PACKAGES = [
     "pytest-timeout",
     "pytest-xdist",
     "jsonschema",
+    "ray",
 ]
 
 
@@ -50,18 +51,19 @@ def interpreter():
 
 def environment(folder):
     """Make it, if it is not there (5.5 GB); return its Python."""
-    python, stamp = folder / "bin" / "python", folder / f".has-torch-{TORCH}"
-    if stamp.exists():
+    python, stamp, wanted = folder / "bin" / "python", folder / ".has", "\n".join(PACKAGES)
+    if stamp.exists() and stamp.read_text() == wanted:
         return python
     if not shutil.which("g++"):
         skip("there is no g++ on the PATH, and the libraries that stand for CUDA and NCCL are C++")
-    subprocess.run([interpreter(), "-m", "venv", "--clear", folder], check=True)
+    if not stamp.exists():
+        subprocess.run([interpreter(), "-m", "venv", "--clear", folder], check=True)
     if subprocess.run(
         [python, "-m", "pip", "install", "-q", "--disable-pip-version-check", *PACKAGES]
     ).returncode:
         shutil.rmtree(folder)
         skip(f"pip finds no torch {TORCH} for CUDA, or not all of {' '.join(PACKAGES[1:])}")
-    stamp.touch()
+    stamp.write_text(wanted)
     return python
 
 
