@@ -14,12 +14,12 @@ from typing import Any, Callable, Optional
 from autoteardown import native_calls, spare_threads
 from autoteardown.channel import channel as channels
 from autoteardown.checkpoints import callbacks
-from autoteardown.children import child_signals, termination
-from autoteardown.children.eviction_page import EvictionPage
+from autoteardown.children import child_signals
 from autoteardown.fail_open import fail_open, report_failure
 from autoteardown.frameworks import ray, wandb
 from autoteardown.node.entry import printable, text, whole
 from autoteardown.process_groups import operations
+from autoteardown.rank.child_processes import ChildProcesses
 from autoteardown.rank.control import LocalRankControl
 from autoteardown.rank.eviction_owner import EvictionOwner
 from autoteardown.rank.lost_peer import LostPeerTimer
@@ -54,7 +54,7 @@ class Guard(RankState):
         self._timer = HardDeadlineTimer()
         self._signalled = False
         self._hooks: Optional[optimizer_hooks.OptimizerHooks] = None
-        self._children: Optional[EvictionPage] = None
+        self._children = ChildProcesses(self.interceptor, self.identity.log.line)
 
     # -- the life of a rank -----------------------------------------------------------------------------------------
 
@@ -63,31 +63,14 @@ class Guard(RankState):
         self.gate.begin(get_ident())
         child_signals.suspend()
         # systemd-tmpfiles removes files from /tmp that were not written to for 10 days: the entry is rewritten daily.
-        self.listener.arm(self._on_signal, self.main.on_signal, self.identity.mark, self._attach_child)
-        self._share_page()
+        self.listener.arm(self._on_signal, self.main.on_signal, self.identity.mark, self._children.attach)
+        self._children.rank_is_armed()
         spare_threads.keep()
         self._finalize_multiprocessing()
         self.identity.joining()
         if self.listener.main_thread_pending:
             text = "armed off the main thread, which has yet to come by: a signal before that has its default action"
             self.identity.log.line(text, level="debug")
-
-    @fail_open
-    def _share_page(self) -> None:
-        if self._children is None:
-            try:
-                self._children = EvictionPage.create()
-            except (OSError, AttributeError) as error:
-                self.identity.log.line(f"a signal to all processes ends this rank's children: {error}")
-                return
-        self._children.armed = True
-        termination.watch(self._children, self.interceptor.signals)
-
-    def _attach_child(self) -> None:
-        """In a process that this rank has forked."""
-        if self._children is not None:
-            self._children.close_writing_end()
-            child_signals.attach(self._children, self.interceptor)
 
     def _finalize_multiprocessing(self) -> None:
         # A forked child of multiprocessing exits by os._exit: it runs its finalizers, and no atexit callbacks.
@@ -148,8 +131,7 @@ class Guard(RankState):
         # In an eviction begun by a peer, this rank's own signal may still come, and must not kill it.
         if self.teardown is None:
             self.listener.disarm()
-            if self._children is not None:
-                self._children.armed = False
+            self._children.rank_is_disarmed()
             child_signals.resume()
             spare_threads.release()
         if self._hooks is not None:
@@ -219,8 +201,7 @@ class Guard(RankState):
         try:
             repeated = arrived and self._repeats.arrived()
             first, self._signalled = not self._signalled, True
-            if self._children is not None:
-                self._children.evicted_for(self.settings.grace)
+            self._children.rank_is_evicted(self.settings.grace)
             if self.teardown is not None:
                 ray.cancel_abort()
                 if arrived:

@@ -47,6 +47,7 @@ NEVER = {
     "rank.torch_hooks:_wrap_destroy.destroy_process_group",
     "rank.torch_hooks:_wrap_init.init_process_group",
     "rank.torch_hooks:_wrap_save.save",
+    "rank.torch_hooks:_wrap_shrink.shrink_group",
     "rank.torch_hooks:_wrap_worker_handlers._set_worker_signal_handlers",
     "signals.fork:ForkHooks._unmask",
     "spare_threads:_Spare._run",
