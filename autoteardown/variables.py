@@ -147,8 +147,8 @@ TABLE: dict[str, tuple[str, Callable[[str], object], str, str]] = {
         "25",
         _read_grace,
         "a number of seconds from 2 to 86400",
-        "seconds the platform gives between the signal and SIGKILL; the process exits one second earlier at the "
-        "latest, whatever is stuck",
+        "seconds between the signal and SIGKILL that the platform gives, less 5; the process exits one second before "
+        "they have passed",
     ),
     "EXIT_CODE": (
         "0",
@@ -206,9 +206,9 @@ TABLE: dict[str, tuple[str, Callable[[str], object], str, str]] = {
         "auto",
         _read_step,
         f"{_SECONDS}, or auto",
-        "longest wait for the agreed iteration; `auto`: as long as the grace period leaves time for drain, abort and "
-        "exit (13 s of 25, 98 of 110), less a third of that, at most 30 s, where a callback is registered or the "
-        "application has its own handler",
+        "longest wait for the agreed iteration; `auto`: what drain, abort and exit leave of the grace period (13 s of "
+        "25, 98 of 110); if a callback is registered or the application has its own handler, a third of that, at most "
+        "30 s, is kept for it",
     ),
     "DRAIN_TIMEOUT": (
         "5",

@@ -1,6 +1,6 @@
 """Tells a repetition of the eviction signal from a second signal that is meant for the application.
 
-1. Platforms repeat the signal: SLURM sends TERM, CONT, TERM within 20 to 120 ms at a time limit, torchrun signals
+1. Platforms repeat the signal: SLURM sends TERM, CONT, TERM within 2 to 120 ms at a time limit, torchrun signals
    workers that the platform has signalled already. An application that gets each of them leaves one iteration before
    the others, or cuts its own save short.
 2. So a signal within two seconds of the first is the same eviction, and neither handlers nor event loops get it. A

@@ -291,7 +291,7 @@ class Teardown:
         self._record.own_exit = (self.exit_code if replaces else code,)
         if self._finishing.acquire(False):
             outcome = self.outcome(final=True)
-            self.say(outcome.summary(), outcome=outcome.outcome)
+            self.say(outcome.summary(), event="done", outcome=outcome.outcome)
             final_report.write(outcome, self.control, _LONG_LAST_WORDS, final=True)
             if replaces:
                 exit_callbacks.run_earlier()

@@ -109,7 +109,7 @@ def test_settings_that_are_wrong_misspelt_or_do_not_fit(quick):
         "AUTOTEARDOWN_LOG='loud' is not quiet, info or debug"
     )
     assert "AUTOTEARDOWN_GRACE_PERIOD" in only(report, "settings", "warning")["text"]
-    assert "scaled to 50%" in only(report, "settings", "note")["text"]
+    assert "shortened to 50%" in only(report, "settings", "note")["text"]
     assert report["settings"]["AUTOTEARDOWN_STEP_TIMEOUT"] == {"given": None, "effective": 6.5}
     assert report["settings"]["AUTOTEARDOWN_SIGNALS"] == {
         "given": "USR1,TERM",
@@ -378,7 +378,7 @@ def test_a_signal_that_really_is_ignored(quick):
         (KUBERNETES, "signal", "ok", "signal under Kubernetes"),
         (KUBERNETES, "143", "ok", "143 under Kubernetes"),
         ({**KUBERNETES, "RAY_CLUSTER_NAME": "c"}, "0", "ok", "has failed whatever the code"),
-        ({"SLURM_JOB_ID": "1"}, "0", "warning", "--requeue"),
+        ({"SLURM_JOB_ID": "1"}, "0", "warning", "requeues it after 143"),
         ({"SLURM_JOB_ID": "1", "TORCHELASTIC_RUN_ID": "x"}, "0", "ok", "it returns 1 after a SIGTERM"),
     ],
 )

@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from harness import AGENT, LOG_LINE, NONE, environment, free_port, wait_until
 
 from autoteardown.stop import report
@@ -119,6 +120,7 @@ INIT = (
 )
 
 
+SHRINKS = hasattr(dist.distributed_c10d, "shrink_group")
 ELASTIC = ("PContext.start", "PContext.wait", "PContext.close", "_terminate_process_handler")
 
 
@@ -139,6 +141,7 @@ def test_what_is_patched_is_what_the_page_says(armed, tmp_path):
         "torch.distributed.distributed_c10d.init_process_group",
         "torch.distributed.distributed_c10d.destroy_process_group",
         "torch.distributed.distributed_c10d._new_process_group_helper",
+        *(["torch.distributed.distributed_c10d.shrink_group"] if SHRINKS else []),
         "torch.serialization.save",
         "torch.distributed.checkpoint.state_dict_saver.save",
         "torch.distributed.checkpoint.state_dict_saver.save_state_dict",

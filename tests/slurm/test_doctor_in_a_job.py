@@ -33,7 +33,10 @@ def test_the_partitions_grace_time(cluster_of):
     assert slurm["text"].startswith("AUTOTEARDOWN_GRACE=25, and GraceTime of the partition is 20 s")
     assert slurm["advice"] == "export AUTOTEARDOWN_GRACE=15"
     _, slurm = examine(cluster, words, "--partition=requeue")
-    assert (slurm["level"], slurm["text"]) == ("ok", "KillWait is 30 s, of which 25 are used")
+    assert (slurm["level"], slurm["text"]) == (
+        "ok",
+        "KillWait is 30 s, and AUTOTEARDOWN_GRACE is 25: it fits",
+    )
 
 
 @pytest.mark.slurm

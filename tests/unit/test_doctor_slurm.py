@@ -35,11 +35,11 @@ esac"""
 @pytest.mark.parametrize(
     ("kill_wait", "grace_time", "grace", "level", "words", "advice"),
     [
-        (30, 0, 25, "ok", "KillWait is 30 s, of which 25 are used", None),
+        (30, 0, 25, "ok", "KillWait is 30 s, and AUTOTEARDOWN_GRACE is 25: it fits", None),
         (30, 60, 25, "ok", "KillWait is 30 s", None),
         (30, 20, 25, "problem", "GraceTime of the partition is 20 s: SLURM kills", "export AUTOTEARDOWN_GRACE=15"),
         (30, 0, 110, "problem", "AUTOTEARDOWN_GRACE=110, and KillWait is 30 s", "export AUTOTEARDOWN_GRACE=25"),
-        (120, 0, 25, "ok", "of which 25 are used", "export AUTOTEARDOWN_GRACE=115 for all of it"),
+        (120, 0, 25, "ok", "AUTOTEARDOWN_GRACE is 25: it fits", "export AUTOTEARDOWN_GRACE=115 for all of it"),
         (4, 0, 25, "problem", "KillWait is 4 s", "export AUTOTEARDOWN_GRACE=2"),
     ],
 )  # fmt: skip

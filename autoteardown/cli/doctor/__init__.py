@@ -27,7 +27,7 @@ _MARKS = {OK: "ok", NOTE: "note", WARNING: "WARNING", PROBLEM: "PROBLEM"}
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("--json", action="store_true", help="print one JSON object, for the CI of an image")
-    parser.epilog = "Exit status: 0 when the agent is active and nothing is wrong, 1 otherwise."
+    parser.epilog = "Exit status: 1 if there is a PROBLEM, else 0 (also with a WARNING)."
 
 
 def run(args: argparse.Namespace) -> int:

@@ -69,7 +69,10 @@ def _settings(environ: Mapping[str, str], found: settings.Settings, refused: lis
             text = f"{variable} has no effect: the agent has no such variable"
             findings.append(Finding("settings", WARNING, text, "check its spelling against the table below"))
     if found.scaled < 1:
-        text = f"the time-outs add up to more than the {found.hard:g} s there are: all scaled to {found.scaled:.0%}"
+        much = "the time-outs add up to more than the {:g} s there are: all are shortened to {:.0%}"
+        if found.step_auto:
+            much = "drain, abort and exit would take too much of the {:g} s: these and destroy are shortened to {:.0%}"
+        text = much.format(found.hard, found.scaled)
         findings.append(
             Finding("settings", NOTE, text, "raise AUTOTEARDOWN_GRACE if the platform gives more time")
         )
@@ -139,7 +142,7 @@ def _torch(process: Process) -> list[Finding]:
     if nccl and numbers(nccl) < _ABORT_WORKS:
         text = f"NCCL {nccl} can hang when a wedged rank is aborted; the exit then comes at the time-out"
         findings.append(
-            Finding("torch", WARNING, text, "2.26.2 or later does not (comes with torch 2.8 and later)")
+            Finding("torch", WARNING, text, "2.26.2 or later does not (comes with torch 2.7 and later)")
         )
     return findings
 

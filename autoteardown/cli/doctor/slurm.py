@@ -67,7 +67,9 @@ def _grace(environ: Mapping[str, str], found: settings.Settings) -> Finding:
     more = (
         f"export AUTOTEARDOWN_GRACE={fits} for all of it" if known and fits > found.grace + _SPARE else None
     )
-    return Finding("SLURM", OK if known else NOTE, f"{told}, of which {found.grace:g} are used", more)
+    return Finding(
+        "SLURM", OK if known else NOTE, f"{told}, and AUTOTEARDOWN_GRACE is {found.grace:g}: it fits", more
+    )
 
 
 def _times(environ: Mapping[str, str]) -> dict[str, int]:

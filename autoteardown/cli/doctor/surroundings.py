@@ -35,7 +35,10 @@ _AGENTS = (
 _EXIT_CODES = {
     "torchrun": ("0", "it returns 1 after a SIGTERM unless AUTOTEARDOWN_EXIT_CODE is set"),
     "Ray": ("0", "an evicted actor has failed whatever the code, and max_restarts counts"),
-    "SLURM": ("signal", "a job step that ends with 0 is complete; sbatch --requeue needs another code"),
+    "SLURM": (
+        "signal",
+        "a job that ends with 0 counts as completed; the batch script or RequeueExit=143 requeues it after 143",
+    ),
     "Kubernetes": ("signal", "a container that ends with 0 has succeeded, and its Job is complete"),
 }
 
@@ -163,7 +166,11 @@ def _kubernetes(environ: Mapping[str, str], found: settings.Settings) -> list[Fi
         findings.append(Finding("Kubernetes", PROBLEM, text, advice))
     elif period.isdecimal():
         findings.append(
-            Finding("Kubernetes", OK, f"grace period {period} s, of which {found.grace:g} are used")
+            Finding(
+                "Kubernetes",
+                OK,
+                f"the pod's grace period is {period} s, and AUTOTEARDOWN_GRACE is {found.grace:g}: it fits",
+            )
         )
     elif not (found.sources["AUTOTEARDOWN_GRACE"][0] or "").strip():
         text = "AUTOTEARDOWN_GRACE is not set: 25 fits the default terminationGracePeriodSeconds of 30"
