@@ -12,6 +12,7 @@ Whatever comes back from a wait for a collective that never completes prints `ga
 
 import argparse
 import datetime
+import importlib
 import os
 import threading
 import time
@@ -90,6 +91,7 @@ def stuck(groups):
         say("absent")
         loop()
     if options.construct:
+        importlib.import_module("torch._dynamo")  # as DDP's constructor does, which takes seconds
         say("waiting")
         model_of()
     for group in groups:
