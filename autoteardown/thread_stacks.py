@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from collections.abc import Iterator
 from types import CodeType, FrameType, TracebackType
 from typing import Any, Optional
 
@@ -63,29 +64,30 @@ def in_model() -> list[int]:
     """The program's threads that construct, run or differentiate a model."""
     program = {main_ident(), *of_program()}
     return [
-        ident for ident, top in sys._current_frames().items() if ident in program and _is_in(top, _COMPUTES)
+        ident
+        for ident, top in sys._current_frames().items()
+        if ident in program
+        and any(part in frame.f_code.co_filename for frame in _calls(top) for part in _COMPUTES)
     ]
-
-
-def _is_in(top: Optional[FrameType], parts: tuple[str, ...]) -> bool:
-    while top is not None:
-        if any(part in top.f_code.co_filename for part in parts):
-            return True
-        top = top.f_back
-    return False
 
 
 def inside(path: str, function: str = "") -> list[int]:
     """The threads that are inside a call of a function (of this name, if given) in a file whose path ends with this."""
-    found = []
-    for ident, top in sys._current_frames().items():
-        frame: Any = top
-        while frame is not None:
-            if frame.f_code.co_filename.endswith(path) and function in ("", frame.f_code.co_name):
-                found.append(ident)
-                break
-            frame = frame.f_back
-    return found
+    return [
+        ident
+        for ident, top in sys._current_frames().items()
+        if any(
+            frame.f_code.co_filename.endswith(path) and function in ("", frame.f_code.co_name)
+            for frame in _calls(top)
+        )
+    ]
+
+
+def _calls(frame: Optional[FrameType]) -> Iterator[FrameType]:
+    """The frames of a thread, innermost first."""
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
 
 
 _PEERS = (

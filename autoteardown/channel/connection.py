@@ -71,8 +71,8 @@ class Connection:
 
     def start(self) -> None:
         """Start to look for the hub."""
-        self._discovery.start()
         self._expect_hub()
+        self._discovery.start()
 
     def post(self, kind: str, value: Any) -> None:
         """Send a message to the hub, now or over the next connection."""

@@ -1,4 +1,4 @@
-"""What the child processes of an armed rank learn of its evictions."""
+"""Tells the child processes of a rank (DataLoader workers, checkpoint writers) when it is armed, and when evicted."""
 
 from __future__ import annotations
 
